@@ -1,0 +1,23 @@
+"""Exact gradient accumulation for Keras on TensorFlow."""
+
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ValueError(
+        "keras_accum needs the Keras backend \"tensorflow\". Received: "
+        f"backend={keras.backend.backend()!r}. Set the environment variable "
+        "KERAS_BACKEND=tensorflow before Keras is imported."
+    )
+
+from keras_accum.accumulator import GradientAccumulator
+from keras_accum.model import GradientAccumulationMixin
+from keras_accum.model import GradientAccumulationModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GradientAccumulationMixin",
+    "GradientAccumulationModel",
+    "GradientAccumulator",
+    "__version__",
+]

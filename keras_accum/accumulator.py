@@ -1,0 +1,286 @@
+"""The buffers that gather a window's gradients, and the arithmetic on them."""
+
+import keras
+import tensorflow as tf
+
+from collections.abc import Sequence
+
+# What a gradient may be: dense, rows of an embedding, or missing.
+Gradient = tf.Tensor | tf.IndexedSlices | None
+
+
+def buffer_dtype(variable_dtype: str, requested: str | None) -> tf.DType:
+    """The dtype in which gradients of a variable are summed.
+
+    Half precision loses what is added to a sum that has grown: bfloat16 keeps
+    8 bits, so the 257th equal summand changes nothing. Hence float32, unless
+    the variable is wider or the user says otherwise.
+    """
+    if requested is not None:
+        return tf.as_dtype(requested)
+    dtype = tf.as_dtype(variable_dtype)
+    return tf.float32 if dtype.size < tf.float32.size else dtype
+
+
+def add_dense(buffer, gradient, first):
+    """Adds a dense gradient to a buffer, or starts the buffer with it."""
+    if first is True:
+        buffer.assign(gradient)
+    elif first is False:
+        buffer.assign_add(gradient)
+    else:
+        buffer.assign(keep_unless(first, buffer) + gradient)
+
+
+def add_rows(buffer, gradient, first):
+    """Adds rows to a buffer, by scatter; the other rows are not touched."""
+    if first is not False:
+        clear(buffer, first)
+    buffer.scatter_add(gradient)
+
+
+def clear(buffer, first):
+    """Sets a buffer to zero if `first`."""
+    if first is True:
+        buffer.assign(tf.zeros_like(buffer))
+    elif first is not False:
+        buffer.assign(keep_unless(first, buffer))
+
+
+def keep_unless(first, value):
+    """`value`, or zeros if `first`; selects, so that a NaN is forgotten."""
+    return tf.where(first, tf.zeros_like(value), value)
+
+
+def weighted(gradient, weight, dtype):
+    """`weight * gradient` in `dtype`, for dense gradients and for rows."""
+    weight = tf.cast(weight, dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            tf.cast(gradient.values, dtype) * weight,
+            gradient.indices,
+            gradient.dense_shape,
+        )
+    return tf.cast(gradient, dtype) * weight
+
+
+def after_everything_so_far(gradients):
+    """Control inputs that wait for the step so far, so that it can't fail.
+
+    In a graph, TensorFlow runs an assignment as soon as its inputs are there,
+    while a check, a metric or a later layer's gradient may still fail: some
+    buffers would then hold a micro-batch that never was. An op of type
+    NoOp stands for all of them; edges from each to each would be quadratic.
+    """
+    if tf.executing_eagerly():
+        return []
+    stateful = [
+        op
+        for op in tf.compat.v1.get_default_graph().get_operations()
+        if op.op_def is not None and op.op_def.is_stateful
+    ]
+    tensors = tf.nest.flatten(gradients, expand_composites=True)
+    ready = [tensor for tensor in tensors if tensor is not None]
+    with tf.control_dependencies(stateful + ready):
+        return [tf.no_op()]
+
+
+class GradientAccumulator:
+    """Weighted sums of gradients, for training loops written by hand.
+
+    It does what these lines do, in buffers that live on the device:
+
+    ```python
+    total = sum(weight * gradient for gradient, weight in window)
+    mean = total / sum(weight for gradient, weight in window)
+    ```
+
+    `GradientAccumulationModel` uses one and needs no care. Use this class
+    itself where `fit` does not fit: GANs, two optimizers, reinforcement
+    learning.
+
+    Buffers are made when a variable gets its first gradient, in float32 or
+    the variable's dtype if that is wider. A variable that never gets one has
+    no buffer. `tf.IndexedSlices` are added row by row, not densified.
+
+    Args:
+        variables: The `keras.Variable`s or `tf.Variable`s that the gradients
+            belong to, in the gradients' order.
+        dtype: Dtype of the buffers, as a string. `None` stands for float32, or
+            the variable's dtype if that is wider.
+
+    Example:
+
+    ```python
+    variables = model.trainable_variables
+    accumulator = keras_accum.GradientAccumulator(variables)
+    for x, y in microbatches:
+        with tf.GradientTape() as tape:
+            loss = loss_fn(y, model(x, training=True))
+        gradients = tape.gradient(loss, variables)
+        accumulator.add(gradients, weight=len(x))
+    optimizer.apply(accumulator.mean(), variables)
+    accumulator.reset()
+    ```
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[keras.Variable | tf.Variable],
+        dtype: str | None = None,
+    ) -> None:
+        self._variables = list(variables)
+        self._dtype = check_dtype("dtype", dtype)
+        self._buffers: list[tf.Variable | None] = [None] * len(self._variables)
+        # The divisor of a float64 sum must not be rounded to float32.
+        dtypes = [self._buffer_dtype(index) for index in range(len(self))]
+        widest = tf.float64 if tf.float64 in dtypes else tf.float32
+        with tf.init_scope():
+            self._weight = tf.Variable(0.0, dtype=widest, trainable=False)
+            self._count = tf.Variable(0, dtype=tf.int64, trainable=False)
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    @property
+    def variables(self) -> list[keras.Variable | tf.Variable]:
+        """The variables that gradients are gathered for."""
+        return list(self._variables)
+
+    @property
+    def buffers(self) -> list[tf.Variable | None]:
+        """One buffer per variable; `None` where no gradient has come yet."""
+        return list(self._buffers)
+
+    @property
+    def weight(self) -> tf.Variable:
+        """Sum of the weights so far; a float scalar."""
+        return self._weight
+
+    @property
+    def count(self) -> tf.Variable:
+        """Number of micro-batches so far; an int64 scalar."""
+        return self._count
+
+    def add(
+        self,
+        gradients: Sequence[Gradient],
+        weight: float | tf.Tensor | None = 1.0,
+        first: bool | tf.Tensor = False,
+    ) -> None:
+        """Adds one micro-batch's gradients.
+
+        Args:
+            gradients: One per variable, of the variable's shape; a tensor,
+                `tf.IndexedSlices`, or `None` where there is no gradient.
+            weight: How much this micro-batch counts: the denominator of its
+                loss, for a mean over rows their number. A scalar. `None` says
+                that the loss is a sum, not a mean: the gradients are added as
+                they are, and `mean` divides by 1.
+            first: Whether this is a window's first micro-batch. If so, what
+                was gathered before is forgotten in the same pass over the
+                memory, and `reset` is not needed. Costs least as a `bool`; a
+                bool tensor selects on the device.
+
+        Raises:
+            ValueError: If there are not as many gradients as variables.
+        """
+        gradients = list(gradients)
+        check_lengths(gradients, self._variables)
+        with tf.control_dependencies(after_everything_so_far(gradients)):
+            for index, gradient in enumerate(gradients):
+                self._add_one(index, gradient, weight, first)
+            if first is not False:
+                clear(self._weight, first)
+                clear(self._count, first)
+            if weight is None:
+                self._weight.assign(tf.ones_like(self._weight))
+            else:
+                self._weight.assign_add(tf.cast(weight, self._weight.dtype))
+            self._count.assign_add(1)
+
+    def mean(self) -> list[tf.Tensor | None]:
+        """The weighted mean of the gradients since the last `reset`.
+
+        Returns:
+            One dense tensor per variable, of its shape and dtype, or `None`
+            where no gradient came. Zeros where the weights sum to zero.
+        """
+        scale = tf.math.divide_no_nan(tf.ones_like(self._weight), self._weight)
+        return [
+            None
+            if buffer is None
+            else tf.cast(buffer * tf.cast(scale, buffer.dtype), variable.dtype)
+            for buffer, variable in zip(
+                self._buffers, self._variables, strict=True
+            )
+        ]
+
+    def reset(self) -> None:
+        """Forgets what was gathered, and sets the buffers to zero."""
+        for buffer in self._buffers:
+            if buffer is not None:
+                clear(buffer, True)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets what was gathered, without a pass over the buffers.
+
+        The next `add` must be given `first`: the buffers still hold the old
+        sums.
+        """
+        clear(self._weight, True)
+        clear(self._count, True)
+
+    def _add_one(self, index, gradient, weight, first):
+        if gradient is None:
+            if self._buffers[index] is not None:
+                clear(self._buffers[index], first)
+            return
+        buffer = self._buffer(index)
+        gradient = weighted(
+            gradient, 1.0 if weight is None else weight, buffer.dtype
+        )
+        if isinstance(gradient, tf.IndexedSlices):
+            add_rows(buffer, gradient, first)
+        else:
+            add_dense(buffer, gradient, first)
+
+    def _buffer(self, index):
+        if self._buffers[index] is None:
+            shape = self._variables[index].shape
+            dtype = self._buffer_dtype(index)
+            with tf.init_scope():
+                self._buffers[index] = tf.Variable(
+                    tf.zeros(shape, dtype), trainable=False, name="gradient_sum"
+                )
+        return self._buffers[index]
+
+    def _buffer_dtype(self, index):
+        return buffer_dtype(self._variables[index].dtype, self._dtype)
+
+
+def check_lengths(gradients, variables):
+    """Raises a `ValueError` unless each variable has its gradient."""
+    if len(gradients) != len(variables):
+        raise ValueError(
+            "`gradients` must have one entry per variable, None where there "
+            f"is no gradient. Received: {len(gradients)} gradients for "
+            f"{len(variables)} variables."
+        )
+
+
+def check_dtype(name, dtype):
+    """Returns `dtype`, or raises unless it is `None` or a float dtype."""
+    if dtype is None:
+        return None
+    try:
+        known = tf.as_dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or not known.is_floating:
+        raise ValueError(
+            f"`{name}` must be None or the name of a float dtype, such as "
+            f'"float32". Received: {name}={dtype!r}'
+        )
+    return known.name

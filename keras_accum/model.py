@@ -1,0 +1,546 @@
+"""`GradientAccumulationModel`: `keras.Model` with one update per window.
+
+Read it beside `keras.Model`: `train_step` is Keras's, except that it hands the
+gradients to `accumulate` where Keras hands them to the optimizer. `update_step`
+does the rest of Keras's step, once a window. What else is here decides when
+windows begin and end, and what Keras is told of it.
+"""
+
+import contextlib
+import functools
+import warnings
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Self
+
+import keras
+import tensorflow as tf
+
+from keras_accum import compat
+from keras_accum import epochs
+from keras_accum import functional
+from keras_accum import training
+from keras_accum import weighting
+from keras_accum.accumulator import Gradient
+from keras_accum.accumulator import GradientAccumulator
+from keras_accum.accumulator import check_dtype
+from keras_accum.accumulator import check_lengths
+from keras_accum.accumulator import keep_unless
+from keras_accum.loss_tracker import WindowLoss
+from keras_accum.window import AccumSteps
+from keras_accum.window import Window
+from keras_accum.window import check_partial_window
+
+
+class GradientAccumulationMixin:
+    """Puts gradient accumulation in front of any model class.
+
+    ```python
+    class Mine(keras_accum.GradientAccumulationMixin, Theirs):
+        pass
+
+
+    model = Mine(..., accum_steps=8)
+    ```
+
+    takes the arguments of `Theirs`, a subclass of `keras.Model`, and those of
+    `GradientAccumulationModel`, which says what they mean.
+    """
+
+    # Whether gradients are gathered; if not, this is a `keras.Model`.
+    _accumulating = False
+    # Within a train step: whether its micro-batch is the first of its window.
+    # True and False are known while tracing, UNKNOWN only on the device.
+    _first: bool | str | None = None
+    _accumulator: GradientAccumulator | None = None
+    _update = None
+
+    def __init__(
+        self,
+        *args,
+        accum_steps: AccumSteps = 1,
+        partial_window: str = "flush",
+        accumulator_dtype: str | None = None,
+        **kwargs,
+    ) -> None:
+        if functional.is_functional_call(args, kwargs):
+            self.__class__ = functional.functional_subclass(type(self))
+        # First, since a model may compile itself in its constructor.
+        self._window = Window(accum_steps)
+        self._accumulating = not is_one(accum_steps)
+        self._partial_window = check_partial_window(partial_window)
+        self._accumulator_dtype = check_dtype(
+            "accumulator_dtype", accumulator_dtype
+        )
+        self._warned = ()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def accum_steps(self) -> AccumSteps:
+        """Micro-batches per window; may be set at any time.
+
+        A change takes effect at the next window, and traces nothing again.
+        """
+        return self._window.accum_steps
+
+    @accum_steps.setter
+    def accum_steps(self, value: AccumSteps) -> None:
+        was_function = callable(self._window.accum_steps)
+        starts = not self._accumulating and not is_one(value)
+        if starts:
+            check_optimizer(getattr(self, "optimizer", None))
+        self._window.accum_steps = value
+        self._accumulating = self._accumulating or starts
+        # Between int and int there is nothing to trace.
+        if (starts or callable(value) or was_function) and self.train_function:
+            self.make_train_function(force=True)
+
+    @property
+    def partial_window(self) -> str:
+        """What becomes of a window that the epoch's end cuts short."""
+        return self._partial_window
+
+    @partial_window.setter
+    def partial_window(self, value: str) -> None:
+        self._partial_window = check_partial_window(value)
+
+    @property
+    def accumulator_dtype(self) -> str | None:
+        """Dtype of the buffers, or None for float32 and wider."""
+        return self._accumulator_dtype
+
+    def train_step(self, data) -> dict[str, tf.Tensor]:
+        """Adds one micro-batch to the window; never updates.
+
+        Args:
+            data: A batch as `fit` gets it: `x`, `(x, y)` or
+                `(x, y, sample_weight)`.
+
+        Returns:
+            The logs: a dict of scalars.
+        """
+        if not self._accumulating or compat.has_custom_train_step(
+            self, GradientAccumulationMixin
+        ):
+            return super().train_step(data)
+        if self._first is None:
+            with self._microbatch(first=UNKNOWN):
+                return self.train_step(data)
+
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            if compat.takes_training_argument(self):
+                y_pred = self(x, training=True)
+            else:
+                y_pred = self(x)
+            loss = compat.compute_loss(self, x, y, y_pred, sample_weight)
+            self._build_loss_scale()
+            scaled_loss = self.optimizer.scale_loss(loss)
+        weight = self.microbatch_weight(x, y, y_pred, sample_weight)
+        self._loss_tracker_of_windows().add(
+            compat.unscale_loss(loss), weight, weighting.number_of_rows(x)
+        )
+        if self.trainable_weights:
+            gradients = tape.gradient(scaled_loss, self.trainable_weights)
+        else:
+            warnings.warn(
+                "The model does not have any trainable weights.", stacklevel=2
+            )
+        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        # Last, so that a step that fails leaves the window as it was.
+        if self.trainable_weights:
+            self.accumulate(gradients, weight)
+        return logs
+
+    def microbatch_weight(
+        self, x, y, y_pred, sample_weight=None
+    ) -> tf.Tensor | None:
+        """How much a micro-batch counts: the denominator of its loss.
+
+        The default takes it from the losses given to `compile`: the number of
+        entries, without masked ones, or what else the loss's `reduction`
+        divides by. Without such a loss it is the number of rows, which is right
+        for a mean over the batch. Override it for a loss of your own.
+
+        There is one weight for all losses of a micro-batch. That is exact where
+        their denominators are proportional to each other, as they are without
+        masks. It is not exact for outputs whose masks, or whose kinds of
+        reduction, differ, nor for a masked loss together with `add_loss` or an
+        activity regularizer, which are means over the rows. The weight is then
+        the sum of the denominators, and a warning says so, once.
+
+        Args:
+            x: Inputs of the micro-batch.
+            y: Its labels, or None.
+            y_pred: The model's outputs.
+            sample_weight: Its sample weights, or None.
+
+        Returns:
+            A float scalar, or None where the loss is a sum and not a mean, so
+            that gradients just add up.
+        """
+        rows = weighting.number_of_rows(x)
+        compiled = compat.compiled_loss(self)
+        if compiled is None or not compat.is_built(compiled):
+            return tf.cast(rows, tf.float32)
+        denominators = []
+        compat.map_compiled_losses(
+            compiled,
+            lambda *loss_and_data: denominators.append(
+                weighting.loss_denominator(*loss_and_data, rows)
+            ),
+            y,
+            y_pred,
+            sample_weight,
+        )
+        has_row_means = bool(compat.own_losses(self))
+        if not weighting.is_exact(denominators, has_row_means):
+            self._warn_once(
+                "The losses of this model are divided by different numbers: "
+                "their masks or reductions differ. One weight per micro-batch "
+                "is then not exact where these numbers vary from micro-batch "
+                "to micro-batch. See `microbatch_weight`."
+            )
+        return weighting.total_weight(denominators)
+
+    def accumulate(
+        self,
+        gradients: Sequence[Gradient],
+        weight: float | tf.Tensor | None = 1.0,
+    ) -> None:
+        """Adds gradients to the window.
+
+        What a `train_step` of your own calls in place of
+        `self.optimizer.apply_gradients`. With `accum_steps=1` it is that call.
+
+        Args:
+            gradients: One per trainable weight, in the order of
+                `self.trainable_weights`; None where there is none. Gradients
+                of `self.optimizer.scale_loss(loss)`, as in Keras.
+            weight: How much they count: the denominator of the loss, for a mean
+                the number of rows. A scalar; None if the loss is a sum.
+
+        Raises:
+            ValueError: If there are not as many gradients as trainable weights.
+        """
+        gradients = list(gradients)
+        check_lengths(gradients, self.trainable_weights)
+        if not self._accumulating:
+            self.optimizer.apply_gradients(
+                zip(gradients, self.trainable_weights, strict=True)
+            )
+            return
+        self._gradient_accumulator().add(gradients, weight, self._is_first())
+        self._has_accumulated = True
+
+    def update_step(self) -> None:
+        """Ends the window: gives the mean gradient to the optimizer."""
+        accumulator = self._gradient_accumulator()
+        self.optimizer.apply_gradients(
+            zip(accumulator.mean(), accumulator.variables, strict=True)
+        )
+        # The next micro-batch starts the buffers afresh.
+        accumulator.forget()
+        self._loss_tracker_of_windows().close()
+
+    def flush(self) -> None:
+        """Updates now, from the micro-batches that the window has so far.
+
+        Their true weight counts, not `accum_steps`. Does nothing if the window
+        is empty.
+        """
+        if self._accumulator is None or int(self._accumulator.count) == 0:
+            return
+        if self._update is None:
+            self._update = training.make_update_function(self)
+        self._update()
+
+    def reset_window(self) -> None:
+        """Forgets the micro-batches that the window has so far."""
+        self._window.rewind()
+        if self._accumulator is not None:
+            self._accumulator.forget()
+        if isinstance(compat.loss_tracker(self), WindowLoss):
+            compat.loss_tracker(self).close()
+
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args, **kwargs) -> keras.callbacks.History:
+        args, kwargs = epochs.prepend_callback(
+            super().fit, args, kwargs, epochs.EndOfEpoch(self)
+        )
+        try:
+            return super().fit(*args, **kwargs)
+        except BaseException:
+            if self.partial_window != "carry":
+                self.reset_window()
+            raise
+
+    def make_train_function(self, force: bool = False):
+        """Makes `self.train_function`, if it is not there or `force` is set."""
+        if self.train_function is not None and not force:
+            return self.train_function
+        if not self._accumulating:
+            return super().make_train_function(force=force)
+        self._buffers_when_traced = None
+        self._update = training.make_update_function(self)
+        self.train_function = training.make_train_function(self, self._update)
+        return self.train_function
+
+    @property
+    def losses(self) -> list[tf.Tensor]:
+        """Losses from `add_loss` and regularizers, as in `keras.Model`.
+
+        If the loss is a sum over the window, so are these in a train step. A
+        weight regularizer counts once a window, and is left out after that.
+        """
+        losses = super().losses
+        if self._first is None or not weighting.is_sum(self.loss):
+            return losses
+        first = self._is_first()
+        regularized = [
+            v for v in self.trainable_weights if v.regularizer is not None
+        ]
+        if first is True or not regularized:
+            return losses
+        own, shared = losses[: -len(regularized)], losses[-len(regularized) :]
+        if first is False:
+            return own
+        return own + [keep_unless(tf.logical_not(first), loss) for loss in shared]
+
+    def get_config(self) -> dict:
+        """The configuration; with this class's arguments if functional."""
+        config = super().get_config()
+        mine = {
+            "accum_steps": serialize_accum_steps(self.accum_steps),
+            "partial_window": self.partial_window,
+            "accumulator_dtype": self.accumulator_dtype,
+        }
+        is_functional = "input_layers" in config and "output_layers" in config
+        # A subclass with a constructor of its own may not take all of them.
+        return config | {
+            name: value
+            for name, value in mine.items()
+            if is_functional or name in config
+        }
+
+    @classmethod
+    def from_config(cls, config: dict, *args, **kwargs) -> Self:
+        """Makes a model from its configuration."""
+        config = dict(config)
+        if isinstance(config.get("accum_steps"), dict):
+            config["accum_steps"] = keras.saving.deserialize_keras_object(
+                config["accum_steps"], *args, **kwargs
+            )
+        return super().from_config(config, *args, **kwargs)
+
+    def __setattr__(self, name, value):
+        # Here, since an overridden `compile` is not called when loading.
+        if name == "optimizer" and self._accumulating:
+            check_optimizer(value)
+        super().__setattr__(name, value)
+
+    def _first_microbatch(self, data):
+        """`train_step` for the first micro-batch of a window."""
+        logs = self._checked_train_step(data, first=True)
+        if self._buffers_when_traced is None:
+            self._buffers_when_traced = self._number_of_buffers()
+        return logs
+
+    def _next_microbatch(self, data):
+        """`train_step` for the other micro-batches of a window."""
+        return self._checked_train_step(data, first=False)
+
+    def _checked_train_step(self, data, first):
+        self._has_accumulated = False
+        with self._microbatch(first):
+            logs = self.train_step(data)
+        if self.trainable_weights and not self._has_accumulated:
+            raise RuntimeError(
+                "`train_step` returned without a call of `self.accumulate`. "
+                "With `accum_steps` other than 1, a `train_step` of your own "
+                "must call `self.accumulate(gradients, weight)` in place of "
+                "`self.optimizer.apply_gradients(...)` or `.apply(...)`."
+            )
+        return logs
+
+    @contextlib.contextmanager
+    def _microbatch(self, first) -> Iterator[None]:
+        self._first = first
+        try:
+            yield
+        finally:
+            self._first = None
+
+    def _is_first(self):
+        """Whether the micro-batch is its window's first: a bool or a tensor."""
+        if isinstance(self._first, bool):
+            return self._first
+        return tf.equal(self._gradient_accumulator().count, 0)
+
+    def _knows_all_buffers(self):
+        """Whether the traced programs know all buffers that there are.
+
+        A variable that had no gradient when they were traced may have got one
+        since, in batches of another structure. The program that starts a window
+        would not start that buffer.
+        """
+        traced = self._buffers_when_traced
+        return traced is None or traced == self._number_of_buffers()
+
+    def _number_of_buffers(self):
+        if self._accumulator is None:
+            return 0
+        return sum(buffer is not None for buffer in self._accumulator.buffers)
+
+    def _gradient_accumulator(self):
+        variables = self.trainable_weights
+        known = [] if self._accumulator is None else self._accumulator.variables
+        if list(map(id, known)) != list(map(id, variables)) or not known:
+            self._accumulator = GradientAccumulator(
+                variables, self._accumulator_dtype
+            )
+        return self._accumulator
+
+    def _build_loss_scale(self):
+        """Makes the variables of a `LossScaleOptimizer`, if it is one.
+
+        Without them it scales by a constant, which would be traced as such. All
+        other optimizers are left for Keras to build at the first update.
+        """
+        optimizer = self.optimizer
+        if (
+            isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+            and not optimizer.built
+        ):
+            with (
+                tf.init_scope(),
+                keras.name_scope(optimizer.name, caller=optimizer),
+            ):
+                optimizer.build(self.trainable_weights)
+
+    def _loss_tracker_of_windows(self):
+        if not isinstance(compat.loss_tracker(self), WindowLoss):
+            with tf.init_scope():
+                compat.set_loss_tracker(self, WindowLoss())
+        return compat.loss_tracker(self)
+
+    def _warn_once(self, message):
+        if message not in self._warned:
+            self._warned = (*self._warned, message)
+            warnings.warn(message, stacklevel=3)
+
+
+# Whether a micro-batch is its window's first is known on the device alone.
+UNKNOWN = "unknown"
+
+
+class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
+    """A `keras.Model` that updates once per window of k micro-batches.
+
+    Train as if the batch were k times larger than what the device can hold, by
+    changing the class and nothing else. After every update the weights and the
+    optimizer's state are those that the concatenated batch would have given,
+    up to rounding. As ordinary code:
+
+    ```python
+    for x, y in window:  # k micro-batches
+        loss, gradient = loss_and_gradient(x, y)
+        total, weight = total + len(x) * gradient, weight + len(x)
+    optimizer.apply(total / weight)
+    ```
+
+    The real thing takes in place of `len(x)` what the loss was divided by, so
+    that masks, sample weights and uneven micro-batches come out right, and
+    compiles the steps for the device.
+
+    The optimizer and all that hangs on it, learning-rate schedules, EMA, weight
+    decay, clipping and constraints, see updates, never micro-batches. So do
+    `optimizer.iterations`.
+
+    Args:
+        *args: As for `keras.Model`: `inputs` and `outputs` of a functional
+            model, or nothing if you subclass.
+        accum_steps: Micro-batches per window, k: a positive int, or a function
+            that gets the number of updates so far, an int, and returns one. It
+            is called on the host when a window begins. 1 is `keras.Model`
+            itself, without buffers. May be set at any time.
+        partial_window: What becomes of a window that the epoch's end cuts
+            short. `"flush"`: it makes an update, with its true weight, before
+            validation. `"carry"`: the next epoch goes on with it, and so does
+            the next `fit`. `"drop"`: it is forgotten.
+        accumulator_dtype: Dtype of the buffers, as a string. `None` stands for
+            float32, or the variable's dtype if that is wider.
+        **kwargs: As for `keras.Model`.
+
+    Raises:
+        TypeError: If `accum_steps` is neither an integer nor a function.
+        ValueError: If `accum_steps` is less than 1, `partial_window` is
+            unknown, or `accumulator_dtype` is no float dtype.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((32,))
+    outputs = keras.layers.Dense(10)(inputs)
+    model = keras_accum.GradientAccumulationModel(
+        inputs, outputs, accum_steps=8
+    )
+    model.compile(
+        optimizer="adam",
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.fit(x, y, batch_size=4)  # trains as if with batch_size=32
+    ```
+    """
+
+    def __init__(
+        self,
+        *args,
+        accum_steps: AccumSteps = 1,
+        partial_window: str = "flush",
+        accumulator_dtype: str | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(
+            *args,
+            accum_steps=accum_steps,
+            partial_window=partial_window,
+            accumulator_dtype=accumulator_dtype,
+            **kwargs,
+        )
+
+
+def is_one(accum_steps):
+    """Whether every micro-batch is a window."""
+    return not callable(accum_steps) and accum_steps == 1
+
+
+def serialize_accum_steps(accum_steps):
+    """`accum_steps` as it stands in a configuration."""
+    if callable(accum_steps):
+        return keras.saving.serialize_keras_object(accum_steps)
+    return int(accum_steps)
+
+
+def check_optimizer(optimizer):
+    """Raises a `ValueError` if the optimizer accumulates by itself."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    for part in [optimizer, inner, *getattr(optimizer, "optimizers", [])]:
+        steps = getattr(part, "gradient_accumulation_steps", None)
+        if steps:
+            raise ValueError(
+                "`optimizer` must not have `gradient_accumulation_steps` set, "
+                "since it would accumulate a second time. Received: "
+                f"gradient_accumulation_steps={steps}. Leave it out; "
+                "`accum_steps` of the model does what it is for."
+            )
+
+
+# The package's name makes it unique; legacy .h5 files know the bare name.
+keras.saving.register_keras_serializable("keras_accum")(
+    GradientAccumulationModel
+)
+keras.saving.get_custom_objects()["GradientAccumulationModel"] = (
+    GradientAccumulationModel
+)

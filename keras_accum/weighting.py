@@ -1,0 +1,152 @@
+"""How much a micro-batch counts, from its losses, masks and sample weights.
+
+A loss is a numerator over a denominator. The loss of a window is the sum of its
+micro-batches' numerators over the sum of their denominators, so a micro-batch
+counts by its denominator:
+
+| `Loss.reduction` | denominator |
+| --- | --- |
+| "sum_over_batch_size", "mean" | number of entries, or of unmasked entries |
+| "mean_with_sample_weight" | sum of the sample weights of these |
+| "sum", "none", None | there is none: gradients just add up |
+
+Mean of means, the usual way, is off by as much as the denominators differ.
+"""
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from keras_accum import compat
+
+SUM_REDUCTIONS = ("sum", "none", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Denominator:
+    """What one loss of one micro-batch is divided by.
+
+    Attributes:
+        value: A float scalar.
+        source: What the value follows from. Denominators of equal source are
+            proportional to each other from micro-batch to micro-batch.
+    """
+
+    value: tf.Tensor
+    source: tuple
+
+
+# The source of a denominator that is a constant times the number of rows.
+ROWS = ("rows",)
+
+
+def number_of_rows(x) -> tf.Tensor:
+    """Rows of a batch: the length of its first tensor; an int32 scalar."""
+    first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
+    return tf.shape(first)[0]
+
+
+def is_sum(losses) -> bool:
+    """Whether all of `losses`, as given to `compile`, are sums, not means."""
+    leaves = [leaf for leaf in keras.tree.flatten(losses) if leaf is not None]
+    return bool(leaves) and all(
+        isinstance(leaf, keras.Loss) and leaf.reduction in SUM_REDUCTIONS
+        for leaf in leaves
+    )
+
+
+def loss_denominator(loss, y_true, y_pred, sample_weight, rows):
+    """The `Denominator` of one loss, or None if it is a sum.
+
+    Mirrors `keras.Loss.__call__` up to the point where it divides.
+
+    Args:
+        loss: A `keras.Loss`. For anything else, and for losses that return a
+            scalar, the number of rows is the best guess: most are means.
+        y_true: Labels that the loss sees.
+        y_pred: Outputs that the loss sees.
+        sample_weight: Sample weights that the loss sees, or None.
+        rows: Number of rows of the micro-batch.
+    """
+    by_rows = Denominator(tf.cast(rows, keras.config.floatx()), ROWS)
+    if not isinstance(loss, keras.Loss):
+        return by_rows
+    if loss.reduction in SUM_REDUCTIONS:
+        return None
+    values = loss.call(as_dtype(y_true, loss), as_dtype(y_pred, loss))
+    masks = [compat.keras_mask(y_pred), compat.keras_mask(values)]
+    masks = [mask for mask in masks if mask is not None]
+    if not masks and sample_weight is None:
+        if values.shape.rank == 0:
+            return by_rows
+        return Denominator(count(values, values.dtype), shape_source(values))
+    mask = masks[0] & masks[1] if len(masks) == 2 else next(iter(masks), None)
+    if sample_weight is not None:
+        sample_weight = as_dtype(sample_weight, loss)
+    weight = compat.merge_mask(
+        sample_weight, mask, values.dtype, loss.reduction
+    )
+    values, weight = compat.align_ranks(values, tf.cast(weight, values.dtype))
+    if loss.reduction == "mean_with_sample_weight":
+        return Denominator(
+            tf.reduce_sum(weight), ("weights", *ids(masks, sample_weight))
+        )
+    entries = values * weight
+    if mask is None:
+        return Denominator(count(entries, values.dtype), shape_source(entries))
+    # The sum over the unmasked, times total / valid, over all entries.
+    repeats = tf.math.divide_no_nan(
+        count(entries, values.dtype), count(mask, values.dtype)
+    )
+    valid = tf.reduce_sum(tf.cast(mask, values.dtype))
+    return Denominator(valid * repeats, ("mask", *ids(masks)))
+
+
+def total_weight(denominators):
+    """The weight of a micro-batch, from the `Denominator`s of its losses.
+
+    Returns:
+        The sum of the denominators, which is right where they are proportional
+        to each other, or None where all of the losses are sums.
+    """
+    values = [d.value for d in denominators if d is not None]
+    return tf.add_n([tf.cast(v, values[0].dtype) for v in values]) if values else None
+
+
+def is_exact(denominators, has_row_means) -> bool:
+    """Whether one weight per micro-batch fits all of its losses.
+
+    Args:
+        denominators: The `Denominator`s of the losses, None for a sum.
+        has_row_means: Whether there are losses besides, such as activity
+            regularizers and `add_loss`, that are means over the rows.
+    """
+    sources = {None if d is None else d.source for d in denominators}
+    if has_row_means:
+        sources.add(ROWS)
+    return len(sources) <= 1
+
+
+def as_dtype(values, loss):
+    """`values` as tensors of the loss's dtype, as a loss converts them."""
+    return keras.tree.map_structure(
+        lambda value: keras.ops.convert_to_tensor(value, dtype=loss.dtype),
+        values,
+    )
+
+
+def count(values, dtype):
+    """Number of entries of a tensor."""
+    return tf.cast(tf.size(values), dtype)
+
+
+def shape_source(values):
+    """Source of a denominator that is the number of entries of `values`."""
+    inner = values.shape[1:]
+    return ROWS if inner.is_fully_defined() else ("size", id(values))
+
+
+def ids(*tensors):
+    """Identities of tensors: the same mask gives the same denominator."""
+    return tuple(id(tensor) for tensor in keras.tree.flatten(tensors))

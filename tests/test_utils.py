@@ -1,0 +1,162 @@
+"""Models, micro-batches and the yardstick that the tests share."""
+
+import re
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_accum
+
+FEATURES, CLASSES = 6, 3
+
+
+def mlp(cls=keras.Model, regularizer=None, dtype=None, **kwargs):
+    """A functional classifier with the same initial weights at every call."""
+    keras.utils.set_random_seed(7)
+    inputs = keras.Input((FEATURES,))
+    hidden = keras.layers.Dense(
+        8, activation="tanh", kernel_regularizer=regularizer, dtype=dtype
+    )(inputs)
+    outputs = keras.layers.Dense(CLASSES, dtype=dtype)(hidden)
+    return cls(inputs, outputs, **kwargs)
+
+
+def accumulating(build=mlp, accum_steps=4, **kwargs):
+    """`build` with `GradientAccumulationModel`."""
+    return build(
+        keras_accum.GradientAccumulationModel, accum_steps=accum_steps, **kwargs
+    )
+
+
+def crossentropy(**kwargs):
+    """The loss that goes with `mlp`."""
+    return keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, **kwargs
+    )
+
+
+def microbatches(sizes, seed=0, dtype="float32"):
+    """Pairs `(x, y)` for `mlp`, of these numbers of rows."""
+    rng = np.random.default_rng(seed)
+    return [
+        (
+            rng.normal(size=(size, FEATURES)).astype(dtype),
+            rng.integers(0, CLASSES, size),
+        )
+        for size in sizes
+    ]
+
+
+def concatenate(batches):
+    """One batch of the rows of all; None stays None."""
+    return keras.tree.map_structure(
+        lambda *leaves: None if leaves[0] is None else np.concatenate(leaves),
+        *batches,
+        none_is_leaf=True,
+    )
+
+
+def dataset(batches):
+    """A `tf.data.Dataset` of unknown length over batches of any sizes."""
+    spec = keras.tree.map_structure(
+        lambda leaf: tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype),
+        batches[0],
+    )
+
+    def copies():
+        # TensorFlow writes into arrays that a generator hands out.
+        for batch in batches:
+            yield keras.tree.map_structure(np.copy, batch)
+
+    return tf.data.Dataset.from_generator(copies, output_signature=spec)
+
+
+def train_on(model, batches):
+    """Calls `train_on_batch` for each batch of `(x, y[, sample_weight])`."""
+    for batch in batches:
+        model.train_on_batch(*batch)
+
+
+def all_state(model):
+    """Weights and optimizer variables, as float64 arrays."""
+    variables = model.weights + model.optimizer.variables
+    return [np.asarray(v.numpy(), "float64") for v in variables]
+
+
+class TestCase(tf.test.TestCase):
+    """Compares a model with one trained on the concatenated batches."""
+
+    def assertSameWeights(self, actual, expected, initial, tolerance=1e-5):
+        """Compares weights, in units of how far they moved.
+
+        Rounding makes each gradient wrong by some units in its last place, so
+        the error grows with the way; 1e-5 leaves float32 about 100 of these.
+        """
+        moved = norm(
+            [e - i for e, i in zip(expected, initial, strict=True)]
+        )
+        apart = norm([a - e for a, e in zip(actual, expected, strict=True)])
+        self.assertGreater(moved, 0.0)
+        self.assertLessEqual(apart / moved, tolerance)
+
+    def assertTrainsAlike(
+        self,
+        build,
+        compile_args,
+        windows,
+        tolerance=1e-5,
+        slots_tolerance=None,
+        **kwargs,
+    ):
+        """Trains on windows of micro-batches, and on what they concatenate to.
+
+        Args:
+            build: Function of a model class and keywords.
+            compile_args: Function that makes the keywords of `compile`.
+            windows: List of lists of batches.
+            tolerance: As for `assertSameWeights`.
+            slots_tolerance: Relative, for the optimizer's variables.
+            **kwargs: For `GradientAccumulationModel`.
+        """
+        expected, actual = build(keras.Model), accumulating(build, **kwargs)
+        initial = [w.astype("float64") for w in expected.get_weights()]
+        self.assertAllClose(initial, actual.get_weights(), 0, 0)
+        expected.compile(**compile_args())
+        actual.compile(**compile_args())
+        for window in windows:
+            actual.accum_steps = len(window)
+            train_on(actual, window)
+            train_on(expected, [concatenate(window)])
+        self.assertSameWeights(
+            actual.get_weights(), expected.get_weights(), initial, tolerance
+        )
+        pairs = zip(
+            actual.optimizer.variables,
+            expected.optimizer.variables,
+            strict=True,
+        )
+        for mine, theirs in pairs:
+            # Keras numbers layers and optimizers: "dense_1" and "dense_2".
+            self.assertEqual(unnumbered(mine.path), unnumbered(theirs.path))
+            scale = np.abs(theirs.numpy()).max() + 1e-30
+            self.assertAllClose(
+                mine.numpy() / scale,
+                theirs.numpy() / scale,
+                rtol=0,
+                atol=slots_tolerance or 10 * tolerance,
+                msg=mine.path,
+            )
+        return actual, expected
+
+
+def unnumbered(name):
+    """`name` without the numbers that make it unique."""
+    return re.sub(r"_?\d+", "", name)
+
+
+def norm(arrays):
+    """Euclidean norm of a list of arrays."""
+    return float(
+        np.sqrt(sum(np.sum(np.square(a.astype("float64"))) for a in arrays))
+    )
