@@ -1,9 +1,11 @@
 """The buffers that gather a window's gradients, and the arithmetic on them."""
 
-import keras
-import tensorflow as tf
+import concurrent.futures
 
 from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
 
 # What a gradient may be: dense, rows of an embedding, or missing.
 Gradient = tf.Tensor | tf.IndexedSlices | None
@@ -79,10 +81,25 @@ def after_everything_so_far(gradients):
         for op in tf.compat.v1.get_default_graph().get_operations()
         if op.op_def is not None and op.op_def.is_stateful
     ]
-    tensors = tf.nest.flatten(gradients, expand_composites=True)
-    ready = [tensor for tensor in tensors if tensor is not None]
+    ready = [
+        gradient.values
+        if isinstance(gradient, tf.IndexedSlices)
+        else tf.convert_to_tensor(gradient)
+        for gradient in gradients
+        if gradient is not None
+    ]
     with tf.control_dependencies(stateful + ready):
         return [tf.no_op()]
+
+
+def outside_of_tracing(make):
+    """Returns `make()`, called where no function is being traced.
+
+    `tf.init_scope` leaves the graph, but not the rule of `tf.function` that
+    variables are made in its first call alone. A thread has a scope of its own.
+    """
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(make).result()
 
 
 class GradientAccumulator:
@@ -135,9 +152,12 @@ class GradientAccumulator:
         # The divisor of a float64 sum must not be rounded to float32.
         dtypes = [self._buffer_dtype(index) for index in range(len(self))]
         widest = tf.float64 if tf.float64 in dtypes else tf.float32
-        with tf.init_scope():
-            self._weight = tf.Variable(0.0, dtype=widest, trainable=False)
-            self._count = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._weight, self._count = outside_of_tracing(
+            lambda: (
+                tf.Variable(0.0, dtype=widest, trainable=False),
+                tf.Variable(0, dtype=tf.int64, trainable=False),
+            )
+        )
 
     def __len__(self) -> int:
         return len(self._variables)
@@ -187,6 +207,7 @@ class GradientAccumulator:
         """
         gradients = list(gradients)
         check_lengths(gradients, self._variables)
+        self._make_buffers(gradients)
         with tf.control_dependencies(after_everything_so_far(gradients)):
             for index, gradient in enumerate(gradients):
                 self._add_one(index, gradient, weight, first)
@@ -233,28 +254,41 @@ class GradientAccumulator:
         clear(self._count, True)
 
     def _add_one(self, index, gradient, weight, first):
+        buffer = self._buffers[index]
         if gradient is None:
-            if self._buffers[index] is not None:
-                clear(self._buffers[index], first)
+            if buffer is not None:
+                clear(buffer, first)
             return
-        buffer = self._buffer(index)
-        gradient = weighted(
-            gradient, 1.0 if weight is None else weight, buffer.dtype
-        )
+        weight = 1.0 if weight is None else weight
+        gradient = weighted(gradient, weight, buffer.dtype)
         if isinstance(gradient, tf.IndexedSlices):
             add_rows(buffer, gradient, first)
         else:
             add_dense(buffer, gradient, first)
 
-    def _buffer(self, index):
-        if self._buffers[index] is None:
-            shape = self._variables[index].shape
-            dtype = self._buffer_dtype(index)
-            with tf.init_scope():
-                self._buffers[index] = tf.Variable(
-                    tf.zeros(shape, dtype), trainable=False, name="gradient_sum"
+    def _make_buffers(self, gradients):
+        """Makes the buffers of variables that get their first gradient."""
+        missing = [
+            index
+            for index, gradient in enumerate(gradients)
+            if gradient is not None and self._buffers[index] is None
+        ]
+        if not missing:
+            return
+        made = outside_of_tracing(
+            lambda: [
+                tf.Variable(
+                    tf.zeros(
+                        self._variables[index].shape, self._buffer_dtype(index)
+                    ),
+                    trainable=False,
+                    name="gradient_sum",
                 )
-        return self._buffers[index]
+                for index in missing
+            ]
+        )
+        for index, buffer in zip(missing, made, strict=True):
+            self._buffers[index] = buffer
 
     def _buffer_dtype(self, index):
         return buffer_dtype(self._variables[index].dtype, self._dtype)

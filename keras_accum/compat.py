@@ -12,6 +12,7 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
 from keras.src.losses import loss as loss_module
 from keras.src.models.functional import Functional
+from keras.src.utils import python_utils
 from keras.src.utils.tracking import DotNotTrackScope
 
 
@@ -132,6 +133,15 @@ def map_compiled_losses(compiled, function, y, y_pred, sample_weight):
 def is_built(compiled) -> bool:
     """Whether `compiled` has met its first batch."""
     return bool(compiled.built)
+
+
+def keeps_automatic_config(get_config):
+    """Marks an override of `get_config` that only adds to Keras's.
+
+    Keras writes the configuration of a subclass from the arguments of its
+    constructor, unless the subclass has a `get_config` without this mark.
+    """
+    return python_utils.default(get_config)
 
 
 class _Leaf:

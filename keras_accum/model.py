@@ -237,9 +237,10 @@ class GradientAccumulationMixin:
     def update_step(self) -> None:
         """Ends the window: gives the mean gradient to the optimizer."""
         accumulator = self._gradient_accumulator()
-        self.optimizer.apply_gradients(
-            zip(accumulator.mean(), accumulator.variables, strict=True)
-        )
+        if accumulator.variables:
+            self.optimizer.apply_gradients(
+                zip(accumulator.mean(), accumulator.variables, strict=True)
+            )
         # The next micro-batch starts the buffers afresh.
         accumulator.forget()
         self._loss_tracker_of_windows().close()
@@ -308,6 +309,7 @@ class GradientAccumulationMixin:
             return own
         return own + [keep_unless(tf.logical_not(first), loss) for loss in shared]
 
+    @compat.keeps_automatic_config
     def get_config(self) -> dict:
         """The configuration; with this class's arguments if functional."""
         config = super().get_config()

@@ -28,18 +28,18 @@ def make_update_function(model):
     Returns:
         A function without arguments, for the host: in cross-replica context.
     """
-    program = compile_for_replica(model, model.update_step)
+    # A program knows the buffers that there were when it was traced.
+    program = compile_for_replica(model, lambda buffers: model.update_step())
 
     @tf.autograph.experimental.do_not_convert
-    def update():
-        model.distribute_strategy.run(program)
+    def update(buffers):
+        model.distribute_strategy.run(program, args=(buffers,))
         model._window.complete()
 
-    if model.run_eagerly:
-        return update
-    traced = tf.function(update)
-    # Keras would save a `tf.function` that it found on the model.
-    return lambda: traced()
+    if not model.run_eagerly:
+        update = tf.function(update)
+    # Not the `tf.function` itself: Keras would save it with the model.
+    return lambda: update(model._number_of_buffers())
 
 
 def make_train_function(model, update):

@@ -57,8 +57,12 @@ def concatenate(batches):
     )
 
 
-def dataset(batches):
-    """A `tf.data.Dataset` of unknown length over batches of any sizes."""
+def dataset(batches, known_length=False):
+    """A `tf.data.Dataset` over batches of any sizes.
+
+    Plain Keras counts an update too many, in `iterations`, when it runs into
+    the end of a dataset of unknown length: references need a known one.
+    """
     spec = keras.tree.map_structure(
         lambda leaf: tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype),
         batches[0],
@@ -69,7 +73,11 @@ def dataset(batches):
         for batch in batches:
             yield keras.tree.map_structure(np.copy, batch)
 
-    return tf.data.Dataset.from_generator(copies, output_signature=spec)
+    result = tf.data.Dataset.from_generator(copies, output_signature=spec)
+    if known_length:
+        cardinality = tf.data.experimental.assert_cardinality(len(batches))
+        result = result.apply(cardinality)
+    return result
 
 
 def train_on(model, batches):

@@ -1,0 +1,192 @@
+"""Time of a window, over the time of other ways to get there.
+
+    python -m benchmarks.window_time
+
+Five ways to train on k micro-batches, in turn, round after round in one
+process, so that a busy machine slows all of them alike. The figures to quote
+are the medians over the rounds of the ratios, not the times.
+
+* window: `GradientAccumulationModel`, one update.
+* ideal: k programs that only return the gradient, and one that only updates.
+* plain: `keras.Model`, k updates.
+* keras: Keras's `gradient_accumulation_steps=k`, one update.
+* one: `GradientAccumulationModel(accum_steps=1)`, k updates.
+
+All are fed by the same `tf.data` pipeline, compiled by XLA, and called through
+the train function that `fit` calls.
+"""
+
+import itertools
+import statistics
+import time
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from absl import app
+from absl import flags
+
+import keras_accum
+
+FEATURES, CLASSES = 1024, 10
+LAYERS = (2048, 2048, 1200)
+
+_ROWS = flags.DEFINE_integer("rows", 4, "Rows of a micro-batch.")
+_ACCUM_STEPS = flags.DEFINE_integer("accum_steps", 8, "Micro-batches, k.")
+_ROUNDS = flags.DEFINE_integer("rounds", 21, "Rounds that are timed.")
+_JIT_COMPILE = flags.DEFINE_bool("jit_compile", True, "Whether XLA compiles.")
+
+
+def multilayer_perceptron(cls: type[keras.Model], **kwargs) -> keras.Model:
+    """A classifier of 8.8 million parameters, compiled with Adam."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((FEATURES,))
+    hidden = inputs
+    for units in LAYERS:
+        hidden = keras.layers.Dense(units, activation="relu")(hidden)
+    outputs = keras.layers.Dense(CLASSES)(hidden)
+    return cls(inputs, outputs, **kwargs)
+
+
+def compile_model(model: keras.Model, **optimizer_args) -> keras.Model:
+    """Compiles `model` in place; the optimizer's variables are made."""
+    optimizer = keras.optimizers.Adam(1e-4, **optimizer_args)
+    optimizer.build(model.trainable_variables)
+    model.compile(
+        optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=_JIT_COMPILE.value,
+    )
+    return model
+
+
+def batches() -> tf.data.Iterator:
+    """An endless iterator over one micro-batch."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(_ROWS.value, FEATURES)).astype("float32")
+    y = rng.integers(0, CLASSES, _ROWS.value)
+    return iter(tf.data.Dataset.from_tensors((x, y)).cache().repeat())
+
+
+def through_train_function(model: keras.Model) -> Callable[[], None]:
+    """Calls the train function k times, as `fit` does."""
+    model.make_train_function()
+    iterator = batches()
+
+    def run():
+        for _ in range(_ACCUM_STEPS.value):
+            model.train_function(iterator)
+
+    return run
+
+
+def ideal() -> Callable[[], None]:
+    """What is left when nothing is accumulated: the floor for a window."""
+    model = compile_model(multilayer_perceptron(keras.Model))
+    variables = model.trainable_variables
+    iterator = batches()
+    jit_compile = _JIT_COMPILE.value or None
+
+    @tf.function(jit_compile=jit_compile)
+    def gradient(x, y):
+        with tf.GradientTape() as tape:
+            y_pred = model(x, training=True)
+            loss = model.compute_loss(x, y, y_pred)
+        return tape.gradient(loss, variables)
+
+    @tf.function
+    def forward_and_backward(iterator):
+        return gradient(*iterator.get_next())
+
+    @tf.function(jit_compile=jit_compile)
+    def update(gradients):
+        model.optimizer.apply(gradients, variables)
+
+    def run():
+        for _ in range(_ACCUM_STEPS.value):
+            gradients = forward_and_backward(iterator)
+        update(gradients)
+
+    return run
+
+
+def contestants() -> dict[str, Callable[[], None]]:
+    """Name: a function that trains on one window's micro-batches."""
+    ours = keras_accum.GradientAccumulationModel
+    steps = _ACCUM_STEPS.value
+    return {
+        "window": through_train_function(
+            compile_model(multilayer_perceptron(ours, accum_steps=steps))
+        ),
+        "ideal": ideal(),
+        "plain": through_train_function(
+            compile_model(multilayer_perceptron(keras.Model))
+        ),
+        "keras": through_train_function(
+            compile_model(
+                multilayer_perceptron(keras.Model),
+                gradient_accumulation_steps=steps,
+            )
+        ),
+        "one": through_train_function(
+            compile_model(multilayer_perceptron(ours, accum_steps=1))
+        ),
+    }
+
+
+def seconds(function: Callable[[], None]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def in_turn(
+    functions: dict[str, Callable[[], None]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round; the order turns with the rounds.
+
+    Two rounds before that are not counted: they trace and compile.
+    """
+    names = list(functions)
+    times = {name: [] for name in names}
+    for index in range(rounds + 2):
+        turned = itertools.islice(
+            itertools.cycle(names), index, index + len(names)
+        )
+        for name in turned:
+            elapsed = seconds(functions[name])
+            if index >= 2:
+                times[name].append(elapsed)
+    return times
+
+
+def ratio(times: dict[str, list[float]], top: str, bottom: str) -> str:
+    """Median over the rounds of `top / bottom`, and the middle half."""
+    ratios = [a / b for a, b in zip(times[top], times[bottom], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f}  ({low:.3f} to {high:.3f})"
+
+
+def main(argv):
+    """Prints the times and the ratios."""
+    del argv
+    times = in_turn(contestants(), _ROUNDS.value)
+    print(f"{'':8}{'median ms':>10}{'least ms':>10}")
+    for name, each in times.items():
+        median, least = 1e3 * statistics.median(each), 1e3 * min(each)
+        print(f"{name:8}{median:10.1f}{least:10.1f}")
+    for top, bottom in (
+        ("window", "keras"),
+        ("window", "plain"),
+        ("window", "ideal"),
+        ("one", "plain"),
+    ):
+        print(f"{top} / {bottom}: {ratio(times, top, bottom)}")
+
+
+if __name__ == "__main__":
+    app.run(main)

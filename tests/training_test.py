@@ -1,0 +1,735 @@
+"""Everything that `fit` offers, with windows in it."""
+
+import os
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from absl.testing import parameterized
+
+import keras_accum
+from tests import test_utils
+
+K, ROWS, WINDOWS = 4, 6, 3
+
+
+def data(seed=0):
+    return test_utils.microbatches([ROWS] * K * WINDOWS, seed)
+
+
+class Batches(keras.utils.PyDataset):
+    """Micro-batches as a `PyDataset`."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def generator(batches):
+    while True:
+        for batch in batches:
+            yield keras.tree.map_structure(np.copy, batch)
+
+
+# Name: what `fit` gets, from the batches.
+INPUTS = {
+    "tf_data": lambda batches: {
+        "x": tf.data.Dataset.from_tensor_slices(
+            tuple(map(np.stack, zip(*batches, strict=True)))
+        )
+    },
+    "unknown_length": lambda batches: {"x": test_utils.dataset(batches)},
+    "known_length": lambda batches: {"x": test_utils.dataset(batches, True)},
+    "repeated": lambda batches: {
+        "x": test_utils.dataset(batches).repeat(),
+        "steps_per_epoch": len(batches),
+    },
+    "numpy": lambda batches: dict(
+        zip("xy", test_utils.concatenate(batches), strict=True),
+        batch_size=len(batches[0][0]),
+    ),
+    "generator": lambda batches: {
+        "x": generator(batches),
+        "steps_per_epoch": len(batches),
+    },
+    "py_dataset": lambda batches: {"x": Batches(batches)},
+}
+
+MODES = {
+    "graph": {},
+    "xla": {"jit_compile": True},
+    "auto": {"jit_compile": "auto"},
+    "eager": {"run_eagerly": True},
+    "loop": {"steps_per_execution": 5},
+    "loop_xla": {"steps_per_execution": 7, "jit_compile": True},
+    "loop_eager": {"steps_per_execution": 5, "run_eagerly": True},
+    "loop_of_all": {"steps_per_execution": 100},
+}
+
+
+def fit(model, batches, unrolled=1, epochs=2, **compile_args):
+    """Compiles and fits; returns the history as a dict."""
+    inputs = compile_args.pop("inputs", "unknown_length")
+    model.compile(
+        keras.optimizers.Adam(0.01),
+        loss=test_utils.crossentropy(),
+        metrics=["accuracy"],
+        weighted_metrics=["accuracy"],
+        **compile_args,
+    )
+    model.unrolled_steps_per_execution = unrolled
+    return model.fit(
+        epochs=epochs, shuffle=False, verbose=0, **INPUTS[inputs](batches)
+    ).history
+
+
+class FitTest(test_utils.TestCase, parameterized.TestCase):
+    def assertFitsAlike(self, batches, **kwargs):
+        expected, actual = test_utils.mlp(), test_utils.accumulating()
+        initial = expected.get_weights()
+        large = [
+            test_utils.concatenate(batches[i : i + K])
+            for i in range(0, len(batches), K)
+        ]
+        expected_history = fit(expected, large, inputs="known_length")
+        history = fit(actual, batches, **kwargs)
+        self.assertSameWeights(
+            actual.get_weights(), expected.get_weights(), initial
+        )
+        self.assertAllClose(history, expected_history, rtol=1e-5)
+        self.assertEqual(
+            int(actual.optimizer.iterations), 2 * WINDOWS
+        )
+
+    @parameterized.named_parameters((name, name) for name in INPUTS)
+    def test_inputs(self, name):
+        self.assertFitsAlike(data(), inputs=name)
+
+    @parameterized.named_parameters((name, name) for name in MODES)
+    def test_modes(self, name):
+        self.assertFitsAlike(data(), **MODES[name])
+
+    @parameterized.product(steps=(2, 5), unrolled=(2, 3, 200))
+    def test_unrolled_loops(self, steps, unrolled):
+        self.assertFitsAlike(
+            data(), steps_per_execution=steps, unrolled=unrolled
+        )
+
+    @parameterized.parameters("graph", "xla", "eager", "loop", "loop_xla")
+    def test_uneven_microbatches_and_partial_windows(self, mode):
+        sizes = [8, 1, 1, 7, 2, 9, 5, 5, 3, 4]
+        self.assertFitsAlike(test_utils.microbatches(sizes), **MODES[mode])
+
+    def test_sample_weight(self):
+        rng = np.random.default_rng(0)
+        batches = [
+            (x, y, rng.uniform(0, 2, len(x)).astype("float32"))
+            for x, y in data()
+        ]
+        self.assertFitsAlike(batches)
+
+    def test_numpy_with_validation_and_sample_weight(self):
+        x, y = test_utils.concatenate(data())
+        weight = np.linspace(0, 2, len(x)).astype("float32")
+        histories = []
+        for model, batch_size in (
+            (test_utils.mlp(), K * ROWS),
+            (test_utils.accumulating(), ROWS),
+        ):
+            model.compile("adam", loss=test_utils.crossentropy())
+            histories.append(
+                model.fit(
+                    x,
+                    y,
+                    batch_size,
+                    3,
+                    0,
+                    sample_weight=weight,
+                    validation_split=0.25,
+                    shuffle=False,
+                ).history
+            )
+        self.assertAllClose(*histories, rtol=1e-5)
+
+    def test_nested_inputs_and_outputs(self):
+        def build(cls, **kwargs):
+            keras.utils.set_random_seed(7)
+            inputs = {
+                "a": keras.Input((4,), name="a"),
+                "b": keras.Input((2,), name="b"),
+            }
+            both = keras.layers.Concatenate()(list(inputs.values()))
+            outputs = [
+                keras.layers.Dense(1)(both),
+                keras.layers.Dense(2)(both),
+            ]
+            return cls(inputs, outputs, **kwargs)
+
+        rng = np.random.default_rng(0)
+
+        def batch(rows):
+            x = {"a": rng.normal(size=(rows, 4)), "b": rng.normal(size=(rows, 2))}
+            return x, [rng.normal(size=(rows, 1)), rng.normal(size=(rows, 2))]
+
+        self.assertTrainsAlike(
+            build,
+            lambda: {
+                "optimizer": "sgd",
+                "loss": ["mse", "mae"],
+                "loss_weights": [1.0, 3.0],
+            },
+            [[batch(rows) for rows in (5, 3, 1)] for _ in range(3)],
+        )
+
+    def test_reported_loss_of_masked_outputs(self):
+        def build(cls, **kwargs):
+            keras.utils.set_random_seed(7)
+            tokens = keras.Input((12,), dtype="int32")
+            hidden = keras.layers.Embedding(9, 4, mask_zero=True)(tokens)
+            return cls(tokens, keras.layers.Dense(5)(hidden), **kwargs)
+
+        rng = np.random.default_rng(0)
+        batches = []
+        for length in [12, 3, 2, 1] * 3:
+            tokens = rng.integers(1, 9, (2, 12))
+            tokens[:, length:] = 0
+            batches.append((tokens, tokens % 5))
+        large = [
+            test_utils.concatenate(batches[i : i + 4]) for i in (0, 4, 8)
+        ]
+        losses = []
+        for model, each in (
+            (build(keras.Model), large),
+            (test_utils.accumulating(build), batches),
+        ):
+            model.compile("sgd", loss=test_utils.crossentropy())
+            batches_of_each = test_utils.dataset(each, known_length=True)
+            history = model.fit(batches_of_each, epochs=2, verbose=0)
+            losses.append(history.history["loss"])
+        self.assertAllClose(*losses, rtol=1e-6)
+
+    @parameterized.parameters("sum", "mean", "mean_with_sample_weight", None)
+    def test_reported_loss_of_every_reduction(self, reduction):
+        batches = test_utils.microbatches([8, 1, 1, 7, 2, 9, 5, 5])
+        large = [test_utils.concatenate(batches[i : i + 4]) for i in (0, 4)]
+        regularizer = None if reduction is None else "l2"
+        losses = []
+        for model, each in (
+            (test_utils.mlp(regularizer=regularizer), large),
+            (test_utils.accumulating(regularizer=regularizer), batches),
+        ):
+            model.compile(
+                "sgd", loss=test_utils.crossentropy(reduction=reduction)
+            )
+            batches_of_each = test_utils.dataset(each, known_length=True)
+            history = model.fit(batches_of_each, epochs=2, verbose=0)
+            losses.append(history.history["loss"])
+        self.assertAllClose(*losses, rtol=1e-6)
+
+    def test_subclassed_unbuilt_model(self):
+        class Net(keras_accum.GradientAccumulationModel):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.dense = keras.layers.Dense(
+                    8, activation="tanh", kernel_initializer="ones"
+                )
+                self.norm = keras.layers.BatchNormalization()
+                self.drop = keras.layers.Dropout(0.1)
+                self.out = keras.layers.Dense(3)
+
+            def call(self, inputs, training=False):
+                hidden = self.norm(self.dense(inputs), training=training)
+                return self.out(self.drop(hidden, training=training))
+
+        for mode in MODES.values():
+            model = Net(accum_steps=2)
+            fit(model, data(), **mode)
+            self.assertEqual(
+                int(model.optimizer.iterations), 2 * WINDOWS * K // 2
+            )
+
+    def test_no_trainable_weights(self):
+        model = test_utils.accumulating()
+        model.trainable = False
+        model.compile("sgd", loss=test_utils.crossentropy())
+        with self.assertWarnsRegex(UserWarning, "any trainable weights"):
+            model.train_on_batch(*data()[0])
+
+
+class OneTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.named_parameters((name, name) for name in MODES)
+    def test_accum_steps_1_is_keras_model_to_the_bit(self, name):
+        results = []
+        for model in (
+            test_utils.mlp(),
+            test_utils.mlp(keras_accum.GradientAccumulationModel),
+        ):
+            history = fit(model, data(), **MODES[name])
+            state = [v.numpy() for v in model.optimizer.variables]
+            results.append((model.get_weights(), state, history))
+        self.assertAllClose(*results, rtol=0, atol=0)
+        self.assertIsNone(model._accumulator)
+
+    def test_train_on_batch(self):
+        results = []
+        for model in (
+            test_utils.mlp(),
+            test_utils.mlp(keras_accum.GradientAccumulationModel),
+        ):
+            model.compile("adam", loss=test_utils.crossentropy())
+            logs = [model.train_on_batch(*batch) for batch in data()]
+            results.append((model.get_weights(), logs))
+        self.assertAllClose(*results, rtol=0, atol=0)
+
+
+class StepTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.parameters(False, True)
+    def test_between_boundaries_nothing_changes(self, jit_compile):
+        model = test_utils.accumulating()
+        model.compile(
+            "adam", loss=test_utils.crossentropy(), jit_compile=jit_compile
+        )
+        changed = []
+        for batch in data():
+            before = model.get_weights()
+            model.train_on_batch(*batch)
+            after = model.get_weights()
+            changed.append(
+                any(
+                    not np.array_equal(b, a)
+                    for b, a in zip(before, after, strict=True)
+                )
+            )
+        self.assertEqual(changed, [False, False, False, True] * WINDOWS)
+
+    def test_train_on_batch_reports_the_micro_batch(self):
+        model, plain = test_utils.accumulating(), test_utils.mlp()
+        plain.compile("sgd", loss=test_utils.crossentropy(), metrics=["acc"])
+        model.compile("sgd", loss=test_utils.crossentropy(), metrics=["acc"])
+        for batch in data()[:K]:
+            expected = plain.test_on_batch(*batch)
+            self.assertAllClose(model.train_on_batch(*batch), expected)
+
+    @parameterized.parameters(False, True)
+    def test_a_loop_of_ones_own(self, in_graph):
+        batches = test_utils.microbatches([8, 7, 5, 3])
+        expected, actual = test_utils.mlp(), test_utils.accumulating()
+        initial = expected.get_weights()
+        for model in (expected, actual):
+            model.compile(
+                "adam",
+                loss=test_utils.crossentropy(reduction="sum"),
+            )
+        step = tf.function(actual.train_step) if in_graph else actual.train_step
+        for _ in range(3):
+            for batch in batches:
+                step(batch)
+            actual.update_step()
+            expected.train_on_batch(*test_utils.concatenate(batches))
+        self.assertSameWeights(
+            actual.get_weights(), expected.get_weights(), initial
+        )
+
+    def test_loop_after_fit(self):
+        batches = test_utils.microbatches([8, 7, 5, 3])
+        expected, actual = test_utils.mlp(), test_utils.accumulating()
+        initial = expected.get_weights()
+        for model in (expected, actual):
+            model.compile("sgd", loss=test_utils.crossentropy())
+        actual.fit(test_utils.dataset(batches), verbose=0)
+        for batch in batches:
+            actual.train_step(batch)
+        actual.flush()
+        for _ in range(2):
+            expected.train_on_batch(*test_utils.concatenate(batches))
+        self.assertSameWeights(
+            actual.get_weights(), expected.get_weights(), initial
+        )
+
+    @parameterized.product(accum_steps=(1, 4), jit_compile=(False, True))
+    def test_train_step_of_ones_own(self, accum_steps, jit_compile):
+        class Mine(keras_accum.GradientAccumulationModel):
+            def train_step(self, batch):
+                x, y = batch
+                with tf.GradientTape() as tape:
+                    loss = self.compute_loss(x, y, self(x, training=True))
+                gradients = tape.gradient(loss, self.trainable_weights)
+                self.accumulate(gradients, tf.shape(x)[0])
+                return {"my_loss": loss, "one": 1.0}
+
+        model = test_utils.mlp(Mine, accum_steps=accum_steps)
+        expected = test_utils.mlp()
+        initial = expected.get_weights()
+        batches = test_utils.microbatches([8, 7, 5, 3] * 3)
+        large = [
+            test_utils.concatenate(batches[i : i + accum_steps])
+            for i in range(0, len(batches), accum_steps)
+        ]
+        for each in (model, expected):
+            each.compile(
+                "adam", loss=test_utils.crossentropy(), jit_compile=jit_compile
+            )
+        history = model.fit(test_utils.dataset(batches), verbose=0).history
+        self.assertEqual(sorted(history), ["my_loss", "one"])
+        test_utils.train_on(expected, large)
+        self.assertSameWeights(
+            model.get_weights(), expected.get_weights(), initial
+        )
+
+    def test_mixin_keeps_the_train_step_behind_it(self):
+        class Theirs(keras.Model):
+            def train_step(self, batch):
+                x, y = batch
+                with tf.GradientTape() as tape:
+                    loss = self.compute_loss(x, y, self(x, training=True))
+                gradients = tape.gradient(loss, self.trainable_weights)
+                self.accumulate(gradients, tf.shape(x)[0])
+                return {"theirs": loss}
+
+        class Mine(keras_accum.GradientAccumulationMixin, Theirs):
+            pass
+
+        model = test_utils.mlp(Mine, accum_steps=2)
+        model.compile("sgd", loss=test_utils.crossentropy())
+        history = model.fit(test_utils.dataset(data()), verbose=0).history
+        self.assertEqual(list(history), ["theirs"])
+        self.assertEqual(int(model.optimizer.iterations), 6)
+
+    def test_train_step_that_updates_is_refused(self):
+        class Mine(keras_accum.GradientAccumulationModel):
+            def train_step(self, batch):
+                x, y = batch
+                with tf.GradientTape() as tape:
+                    loss = self.compute_loss(x, y, self(x, training=True))
+                gradients = tape.gradient(loss, self.trainable_weights)
+                self.optimizer.apply(gradients, self.trainable_weights)
+                return {"loss": loss}
+
+        model = test_utils.mlp(Mine, accum_steps=2)
+        model.compile("sgd", loss=test_utils.crossentropy())
+        with self.assertRaisesRegex(RuntimeError, "`self.accumulate"):
+            model.fit(test_utils.dataset(data()), verbose=0)
+
+
+class ChangeTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.parameters(1, 3)
+    def test_a_change_takes_effect_at_the_next_window(self, steps):
+        traces = []
+
+        class Counted(keras_accum.GradientAccumulationModel):
+            def compute_loss(self, *args, **kwargs):
+                traces.append(1)
+                return super().compute_loss(*args, **kwargs)
+
+        model = test_utils.mlp(Counted, accum_steps=2)
+        model.compile(
+            "sgd", loss=test_utils.crossentropy(), steps_per_execution=steps
+        )
+        dataset = test_utils.dataset(data()).cache()
+        model.fit(dataset, verbose=0)
+        self.assertEqual(int(model.optimizer.iterations), 6)
+        traced = len(traces)
+        model.accum_steps = 4
+        model.fit(dataset, verbose=0)
+        self.assertEqual(int(model.optimizer.iterations), 9)
+        model.accum_steps = 12
+        model.fit(dataset, verbose=0)
+        self.assertEqual(int(model.optimizer.iterations), 10)
+        model.accum_steps = 1
+        model.fit(dataset, verbose=0)
+        self.assertEqual(int(model.optimizer.iterations), 22)
+        self.assertLen(traces, traced)
+
+    def test_a_change_from_a_callback(self):
+        model = test_utils.accumulating(accum_steps=5)
+        model.compile("sgd", loss=test_utils.crossentropy())
+        updates = []
+
+        def change(batch, logs):
+            updates.append(int(model.optimizer.iterations))
+            if batch == 2:
+                model.accum_steps = 3
+
+        model.fit(
+            test_utils.dataset(data()),
+            verbose=0,
+            callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=change)],
+        )
+        # Five in the window that had begun, then threes.
+        self.assertEqual(updates, [0] * 4 + [1] * 3 + [2] * 3 + [3] * 2)
+        self.assertEqual(int(model.optimizer.iterations), 4)
+
+    @parameterized.parameters(1, 5)
+    def test_from_1_during_fit(self, steps):
+        model = test_utils.accumulating(accum_steps=1)
+        model.compile(
+            "sgd", loss=test_utils.crossentropy(), steps_per_execution=steps
+        )
+
+        def change(epoch, logs):
+            model.accum_steps = 4
+
+        model.fit(
+            test_utils.dataset(data(), known_length=True),
+            verbose=0,
+            epochs=2,
+            callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=change)],
+        )
+        self.assertEqual(int(model.optimizer.iterations), 12 + 3)
+
+    @parameterized.parameters("graph", "loop", "eager", "loop_xla")
+    def test_schedule(self, mode):
+        seen = []
+
+        def schedule(updates):
+            seen.append(updates)
+            return min(updates + 1, 4)
+
+        model = test_utils.accumulating(accum_steps=schedule)
+        fit(model, data(), epochs=1, **MODES[mode])
+        # 1 + 2 + 3 + 4 and a partial window of 2.
+        self.assertEqual(seen, [0, 1, 2, 3, 4])
+        self.assertEqual(int(model.optimizer.iterations), 5)
+
+    @parameterized.product(
+        value=(0, 2.5, True, "8"), mode=("graph", "eager", "loop")
+    )
+    def test_schedule_that_returns_nonsense(self, value, mode):
+        model = test_utils.accumulating(accum_steps=lambda updates: value)
+        with self.assertRaisesRegex(
+            (TypeError, ValueError), f"`accum_steps`.*accum_steps\\(0\\)={value!r}"
+        ):
+            fit(model, data(), **MODES[mode])
+
+    def test_schedule_that_raises(self):
+        def schedule(updates):
+            raise KeyError("mine")
+
+        model = test_utils.accumulating(accum_steps=schedule)
+        with self.assertRaisesRegex(KeyError, "mine"):
+            fit(model, data())
+
+    def test_between_int_and_function(self):
+        model = test_utils.accumulating(accum_steps=4)
+        fit(model, data(), epochs=1)
+        model.accum_steps = lambda updates: 6
+        model.fit(test_utils.dataset(data()), verbose=0)
+        model.accum_steps = 3
+        model.fit(test_utils.dataset(data()), verbose=0)
+        self.assertEqual(int(model.optimizer.iterations), 3 + 2 + 4)
+
+
+class GradientsTest(test_utils.TestCase):
+    def test_no_gradient_no_buffer(self):
+        class Half(keras_accum.GradientAccumulationModel):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.used = keras.layers.Dense(3)
+                self.unused = keras.layers.Dense(3)
+
+            def call(self, inputs):
+                self.unused(inputs)
+                return self.used(inputs)
+
+        model = Half(accum_steps=2)
+        model.compile("sgd", loss=test_utils.crossentropy())
+        with self.assertWarnsRegex(UserWarning, "Gradients do not exist"):
+            test_utils.train_on(model, data()[:2])
+        buffers = model._accumulator.buffers
+        self.assertEqual([b is None for b in buffers], [False] * 2 + [True] * 2)
+
+    def test_gradient_that_comes_and_goes(self):
+        class Optional(keras_accum.GradientAccumulationModel):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.first = keras.layers.Dense(3)
+                self.second = keras.layers.Dense(3)
+
+            def build(self, shape):
+                self.first.build((None, 6))
+                self.second.build((None, 6))
+
+            def call(self, inputs):
+                if "b" in inputs:
+                    return self.first(inputs["a"]) + self.second(inputs["b"])
+                return self.first(inputs["a"])
+
+        model = Optional(accum_steps=2)
+        model.build(None)
+        model.compile(keras.optimizers.SGD(1.0), loss="mse")
+        rng = np.random.default_rng(0)
+        a, b, y = rng.normal(size=(3, 4, 6)).astype("float32")
+        y = y[:, :3]
+        without, both = ({"a": a}, y), ({"a": a, "b": b}, y)
+        pattern = [without, without, without, both, both, without, both, both]
+        pattern += [without, both]
+
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Gradients do not exist")
+            for i in range(0, len(pattern), 2):
+                weights = [tf.Variable(w) for w in model.trainable_weights]
+                with tf.GradientTape() as tape:
+                    loss = 0.0
+                    for x, y in pattern[i : i + 2]:
+                        output = x["a"] @ weights[0] + weights[1]
+                        if "b" in x:
+                            output += x["b"] @ weights[2] + weights[3]
+                        loss += tf.reduce_mean((output - y) ** 2) / 2
+                gradients = tape.gradient(
+                    loss, weights, unconnected_gradients="zero"
+                )
+                expected = [
+                    w - g for w, g in zip(weights, gradients, strict=True)
+                ]
+                test_utils.train_on(model, pattern[i : i + 2])
+                self.assertAllClose(
+                    model.get_weights(), expected, rtol=1e-5, atol=1e-6
+                )
+
+    def test_embedding(self):
+        def build(cls, **kwargs):
+            keras.utils.set_random_seed(7)
+            tokens = keras.Input((3,), dtype="int32")
+            hidden = keras.layers.Embedding(50, 4)(tokens)
+            hidden = keras.layers.Flatten()(hidden)
+            return cls(tokens, keras.layers.Dense(3)(hidden), **kwargs)
+
+        rng = np.random.default_rng(0)
+        batches = [
+            [(rng.integers(0, 50, (4, 3)), rng.integers(0, 3, 4))] * 3
+            for _ in range(3)
+        ]
+        for jit_compile in (False, True):
+            self.assertTrainsAlike(
+                build,
+                lambda: {
+                    "optimizer": keras.optimizers.SGD(0.5),
+                    "loss": test_utils.crossentropy(),
+                    "jit_compile": jit_compile,  # noqa: B023
+                },
+                batches,
+            )
+
+
+class FailureTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.parameters("graph", "eager", "loop", "loop_eager")
+    def test_a_failed_step_leaves_the_window_as_it_was(self, mode):
+        def build(cls, **kwargs):
+            keras.utils.set_random_seed(7)
+            tokens = keras.Input((3,), dtype="int32")
+            hidden = keras.layers.Embedding(50, 4)(tokens)
+            hidden = keras.layers.Flatten()(hidden)
+            return cls(tokens, keras.layers.Dense(3)(hidden), **kwargs)
+
+        model = test_utils.accumulating(build, accum_steps=4)
+        model.compile(
+            "sgd", loss=test_utils.crossentropy(), **MODES[mode]
+        )
+        fine = (np.full((2, 3), 7), np.array([0, 1]))
+        bad = (np.full((2, 3), 70), np.array([0, 1]))
+        test_utils.train_on(model, [fine, fine])
+        before = [b.numpy() for b in model._accumulator.buffers]
+        with self.assertRaises(tf.errors.InvalidArgumentError):
+            model.train_on_batch(*bad)
+        self.assertEqual(int(model._window.position), 2)
+        self.assertEqual(int(model._accumulator.count), 2)
+        self.assertAllClose(before, model._accumulator.buffers, 0, 0)
+        test_utils.train_on(model, [fine, fine])
+        self.assertEqual(int(model.optimizer.iterations), 1)
+
+    @parameterized.parameters(1, 3)
+    def test_an_exhausted_iterator_counts_nothing(self, steps):
+        model = test_utils.accumulating(partial_window="carry", accum_steps=7)
+        model.compile(
+            "sgd", loss=test_utils.crossentropy(), steps_per_execution=steps
+        )
+        batches = data()[:5]
+        for epoch in range(1, 8):
+            model.fit(test_utils.dataset(batches), verbose=0)
+            self.assertEqual(int(model._window.position), 5 * epoch % 7)
+            self.assertEqual(int(model._accumulator.count), 5 * epoch % 7)
+            self.assertEqual(int(model.optimizer.iterations), 5 * epoch // 7)
+
+
+class CallbackTest(test_utils.TestCase):
+    def test_every_built_in_callback(self):
+        folder = self.get_temp_dir()
+
+        def callbacks():
+            return [
+                keras.callbacks.BackupAndRestore(f"{folder}/backup"),
+                keras.callbacks.CSVLogger(f"{folder}/log.csv"),
+                keras.callbacks.EarlyStopping("loss", patience=5),
+                keras.callbacks.History(),
+                keras.callbacks.LambdaCallback(),
+                keras.callbacks.LearningRateScheduler(
+                    lambda epoch, rate: 0.5 * rate
+                ),
+                keras.callbacks.ModelCheckpoint(f"{folder}/model.keras"),
+                keras.callbacks.ModelCheckpoint(
+                    f"{folder}/{{batch}}.weights.h5",
+                    save_weights_only=True,
+                    save_freq=3,
+                ),
+                keras.callbacks.ProgbarLogger(),
+                keras.callbacks.ReduceLROnPlateau("loss", patience=0),
+                keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+                keras.callbacks.TensorBoard(f"{folder}/logs"),
+                keras.callbacks.TerminateOnNaN(),
+            ]
+
+        results = []
+        for model, batch_size in (
+            (test_utils.mlp(), K * ROWS),
+            (test_utils.accumulating(), ROWS),
+        ):
+            model.compile(
+                keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.5),
+                loss=test_utils.crossentropy(),
+            )
+            x, y = test_utils.concatenate(data())
+            history = model.fit(
+                x,
+                y,
+                batch_size,
+                epochs=3,
+                shuffle=False,
+                verbose=0,
+                validation_data=(x, y),
+                callbacks=callbacks(),
+            ).history
+            results.append((model.get_weights(), history))
+        self.assertAllClose(*results, rtol=1e-4, atol=1e-6)
+        self.assertTrue(os.path.exists(f"{folder}/model.keras"))
+
+    def test_callback_list_and_single_callback(self):
+        model = test_utils.accumulating()
+        model.compile("sgd", loss=test_utils.crossentropy())
+        callbacks = keras.callbacks.CallbackList(
+            [keras.callbacks.History()], model=model, epochs=1
+        )
+        for _ in range(2):
+            model.fit(
+                test_utils.dataset(data()[:6]), verbose=0, callbacks=callbacks
+            )
+        self.assertEqual(int(model.optimizer.iterations), 4)
+        self.assertLen(callbacks.callbacks, 2)
+        model.fit(
+            test_utils.dataset(data()[:6]),
+            verbose=0,
+            callbacks=keras.callbacks.TerminateOnNaN(),
+        )
+        self.assertEqual(int(model.optimizer.iterations), 6)
+
+
+if __name__ == "__main__":
+    tf.test.main()
