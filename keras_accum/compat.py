@@ -46,8 +46,8 @@ def takes_training_argument(model) -> bool:
 
 
 def loss_tracker(model):
-    """The metric behind the "loss" that `fit` reports."""
-    return model._loss_tracker
+    """The metric behind the "loss" that `fit` reports; None if uncompiled."""
+    return getattr(model, "_loss_tracker", None)
 
 
 def set_loss_tracker(model, metric) -> None:

@@ -12,9 +12,28 @@ from keras_accum import compat
 
 
 def is_functional_call(args, kwargs) -> bool:
-    """Whether a model's constructor is given inputs and outputs."""
-    given = len(args) + ("inputs" in kwargs) + ("outputs" in kwargs)
-    return given == 2 and (len(args) == 2 or "outputs" in kwargs)
+    """Whether a model's constructor is given inputs and outputs.
+
+    Keras goes by their number and names, which other models' arguments may have
+    too: here they must be symbolic.
+    """
+    given = dict(zip(("inputs", "outputs"), args, strict=False)) | kwargs
+    if len(args) > 2 or not {"inputs", "outputs"} <= given.keys():
+        return False
+    leaves = keras.tree.flatten([given["inputs"], given["outputs"]])
+    return any(isinstance(leaf, keras.KerasTensor) for leaf in leaves)
+
+
+def check_functional_call(kwargs) -> None:
+    """Raises a `TypeError` for what a functional model would ignore."""
+    unknown = kwargs.keys() - {"inputs", "outputs", "name", "trainable"}
+    if unknown:
+        received = ", ".join(f"{name}={kwargs[name]!r}" for name in unknown)
+        raise TypeError(
+            "A functional model takes `inputs`, `outputs`, `name`, "
+            "`trainable`, and the arguments of `GradientAccumulationModel`. "
+            f"Received: {received}"
+        )
 
 
 def functional_subclass(cls: type[keras.Model]) -> type[keras.Model]:

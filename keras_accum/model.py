@@ -55,6 +55,8 @@ class GradientAccumulationMixin:
     _first: bool | str | None = None
     _accumulator: GradientAccumulator | None = None
     _update = None
+    # How many buffers the program that starts a window was traced with.
+    _buffers_when_traced: int | None = None
 
     def __init__(
         self,
@@ -262,8 +264,9 @@ class GradientAccumulationMixin:
         self._window.rewind()
         if self._accumulator is not None:
             self._accumulator.forget()
-        if isinstance(compat.loss_tracker(self), WindowLoss):
-            compat.loss_tracker(self).close()
+        tracker = compat.loss_tracker(self)
+        if isinstance(tracker, WindowLoss):
+            tracker.close()
 
     @functools.wraps(keras.Model.fit)
     def fit(self, *args, **kwargs) -> keras.callbacks.History:
@@ -340,6 +343,8 @@ class GradientAccumulationMixin:
         # Here, since an overridden `compile` is not called when loading.
         if name == "optimizer" and self._accumulating:
             check_optimizer(value)
+            if self.partial_window != "carry":
+                self.reset_window()
         super().__setattr__(name, value)
 
     def _first_microbatch(self, data):
@@ -476,7 +481,8 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
         **kwargs: As for `keras.Model`.
 
     Raises:
-        TypeError: If `accum_steps` is neither an integer nor a function.
+        TypeError: If `accum_steps` is neither an integer nor a function, or a
+            functional model gets an argument that it does not take.
         ValueError: If `accum_steps` is less than 1, `partial_window` is
             unknown, or `accumulator_dtype` is no float dtype.
 
@@ -504,6 +510,8 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
         accumulator_dtype: str | None = None,
         **kwargs,
     ) -> None:
+        if functional.is_functional_call(args, kwargs):
+            functional.check_functional_call(kwargs)
         super().__init__(
             *args,
             accum_steps=accum_steps,

@@ -84,6 +84,35 @@ class ClassesTest(test_utils.TestCase):
         theirs.train_on_batch(np.ones((2, 6)), np.ones((2, 3)))
         self.assertEqual(int(theirs.optimizer.iterations), 1)
 
+    def test_two_arguments_that_are_no_tensors(self):
+        class Theirs(keras.Model):
+            def __init__(self, units, activation):
+                super().__init__()
+                self.dense = keras.layers.Dense(units, activation)
+
+            def call(self, inputs):
+                return self.dense(inputs)
+
+        class Mine(keras_accum.GradientAccumulationMixin, Theirs):
+            pass
+
+        self.assertTrains(Mine(3, "tanh", accum_steps=2))
+
+    def test_functional_model_behind_the_mixin_with_more_arguments(self):
+        class Theirs(keras.Model):
+            def __init__(self, inputs, outputs, extra, **kwargs):
+                super().__init__(inputs, outputs, **kwargs)
+                self.extra = extra
+
+        class Mine(keras_accum.GradientAccumulationMixin, Theirs):
+            pass
+
+        inputs = keras.Input((6,))
+        outputs = keras.layers.Dense(3)(inputs)
+        model = Mine(inputs, outputs, extra=5, accum_steps=2)
+        self.assertEqual(model.extra, 5)
+        self.assertTrains(model)
+
     def test_mixin_in_front_of_sequential(self):
         class Mine(keras_accum.GradientAccumulationMixin, keras.Sequential):
             pass
