@@ -19,13 +19,11 @@ the train function that `fit` calls.
 import itertools
 import statistics
 import time
-
 from collections.abc import Callable
 
 import keras
 import numpy as np
 import tensorflow as tf
-
 from absl import app
 from absl import flags
 

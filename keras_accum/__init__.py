@@ -4,7 +4,7 @@ import keras
 
 if keras.backend.backend() != "tensorflow":
     raise ValueError(
-        "keras_accum needs the Keras backend \"tensorflow\". Received: "
+        'keras_accum needs the Keras backend "tensorflow". Received: '
         f"backend={keras.backend.backend()!r}. Set the environment variable "
         "KERAS_BACKEND=tensorflow before Keras is imported."
     )

@@ -1,7 +1,6 @@
 """The buffers that gather a window's gradients, and the arithmetic on them."""
 
 import concurrent.futures
-
 from collections.abc import Sequence
 
 import keras

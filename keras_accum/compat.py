@@ -6,7 +6,6 @@ clear message when one of them is gone from a Keras release.
 
 import keras
 import tensorflow as tf
-
 from keras.src import backend
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.backend.tensorflow.trainer import reduce_per_replica

@@ -10,23 +10,16 @@ class EndOfEpoch(keras.callbacks.Callback):
 
     It comes before all other callbacks: at the start of a validation, which
     `fit` tells its callbacks about, and at the epoch's end.
-
-    Args:
-        model: The `GradientAccumulationModel` that is trained.
     """
-
-    def __init__(self, model) -> None:
-        super().__init__()
-        self._accumulation_model = model
 
     def on_train_begin(self, logs=None):
         """Forgets what was left over, unless it is to be carried on."""
-        if self._accumulation_model.partial_window != "carry":
-            self._accumulation_model.reset_window()
+        if self.model.partial_window != "carry":
+            self.model.reset_window()
 
     def on_epoch_begin(self, epoch, logs=None):
         """Notes how many windows there were before."""
-        self._completed = int(self._accumulation_model._window.completed)
+        self._completed = int(self.model._window.completed)
 
     def on_test_begin(self, logs=None):
         """Ends the window before a validation."""
@@ -37,28 +30,30 @@ class EndOfEpoch(keras.callbacks.Callback):
         self._end_window()
 
     def _end_window(self):
-        window, policy = self._accumulation_model._window, self._accumulation_model.partial_window
-        if policy == "carry" or int(window.position) == 0:
+        model, window = self.model, self.model._window
+        if model.partial_window == "carry" or int(window.position) == 0:
             return
         if int(window.completed) == self._completed:
-            self._warn_of_short_epoch()
-        if policy == "flush":
-            self._accumulation_model.flush()
+            warn_of_short_epoch(model)
+        if model.partial_window == "flush":
+            model.flush()
         else:
-            self._accumulation_model.reset_window()
+            model.reset_window()
 
-    def _warn_of_short_epoch(self):
-        window = self._accumulation_model._window
-        outcome = (
-            "the epoch makes one update, of those that it has"
-            if self._accumulation_model.partial_window == "flush"
-            else 'with `partial_window="drop"` it makes no update at all'
-        )
-        self._accumulation_model._warn_once(
-            "An epoch has fewer micro-batches than `accum_steps`: "
-            f"{int(window.position)}, with accum_steps={int(window.size)}; "
-            f"{outcome}."
-        )
+
+def warn_of_short_epoch(model):
+    """Warns, once, that an epoch did not fill a single window."""
+    window = model._window
+    outcome = (
+        "the epoch makes one update, of those that it has"
+        if model.partial_window == "flush"
+        else 'with `partial_window="drop"` it makes no update at all'
+    )
+    model._warn_once(
+        "An epoch has fewer micro-batches than `accum_steps`: "
+        f"{int(window.position)}, with accum_steps={int(window.size)}; "
+        f"{outcome}."
+    )
 
 
 def prepend_callback(fit, args, kwargs, callback):
@@ -69,11 +64,16 @@ def prepend_callback(fit, args, kwargs, callback):
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         callback: What is to be called before all other callbacks.
+
+    Raises:
+        TypeError: If `fit` is an override that does not take callbacks.
     """
-    bound = inspect.signature(fit).bind(*args, **kwargs)
+    signature = inspect.signature(fit)
+    bound = signature.bind(*args, **kwargs)
     arguments = bound.arguments
-    if "callbacks" not in inspect.signature(fit).parameters:
-        arguments = bound.arguments.setdefault("kwargs", {})
+    if "callbacks" not in signature.parameters:
+        # An override may pass on all that it gets, under whatever name.
+        arguments = arguments.setdefault(name_of_the_rest(signature), {})
     callbacks = arguments.get("callbacks")
     if isinstance(callbacks, keras.callbacks.CallbackList):
         others = callbacks.callbacks
@@ -81,5 +81,18 @@ def prepend_callback(fit, args, kwargs, callback):
         others[:] = [c for c in others if not isinstance(c, EndOfEpoch)]
         others.insert(0, callback)
     else:
-        arguments["callbacks"] = [callback, *keras.tree.flatten(callbacks or [])]
+        callbacks = keras.tree.flatten(callbacks or [])
+        arguments["callbacks"] = [callback, *callbacks]
     return bound.args, bound.kwargs
+
+
+def name_of_the_rest(signature):
+    """Name of the argument that gets all other keywords."""
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            return name
+    raise TypeError(
+        "A `fit` of your own must take `callbacks`, or `**kwargs` that it "
+        "passes on: gradient accumulation ends the epoch's last window in a "
+        f"callback. Received: fit{signature}"
+    )

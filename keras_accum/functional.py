@@ -1,9 +1,9 @@
 """One class whose models may be functional or subclassed, in any order.
 
-`keras.Model.__init__`, called with inputs and outputs, replaces `keras.Model` by
-its functional subclass among the bases of the class that is being constructed,
-and that for good: subclasses that have a `call` of their own then break. Here a
-functional model gets a class of its own instead, and no class changes.
+`keras.Model.__init__`, called with inputs and outputs, puts the functional
+subclass in place of `keras.Model` among the bases of the class that is being
+constructed, and that for good: subclasses that have a `call` of their own then
+break. Here a functional model gets a class of its own, and no class changes.
 """
 
 import keras

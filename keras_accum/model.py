@@ -9,7 +9,6 @@ windows begin and end, and what Keras is told of it.
 import contextlib
 import functools
 import warnings
-
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Self
@@ -185,7 +184,7 @@ class GradientAccumulationMixin:
         rows = weighting.number_of_rows(x)
         compiled = compat.compiled_loss(self)
         if compiled is None or not compat.is_built(compiled):
-            return tf.cast(rows, tf.float32)
+            return weighting.as_weight(rows)
         denominators = []
         compat.map_compiled_losses(
             compiled,
@@ -269,9 +268,11 @@ class GradientAccumulationMixin:
             tracker.close()
 
     @functools.wraps(keras.Model.fit)
-    def fit(self, *args, **kwargs) -> keras.callbacks.History:
+    def fit(self, *args, **kwargs) -> keras.callbacks.History:  # noqa: D102
+        end_of_epoch = epochs.EndOfEpoch()
+        end_of_epoch.set_model(self)
         args, kwargs = epochs.prepend_callback(
-            super().fit, args, kwargs, epochs.EndOfEpoch(self)
+            super().fit, args, kwargs, end_of_epoch
         )
         try:
             return super().fit(*args, **kwargs)
@@ -310,7 +311,9 @@ class GradientAccumulationMixin:
         own, shared = losses[: -len(regularized)], losses[-len(regularized) :]
         if first is False:
             return own
-        return own + [keep_unless(tf.logical_not(first), loss) for loss in shared]
+        return own + [
+            keep_unless(tf.logical_not(first), loss) for loss in shared
+        ]
 
     @compat.keeps_automatic_config
     def get_config(self) -> dict:

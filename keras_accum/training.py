@@ -14,6 +14,8 @@ through it; one program for all micro-batches would have to zero the buffers, or
 select, which reads them once more. `benchmarks/window_time.py` has the figures.
 """
 
+import itertools
+
 import tensorflow as tf
 
 from keras_accum import compat
@@ -65,7 +67,7 @@ def make_train_function(model, update):
         ):
             return steps(iterator)
         logs = None
-        for _, data in zip(range(model.steps_per_execution), iterator):
+        for data in itertools.islice(iterator, model.steps_per_execution):
             logs = step(data)
         return logs
 

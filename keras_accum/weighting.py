@@ -69,7 +69,7 @@ def loss_denominator(loss, y_true, y_pred, sample_weight, rows):
         sample_weight: Sample weights that the loss sees, or None.
         rows: Number of rows of the micro-batch.
     """
-    by_rows = Denominator(tf.cast(rows, keras.config.floatx()), ROWS)
+    by_rows = Denominator(as_weight(rows), ROWS)
     if not isinstance(loss, keras.Loss):
         return by_rows
     if loss.reduction in SUM_REDUCTIONS:
@@ -80,27 +80,25 @@ def loss_denominator(loss, y_true, y_pred, sample_weight, rows):
     if not masks and sample_weight is None:
         if values.shape.rank == 0:
             return by_rows
-        return Denominator(count(values, values.dtype), shape_source(values))
+        return Denominator(count(values), shape_source(values))
     mask = masks[0] & masks[1] if len(masks) == 2 else next(iter(masks), None)
-    if sample_weight is not None:
-        sample_weight = as_dtype(sample_weight, loss)
     weight = compat.merge_mask(
-        sample_weight, mask, values.dtype, loss.reduction
+        None if sample_weight is None else as_dtype(sample_weight, loss),
+        mask,
+        values.dtype,
+        loss.reduction,
     )
     values, weight = compat.align_ranks(values, tf.cast(weight, values.dtype))
     if loss.reduction == "mean_with_sample_weight":
-        return Denominator(
-            tf.reduce_sum(weight), ("weights", *ids(masks, sample_weight))
-        )
+        source = ("weights", Same(sample_weight), *map(Same, masks))
+        return Denominator(tf.reduce_sum(as_weight(weight)), source)
     entries = values * weight
     if mask is None:
-        return Denominator(count(entries, values.dtype), shape_source(entries))
+        return Denominator(count(entries), shape_source(entries))
     # The sum over the unmasked, times total / valid, over all entries.
-    repeats = tf.math.divide_no_nan(
-        count(entries, values.dtype), count(mask, values.dtype)
-    )
-    valid = tf.reduce_sum(tf.cast(mask, values.dtype))
-    return Denominator(valid * repeats, ("mask", *ids(masks)))
+    repeats = tf.math.divide_no_nan(count(entries), count(mask))
+    valid = tf.reduce_sum(as_weight(mask))
+    return Denominator(valid * repeats, ("mask", *map(Same, masks)))
 
 
 def total_weight(denominators):
@@ -111,7 +109,9 @@ def total_weight(denominators):
         to each other, or None where all of the losses are sums.
     """
     values = [d.value for d in denominators if d is not None]
-    return tf.add_n([tf.cast(v, values[0].dtype) for v in values]) if values else None
+    if not values:
+        return None
+    return tf.add_n(values)
 
 
 def is_exact(denominators, has_row_means) -> bool:
@@ -136,17 +136,37 @@ def as_dtype(values, loss):
     )
 
 
-def count(values, dtype):
+def as_weight(values):
+    """`values` as float64 or float32, whatever Keras's `floatx` is.
+
+    A count must not be rounded: bfloat16 ends at 256.
+    """
+    is_double = keras.config.floatx() == "float64"
+    return tf.cast(values, tf.float64 if is_double else tf.float32)
+
+
+def count(values):
     """Number of entries of a tensor."""
-    return tf.cast(tf.size(values), dtype)
+    return as_weight(tf.size(values))
 
 
 def shape_source(values):
     """Source of a denominator that is the number of entries of `values`."""
     inner = values.shape[1:]
-    return ROWS if inner.is_fully_defined() else ("size", id(values))
+    return ROWS if inner.is_fully_defined() else ("size", Same(values))
 
 
-def ids(*tensors):
-    """Identities of tensors: the same mask gives the same denominator."""
-    return tuple(id(tensor) for tensor in keras.tree.flatten(tensors))
+class Same:
+    """Equal to another if both are of the very same object.
+
+    Outputs that share a mask have the same tensor as theirs.
+    """
+
+    def __init__(self, value) -> None:
+        self._value = value
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)

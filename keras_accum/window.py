@@ -111,7 +111,8 @@ def check_accum_steps(value):
         check_positive_int(
             value,
             "`accum_steps` must be a positive integer, or a function of the "
-            f"number of updates that returns one. Received: accum_steps={value!r}",
+            "number of updates that returns one. "
+            f"Received: accum_steps={value!r}",
         )
     return value
 

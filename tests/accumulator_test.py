@@ -2,7 +2,6 @@
 
 import numpy as np
 import tensorflow as tf
-
 from absl.testing import parameterized
 
 import keras_accum
@@ -56,9 +55,7 @@ class EquivalenceTest(test_utils.TestCase, parameterized.TestCase):
     def test_first_as_a_tensor_may_be_false(self):
         accumulator = keras_accum.GradientAccumulator(variables(()))
         for first, gradient in ((True, 3.0), (False, 5.0)):
-            accumulator.add(
-                [tf.constant(gradient)], first=tf.constant(first)
-            )
+            accumulator.add([tf.constant(gradient)], first=tf.constant(first))
         self.assertAllEqual(accumulator.mean()[0], 4.0)
 
     def test_zero_weight_gives_zeros(self):
@@ -179,7 +176,9 @@ class FailureTest(test_utils.TestCase):
 
         @tf.function
         def step(fine):
-            slow = tf.reduce_sum(tf.random.normal((500, 500)) @ tf.ones((500, 500)))
+            slow = tf.reduce_sum(
+                tf.random.normal((500, 500)) @ tf.ones((500, 500))
+            )
             tf.debugging.Assert(tf.logical_and(fine, slow < 1e30), ["no"])
             accumulator.add([tf.constant(1.0)])
 
@@ -218,9 +217,7 @@ class LoopTest(test_utils.TestCase):
                 loss = loss_fn(y, model(x, training=True))
             return tape.gradient(loss, model.trainable_variables)
 
-        accumulator = keras_accum.GradientAccumulator(
-            model.trainable_variables
-        )
+        accumulator = keras_accum.GradientAccumulator(model.trainable_variables)
         for x, y in batches:
             accumulator.add(gradients(model, x, y), weight=len(x))
         expected = gradients(reference, *test_utils.concatenate(batches))

@@ -118,7 +118,7 @@ class NamesTest(test_utils.TestCase):
     def test_compute_loss(self):
         model = test_utils.mlp()
         model.compile("sgd", loss=test_utils.crossentropy())
-        (x, y), = test_utils.microbatches([4])
+        ((x, y),) = test_utils.microbatches([4])
         loss = compat.compute_loss(model, x, y, model(x), None)
         self.assertAllClose(loss, model.test_on_batch(x, y))
 

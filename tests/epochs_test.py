@@ -5,9 +5,9 @@ import warnings
 import keras
 import numpy as np
 import tensorflow as tf
-
 from absl.testing import parameterized
 
+import keras_accum
 from tests import test_utils
 
 
@@ -100,6 +100,18 @@ class PolicyTest(test_utils.TestCase, parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "`partial_window` must be one"):
             model.partial_window = "keep"
 
+    def test_fit_that_is_overridden_behind_the_mixin(self):
+        class Theirs(keras.Model):
+            def fit(self, x, *others, **more):
+                return super().fit(x, *others, **more)
+
+        class Mine(keras_accum.GradientAccumulationMixin, Theirs):
+            pass
+
+        model = compiled(test_utils.mlp(Mine, accum_steps=4))
+        model.fit(test_utils.dataset(BATCHES), epochs=2, verbose=0)
+        self.assertTrainedOn(model, [FULL, REST] * 2)
+
     def test_flush_and_reset_by_hand(self):
         model = compiled(test_utils.accumulating())
         model.flush()
@@ -116,9 +128,7 @@ class OrderTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(1, 3)
     def test_validation_and_callbacks_see_the_flushed_model(self, steps):
         expected = reference([FULL, REST])
-        model = compiled(
-            test_utils.accumulating(), steps_per_execution=steps
-        )
+        model = compiled(test_utils.accumulating(), steps_per_execution=steps)
         seen = {}
 
         class See(keras.callbacks.Callback):
@@ -152,9 +162,7 @@ class OrderTest(test_utils.TestCase, parameterized.TestCase):
                 if batch == 1:
                     self.model.evaluate(*BATCHES[0], verbose=0)
 
-        model.fit(
-            test_utils.dataset(FULL), verbose=0, callbacks=[Evaluate()]
-        )
+        model.fit(test_utils.dataset(FULL), verbose=0, callbacks=[Evaluate()])
         self.assertEqual(int(model.optimizer.iterations), 1)
 
 

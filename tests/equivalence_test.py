@@ -6,7 +6,6 @@ import warnings
 import keras
 import numpy as np
 import tensorflow as tf
-
 from absl.testing import parameterized
 
 from tests import test_utils

@@ -36,9 +36,7 @@ class ClassesTest(test_utils.TestCase):
             self.assertTrains(subclass()(accum_steps=2))
             self.assertTrains(test_utils.accumulating(accum_steps=2))
             self.assertTrains(subclass()(accum_steps=2))
-        self.assertEqual(
-            keras_accum.GradientAccumulationModel.__bases__, bases
-        )
+        self.assertEqual(keras_accum.GradientAccumulationModel.__bases__, bases)
 
     def test_subclass_that_is_functional_and_its_subclass_that_is_not(self):
         class Graph(keras_accum.GradientAccumulationModel):
@@ -155,12 +153,10 @@ class VariablesTest(test_utils.TestCase):
             "non_trainable_weights",
             "metrics_variables",
         ):
-            names, shapes = (
-                [
-                    [(v.name, tuple(v.shape)) for v in getattr(model, kind)]
-                    for model in (expected, actual)
-                ]
-            )
+            names, shapes = [
+                [(v.name, tuple(v.shape)) for v in getattr(model, kind)]
+                for model in (expected, actual)
+            ]
             self.assertEqual(names, shapes, msg=kind)
         self.assertEqual(
             [m.name for m in expected.metrics],

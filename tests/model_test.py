@@ -7,7 +7,6 @@ import sys
 import keras
 import numpy as np
 import tensorflow as tf
-
 from absl.testing import parameterized
 
 import keras_accum
@@ -65,9 +64,7 @@ class ErrorTest(test_utils.TestCase, parameterized.TestCase):
 
     def test_unknown_argument(self):
         with self.assertRaisesRegex((TypeError, ValueError), "acum_steps"):
-            test_utils.mlp(
-                keras_accum.GradientAccumulationModel, acum_steps=8
-            )
+            test_utils.mlp(keras_accum.GradientAccumulationModel, acum_steps=8)
 
     def test_another_backend(self):
         code = (

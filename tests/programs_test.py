@@ -5,7 +5,6 @@ import re
 import keras
 import numpy as np
 import tensorflow as tf
-
 from absl.testing import parameterized
 
 import keras_accum

@@ -101,9 +101,7 @@ class TestCase(tf.test.TestCase):
         Rounding makes each gradient wrong by some units in its last place, so
         the error grows with the way; 1e-5 leaves float32 about 100 of these.
         """
-        moved = norm(
-            [e - i for e, i in zip(expected, initial, strict=True)]
-        )
+        moved = norm([e - i for e, i in zip(expected, initial, strict=True)])
         apart = norm([a - e for a, e in zip(actual, expected, strict=True)])
         self.assertGreater(moved, 0.0)
         self.assertLessEqual(apart / moved, tolerance)

@@ -6,7 +6,6 @@ import warnings
 import keras
 import numpy as np
 import tensorflow as tf
-
 from absl.testing import parameterized
 
 import keras_accum
@@ -105,9 +104,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             actual.get_weights(), expected.get_weights(), initial
         )
         self.assertAllClose(history, expected_history, rtol=1e-5)
-        self.assertEqual(
-            int(actual.optimizer.iterations), 2 * WINDOWS
-        )
+        self.assertEqual(int(actual.optimizer.iterations), 2 * WINDOWS)
 
     @parameterized.named_parameters((name, name) for name in INPUTS)
     def test_inputs(self, name):
@@ -176,7 +173,10 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         rng = np.random.default_rng(0)
 
         def batch(rows):
-            x = {"a": rng.normal(size=(rows, 4)), "b": rng.normal(size=(rows, 2))}
+            x = {
+                "a": rng.normal(size=(rows, 4)),
+                "b": rng.normal(size=(rows, 2)),
+            }
             return x, [rng.normal(size=(rows, 1)), rng.normal(size=(rows, 2))]
 
         self.assertTrainsAlike(
@@ -202,9 +202,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             tokens = rng.integers(1, 9, (2, 12))
             tokens[:, length:] = 0
             batches.append((tokens, tokens % 5))
-        large = [
-            test_utils.concatenate(batches[i : i + 4]) for i in (0, 4, 8)
-        ]
+        large = [test_utils.concatenate(batches[i : i + 4]) for i in (0, 4, 8)]
         losses = []
         for model, each in (
             (build(keras.Model), large),
@@ -461,7 +459,9 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         model.fit(
             test_utils.dataset(data()),
             verbose=0,
-            callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=change)],
+            callbacks=[
+                keras.callbacks.LambdaCallback(on_train_batch_end=change)
+            ],
         )
         # Five in the window that had begun, then threes.
         self.assertEqual(updates, [0] * 4 + [1] * 3 + [2] * 3 + [3] * 2)
@@ -505,7 +505,8 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
     def test_schedule_that_returns_nonsense(self, value, mode):
         model = test_utils.accumulating(accum_steps=lambda updates: value)
         with self.assertRaisesRegex(
-            (TypeError, ValueError), f"`accum_steps`.*accum_steps\\(0\\)={value!r}"
+            (TypeError, ValueError),
+            f"`accum_steps`.*accum_steps\\(0\\)={value!r}",
         ):
             fit(model, data(), **MODES[mode])
 
@@ -572,7 +573,6 @@ class GradientsTest(test_utils.TestCase):
         pattern = [without, without, without, both, both, without, both, both]
         pattern += [without, both]
 
-
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Gradients do not exist")
             for i in range(0, len(pattern), 2):
@@ -631,9 +631,7 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
             return cls(tokens, keras.layers.Dense(3)(hidden), **kwargs)
 
         model = test_utils.accumulating(build, accum_steps=4)
-        model.compile(
-            "sgd", loss=test_utils.crossentropy(), **MODES[mode]
-        )
+        model.compile("sgd", loss=test_utils.crossentropy(), **MODES[mode])
         fine = (np.full((2, 3), 7), np.array([0, 1]))
         bad = (np.full((2, 3), 70), np.array([0, 1]))
         test_utils.train_on(model, [fine, fine])

@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import tensorflow as tf
-
 from absl.testing import parameterized
 
 from keras_accum import weighting

@@ -2,7 +2,6 @@
 
 import numpy as np
 import tensorflow as tf
-
 from absl.testing import parameterized
 
 from keras_accum import window
@@ -67,7 +66,7 @@ class ErrorTest(test_utils.TestCase, parameterized.TestCase):
 
     def test_policy(self):
         with self.assertRaisesRegex(
-            ValueError, '`partial_window` must be one of "flush".*\'keep\''
+            ValueError, "`partial_window` must be one of \"flush\".*'keep'"
         ):
             window.check_partial_window("keep")
 
