@@ -53,6 +53,28 @@ def keep_unless(first, value):
     return tf.where(first, tf.zeros_like(value), value)
 
 
+def add_one(buffer, gradient, weight, first):
+    """Adds a weighted gradient, of either kind or None, to its buffer."""
+    if gradient is None:
+        if buffer is not None:
+            clear(buffer, first)
+        return
+    gradient = weighted(
+        gradient, 1.0 if weight is None else weight, buffer.dtype
+    )
+    if isinstance(gradient, tf.IndexedSlices):
+        add_rows(buffer, gradient, first)
+    else:
+        add_dense(buffer, gradient, first)
+
+
+def as_gradient(value):
+    """`value` as a tensor, unless it is rows or None."""
+    if value is None or isinstance(value, tf.IndexedSlices):
+        return value
+    return tf.convert_to_tensor(value)
+
+
 def weighted(gradient, weight, dtype):
     """`weight * gradient` in `dtype`, for dense gradients and for rows."""
     weight = tf.cast(weight, dtype)
@@ -81,9 +103,7 @@ def after_everything_so_far(gradients):
         if op.op_def is not None and op.op_def.is_stateful
     ]
     ready = [
-        gradient.values
-        if isinstance(gradient, tf.IndexedSlices)
-        else tf.convert_to_tensor(gradient)
+        gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
         for gradient in gradients
         if gradient is not None
     ]
@@ -195,21 +215,25 @@ class GradientAccumulator:
             weight: How much this micro-batch counts: the denominator of its
                 loss, for a mean over rows their number. A scalar. `None` says
                 that the loss is a sum, not a mean: the gradients are added as
-                they are, and `mean` divides by 1.
+                they are, and `mean` divides by 1. All micro-batches of a window
+                have weights, or none has.
             first: Whether this is a window's first micro-batch. If so, what
                 was gathered before is forgotten in the same pass over the
                 memory, and `reset` is not needed. Costs least as a `bool`; a
                 bool tensor selects on the device.
 
         Raises:
-            ValueError: If there are not as many gradients as variables.
+            ValueError: If there are not as many gradients as variables, the
+                shape of one is not its variable's, or `weight` is no scalar.
         """
-        gradients = list(gradients)
+        gradients = [as_gradient(gradient) for gradient in gradients]
         check_lengths(gradients, self._variables)
+        check_shapes(gradients, self._variables)
+        check_scalar(weight)
         self._make_buffers(gradients)
         with tf.control_dependencies(after_everything_so_far(gradients)):
-            for index, gradient in enumerate(gradients):
-                self._add_one(index, gradient, weight, first)
+            for buffer, gradient in zip(self._buffers, gradients, strict=True):
+                add_one(buffer, gradient, weight, first)
             if first is not False:
                 clear(self._weight, first)
                 clear(self._count, first)
@@ -252,19 +276,6 @@ class GradientAccumulator:
         clear(self._weight, True)
         clear(self._count, True)
 
-    def _add_one(self, index, gradient, weight, first):
-        buffer = self._buffers[index]
-        if gradient is None:
-            if buffer is not None:
-                clear(buffer, first)
-            return
-        weight = 1.0 if weight is None else weight
-        gradient = weighted(gradient, weight, buffer.dtype)
-        if isinstance(gradient, tf.IndexedSlices):
-            add_rows(buffer, gradient, first)
-        else:
-            add_dense(buffer, gradient, first)
-
     def _make_buffers(self, gradients):
         """Makes the buffers of variables that get their first gradient."""
         missing = [
@@ -300,6 +311,34 @@ def check_lengths(gradients, variables):
             "`gradients` must have one entry per variable, None where there "
             f"is no gradient. Received: {len(gradients)} gradients for "
             f"{len(variables)} variables."
+        )
+
+
+def check_shapes(gradients, variables):
+    """Raises a `ValueError` unless each gradient has its variable's shape."""
+    for gradient, variable in zip(gradients, variables, strict=True):
+        if gradient is None:
+            continue
+        expected = tf.TensorShape(variable.shape)
+        if isinstance(gradient, tf.IndexedSlices):
+            expected = tf.TensorShape([None]) + expected[1:]
+            gradient = gradient.values
+        if not expected.is_compatible_with(gradient.shape):
+            raise ValueError(
+                "`gradients` must have the shapes of their variables. "
+                f"Received: shape={tuple(gradient.shape)}, where "
+                f"{variable.name} wants {tuple(expected)}."
+            )
+
+
+def check_scalar(weight):
+    """Raises a `ValueError` unless `weight` is a scalar or `None`."""
+    if weight is None:
+        return
+    shape = tf.convert_to_tensor(weight).shape
+    if not shape.is_compatible_with(()):
+        raise ValueError(
+            f"`weight` must be a scalar. Received: shape={tuple(shape)}"
         )
 
 

@@ -14,12 +14,14 @@ class EndOfEpoch(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Forgets what was left over, unless it is to be carried on."""
-        if self.model.partial_window != "carry":
+        if self.model.partial_window == "carry":
+            self.model._resume_window()
+        else:
             self.model.reset_window()
 
     def on_epoch_begin(self, epoch, logs=None):
         """Notes how many windows there were before."""
-        self._completed = int(self.model._window.completed)
+        self._completed = int(self.model._accum_window.completed)
 
     def on_test_begin(self, logs=None):
         """Ends the window before a validation."""
@@ -30,7 +32,7 @@ class EndOfEpoch(keras.callbacks.Callback):
         self._end_window()
 
     def _end_window(self):
-        model, window = self.model, self.model._window
+        model, window = self.model, self.model._accum_window
         if model.partial_window == "carry" or int(window.position) == 0:
             return
         if int(window.completed) == self._completed:
@@ -43,7 +45,7 @@ class EndOfEpoch(keras.callbacks.Callback):
 
 def warn_of_short_epoch(model):
     """Warns, once, that an epoch did not fill a single window."""
-    window = model._window
+    window = model._accum_window
     outcome = (
         "the epoch makes one update, of those that it has"
         if model.partial_window == "flush"

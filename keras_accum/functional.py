@@ -60,6 +60,14 @@ def functional_subclass(cls: type[keras.Model]) -> type[keras.Model]:
     return cls._functional_subclass
 
 
+def named_class(cls: type[keras.Model]) -> type[keras.Model]:
+    """The class that `functional_subclass` made `cls` of, or `cls` itself."""
+    (base, *_) = cls.__bases__
+    if base.__dict__.get("_functional_subclass") is cls:
+        return base
+    return cls
+
+
 def register_as(subclass, cls):
     """Saves models of `subclass` under the name that `cls` is registered as."""
     package, separator, name = keras.saving.get_registered_name(cls).partition(

@@ -31,6 +31,9 @@ from keras_accum.window import AccumSteps
 from keras_accum.window import Window
 from keras_accum.window import check_partial_window
 
+# Whether a micro-batch is its window's first is known on the device alone.
+UNKNOWN = "unknown"
+
 
 class GradientAccumulationMixin:
     """Puts gradient accumulation in front of any model class.
@@ -51,9 +54,11 @@ class GradientAccumulationMixin:
     _accumulating = False
     # Within a train step: whether its micro-batch is the first of its window.
     # True and False are known while tracing, UNKNOWN only on the device.
-    _first: bool | str | None = None
-    _accumulator: GradientAccumulator | None = None
-    _update = None
+    _accum_first: bool | str | None = None
+    _accum_buffers: GradientAccumulator | None = None
+    _accum_update = None
+    # Whether the loss is a sum over the rows; None before the first of them.
+    _accum_is_sum: bool | None = None
     # How many buffers the program that starts a window was traced with.
     _buffers_when_traced: int | None = None
 
@@ -68,13 +73,13 @@ class GradientAccumulationMixin:
         if functional.is_functional_call(args, kwargs):
             self.__class__ = functional.functional_subclass(type(self))
         # First, since a model may compile itself in its constructor.
-        self._window = Window(accum_steps)
+        self._accum_window = Window(accum_steps)
         self._accumulating = not is_one(accum_steps)
         self._partial_window = check_partial_window(partial_window)
         self._accumulator_dtype = check_dtype(
             "accumulator_dtype", accumulator_dtype
         )
-        self._warned = ()
+        self._accum_warned = ()
         super().__init__(*args, **kwargs)
 
     @property
@@ -83,15 +88,15 @@ class GradientAccumulationMixin:
 
         A change takes effect at the next window, and traces nothing again.
         """
-        return self._window.accum_steps
+        return self._accum_window.accum_steps
 
     @accum_steps.setter
     def accum_steps(self, value: AccumSteps) -> None:
-        was_function = callable(self._window.accum_steps)
+        was_function = callable(self._accum_window.accum_steps)
         starts = not self._accumulating and not is_one(value)
         if starts:
             check_optimizer(getattr(self, "optimizer", None))
-        self._window.accum_steps = value
+        self._accum_window.accum_steps = value
         self._accumulating = self._accumulating or starts
         # Between int and int there is nothing to trace.
         if (starts or callable(value) or was_function) and self.train_function:
@@ -125,10 +130,12 @@ class GradientAccumulationMixin:
             self, GradientAccumulationMixin
         ):
             return super().train_step(data)
-        if self._first is None:
+        if self._accum_first is None:
             with self._microbatch(first=UNKNOWN):
-                return self.train_step(data)
+                return self._train_on_microbatch(data)
+        return self._train_on_microbatch(data)
 
+    def _train_on_microbatch(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape:
             if compat.takes_training_argument(self):
@@ -139,6 +146,7 @@ class GradientAccumulationMixin:
             self._build_loss_scale()
             scaled_loss = self.optimizer.scale_loss(loss)
         weight = self.microbatch_weight(x, y, y_pred, sample_weight)
+        self._learn_whether_loss_is_sum(weight is None)
         self._loss_tracker_of_windows().add(
             compat.unscale_loss(loss), weight, weighting.number_of_rows(x)
         )
@@ -198,10 +206,10 @@ class GradientAccumulationMixin:
         has_row_means = bool(compat.own_losses(self))
         if not weighting.is_exact(denominators, has_row_means):
             self._warn_once(
-                "The losses of this model are divided by different numbers: "
-                "their masks or reductions differ. One weight per micro-batch "
-                "is then not exact where these numbers vary from micro-batch "
-                "to micro-batch. See `microbatch_weight`."
+                "One weight per micro-batch may not be exact for this model: "
+                "the masks or reductions of its losses differ, or a loss "
+                "returns a scalar that its `reduction` or the sample weights "
+                "do not fit. See `microbatch_weight`."
             )
         return weighting.total_weight(denominators)
 
@@ -252,20 +260,29 @@ class GradientAccumulationMixin:
         Their true weight counts, not `accum_steps`. Does nothing if the window
         is empty.
         """
-        if self._accumulator is None or int(self._accumulator.count) == 0:
+        if self._accum_buffers is None or int(self._accum_buffers.count) == 0:
             return
-        if self._update is None:
-            self._update = training.make_update_function(self)
-        self._update()
+        if self._accum_update is None:
+            self._accum_update = training.make_update_function(self)
+        self._accum_update()
 
     def reset_window(self) -> None:
         """Forgets the micro-batches that the window has so far."""
-        self._window.rewind()
-        if self._accumulator is not None:
-            self._accumulator.forget()
+        self._accum_window.rewind()
+        if self._accum_buffers is not None:
+            self._accum_buffers.forget()
         tracker = compat.loss_tracker(self)
         if isinstance(tracker, WindowLoss):
             tracker.close()
+
+    def _resume_window(self):
+        """Goes on with what calls of `train_step` by hand have gathered."""
+        if self._accum_buffers is None:
+            return
+        count = self._accum_buffers.count
+        if int(count) != int(self._accum_window.position):
+            self._accum_window.begin(self.optimizer.iterations)
+            self._accum_window.position.assign(count)
 
     @functools.wraps(keras.Model.fit)
     def fit(self, *args, **kwargs) -> keras.callbacks.History:  # noqa: D102
@@ -287,9 +304,12 @@ class GradientAccumulationMixin:
             return self.train_function
         if not self._accumulating:
             return super().make_train_function(force=force)
+        self._loss_tracker_of_windows()
         self._buffers_when_traced = None
-        self._update = training.make_update_function(self)
-        self.train_function = training.make_train_function(self, self._update)
+        self._accum_update = training.make_update_function(self)
+        self.train_function = training.make_train_function(
+            self, self._accum_update
+        )
         return self.train_function
 
     @property
@@ -300,15 +320,13 @@ class GradientAccumulationMixin:
         weight regularizer counts once a window, and is left out after that.
         """
         losses = super().losses
-        if self._first is None or not weighting.is_sum(self.loss):
+        if self._accum_first is None or not self._is_sum():
             return losses
         first = self._is_first()
-        regularized = [
-            v for v in self.trainable_weights if v.regularizer is not None
-        ]
+        regularized = self._number_of_regularizers()
         if first is True or not regularized:
             return losses
-        own, shared = losses[: -len(regularized)], losses[-len(regularized) :]
+        own, shared = losses[:-regularized], losses[-regularized:]
         if first is False:
             return own
         return own + [
@@ -340,14 +358,27 @@ class GradientAccumulationMixin:
             config["accum_steps"] = keras.saving.deserialize_keras_object(
                 config["accum_steps"], *args, **kwargs
             )
-        return super().from_config(config, *args, **kwargs)
+        model = super().from_config(config, *args, **kwargs)
+        # A `from_config` behind this one may pass on what it knows alone.
+        if "accum_steps" in config:
+            model.accum_steps = config["accum_steps"]
+            model.partial_window = config["partial_window"]
+            model._accumulator_dtype = config["accumulator_dtype"]
+        return model
+
+    def __reduce__(self):
+        """Pickles a functional model as one of the class that has a name."""
+        unpickle, *state = super().__reduce__()
+        named = functional.named_class(type(self))
+        return getattr(named, unpickle.__name__), *state
 
     def __setattr__(self, name, value):
         # Here, since an overridden `compile` is not called when loading.
         if name == "optimizer" and self._accumulating:
             check_optimizer(value)
-            if self.partial_window != "carry":
-                self.reset_window()
+            # Gradients are scaled as the old optimizer wanted them.
+            self.reset_window()
+            self._accum_is_sum = None
         super().__setattr__(name, value)
 
     def _first_microbatch(self, data):
@@ -376,16 +407,16 @@ class GradientAccumulationMixin:
 
     @contextlib.contextmanager
     def _microbatch(self, first) -> Iterator[None]:
-        self._first = first
+        self._accum_first = first
         try:
             yield
         finally:
-            self._first = None
+            self._accum_first = None
 
     def _is_first(self):
         """Whether the micro-batch is its window's first: a bool or a tensor."""
-        if isinstance(self._first, bool):
-            return self._first
+        if isinstance(self._accum_first, bool):
+            return self._accum_first
         return tf.equal(self._gradient_accumulator().count, 0)
 
     def _knows_all_buffers(self):
@@ -399,18 +430,20 @@ class GradientAccumulationMixin:
         return traced is None or traced == self._number_of_buffers()
 
     def _number_of_buffers(self):
-        if self._accumulator is None:
+        if self._accum_buffers is None:
             return 0
-        return sum(buffer is not None for buffer in self._accumulator.buffers)
+        return sum(buffer is not None for buffer in self._accum_buffers.buffers)
 
     def _gradient_accumulator(self):
         variables = self.trainable_weights
-        known = [] if self._accumulator is None else self._accumulator.variables
+        known = (
+            [] if self._accum_buffers is None else self._accum_buffers.variables
+        )
         if list(map(id, known)) != list(map(id, variables)) or not known:
-            self._accumulator = GradientAccumulator(
+            self._accum_buffers = GradientAccumulator(
                 variables, self._accumulator_dtype
             )
-        return self._accumulator
+        return self._accum_buffers
 
     def _build_loss_scale(self):
         """Makes the variables of a `LossScaleOptimizer`, if it is one.
@@ -433,16 +466,38 @@ class GradientAccumulationMixin:
         if not isinstance(compat.loss_tracker(self), WindowLoss):
             with tf.init_scope():
                 compat.set_loss_tracker(self, WindowLoss())
+            # It may have been traced with the other one.
+            self.test_function = None
         return compat.loss_tracker(self)
 
+    def _number_of_regularizers(self):
+        """How many of `super().losses`, at their end, regularize weights."""
+        return sum(v.regularizer is not None for v in self.trainable_weights)
+
+    def _is_sum(self):
+        """Whether the loss is a sum over the rows, as far as is known."""
+        if self._accum_is_sum is None:
+            return weighting.is_sum(self.loss)
+        return self._accum_is_sum
+
+    def _learn_whether_loss_is_sum(self, is_sum):
+        """Notes what `microbatch_weight` said, which comes after the loss."""
+        if (
+            is_sum != self._is_sum()
+            and self._accum_first is not True
+            and self._number_of_regularizers()
+        ):
+            self._warn_once(
+                "`microbatch_weight` does not agree with the `reduction` of "
+                "the loss given to `compile` on whether it is a sum: weight "
+                "regularizers may count more than once in this window."
+            )
+        self._accum_is_sum = is_sum
+
     def _warn_once(self, message):
-        if message not in self._warned:
-            self._warned = (*self._warned, message)
+        if message not in self._accum_warned:
+            self._accum_warned = (*self._accum_warned, message)
             warnings.warn(message, stacklevel=3)
-
-
-# Whether a micro-batch is its window's first is known on the device alone.
-UNKNOWN = "unknown"
 
 
 class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):

@@ -36,7 +36,7 @@ def make_update_function(model):
     @tf.autograph.experimental.do_not_convert
     def update(buffers):
         model.distribute_strategy.run(program, args=(buffers,))
-        model._window.complete()
+        model._accum_window.complete()
 
     if not model.run_eagerly:
         update = tf.function(update)
@@ -76,7 +76,7 @@ def make_train_function(model, update):
 
 def make_step_function(model, update):
     """Returns a function of one batch: a micro-batch, and what follows it."""
-    window = model._window
+    window = model._accum_window
     strategy = model.distribute_strategy
     start = compile_for_replica(model, model._first_microbatch)
     proceed = compile_for_replica(model, model._next_microbatch)
@@ -162,10 +162,10 @@ def raising_schedule_errors(model, function):
         try:
             return function(iterator)
         except tf.errors.OpError:
-            error = model._window.schedule_error
+            error = model._accum_window.schedule_error
             if error is None:
                 raise
-            model._window.schedule_error = None
+            model._accum_window.schedule_error = None
             raise error from None
 
     return wrapped

@@ -22,6 +22,11 @@ from keras_accum import compat
 
 SUM_REDUCTIONS = ("sum", "none", None)
 
+# Where all is masked, the data's gradient is zero, and the regularizers' alone
+# is left. This keeps it from a division by zero; beside any other weight it is
+# lost in rounding.
+LEAST_WEIGHT = 1e-20
+
 
 @dataclasses.dataclass(frozen=True)
 class Denominator:
@@ -37,8 +42,10 @@ class Denominator:
     source: tuple
 
 
-# The source of a denominator that is a constant times the number of rows.
+# The source of a denominator that is a constant times the number of rows,
 ROWS = ("rows",)
+# and that of one which is a guess, or does not exist.
+GUESS = ("guess",)
 
 
 def number_of_rows(x) -> tf.Tensor:
@@ -62,24 +69,30 @@ def loss_denominator(loss, y_true, y_pred, sample_weight, rows):
     Mirrors `keras.Loss.__call__` up to the point where it divides.
 
     Args:
-        loss: A `keras.Loss`. For anything else, and for losses that return a
-            scalar, the number of rows is the best guess: most are means.
+        loss: A `keras.Loss`. For anything else, and for losses whose `call`
+            returns a scalar, the number of rows is the best guess: most are
+            means.
         y_true: Labels that the loss sees.
         y_pred: Outputs that the loss sees.
         sample_weight: Sample weights that the loss sees, or None.
         rows: Number of rows of the micro-batch.
     """
     by_rows = Denominator(as_weight(rows), ROWS)
-    if not isinstance(loss, keras.Loss):
+    # An override of `__call__` may reduce in any way.
+    if type(loss).__call__ is not keras.Loss.__call__:
         return by_rows
-    if loss.reduction in SUM_REDUCTIONS:
-        return None
     values = loss.call(as_dtype(y_true, loss), as_dtype(y_pred, loss))
+    is_sum = loss.reduction in SUM_REDUCTIONS
+    if values.shape.rank == 0:
+        # It is reduced already, and `reduction` says nothing. Keras multiplies
+        # it by the mean of the sample weights, which no denominator can.
+        exact = not is_sum and sample_weight is None
+        return by_rows if exact else dataclasses.replace(by_rows, source=GUESS)
+    if is_sum:
+        return None
     masks = [compat.keras_mask(y_pred), compat.keras_mask(values)]
     masks = [mask for mask in masks if mask is not None]
     if not masks and sample_weight is None:
-        if values.shape.rank == 0:
-            return by_rows
         return Denominator(count(values), shape_source(values))
     mask = masks[0] & masks[1] if len(masks) == 2 else next(iter(masks), None)
     weight = compat.merge_mask(
@@ -111,7 +124,8 @@ def total_weight(denominators):
     values = [d.value for d in denominators if d is not None]
     if not values:
         return None
-    return tf.add_n(values)
+    total = tf.add_n(values)
+    return tf.where(tf.equal(total, 0), LEAST_WEIGHT, total)
 
 
 def is_exact(denominators, has_row_means) -> bool:
@@ -125,7 +139,7 @@ def is_exact(denominators, has_row_means) -> bool:
     sources = {None if d is None else d.source for d in denominators}
     if has_row_means:
         sources.add(ROWS)
-    return len(sources) <= 1
+    return len(sources) <= 1 and GUESS not in sources
 
 
 def as_dtype(values, loss):

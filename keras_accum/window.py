@@ -138,7 +138,7 @@ def check_positive_int(value, message):
 
 def check_partial_window(value):
     """Returns `value`, or raises unless it names a policy."""
-    if value not in PARTIAL_WINDOW_POLICIES:
+    if not isinstance(value, str) or value not in PARTIAL_WINDOW_POLICIES:
         policies = ", ".join(f'"{name}"' for name in PARTIAL_WINDOW_POLICIES)
         raise ValueError(
             f"`partial_window` must be one of {policies}. "

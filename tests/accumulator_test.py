@@ -198,6 +198,24 @@ class ErrorTest(test_utils.TestCase):
         ):
             accumulator.add([tf.constant(1.0)])
 
+    def test_shapes(self):
+        accumulator = keras_accum.GradientAccumulator(variables((2,), (2, 3)))
+        ones = [tf.ones((2,)), tf.ones((2, 3))]
+        accumulator.add(ones)
+        rows = tf.IndexedSlices(tf.ones((1, 4)), [0], tf.constant([2, 4]))
+        for wrong in ([ones[0], tf.ones((3,))], [ones[0], rows]):
+            with self.assertRaisesRegex(
+                ValueError, "`gradients` must have the shapes .*wants"
+            ):
+                accumulator.add(wrong)
+        with self.assertRaisesRegex(
+            ValueError, r"`weight` must be a scalar. Received: shape=\(2,\)"
+        ):
+            accumulator.add(ones, weight=tf.constant([1.0, 5.0]))
+        # Nothing was added by those.
+        self.assertAllEqual(accumulator.buffers[0], [1.0, 1.0])
+        self.assertEqual(accumulator.count, 1)
+
     def test_dtype(self):
         for dtype in ("int32", "flaot32", 7, "bool"):
             with self.assertRaisesRegex(

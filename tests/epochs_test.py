@@ -78,7 +78,7 @@ class PolicyTest(test_utils.TestCase, parameterized.TestCase):
         model = compiled(test_utils.accumulating(partial_window="drop"))
         model.fit(test_utils.dataset(BATCHES), epochs=2, verbose=0)
         self.assertTrainedOn(model, [FULL] * 2)
-        self.assertEqual(int(model._accumulator.count), 0)
+        self.assertEqual(int(model._accum_buffers.count), 0)
 
     def test_stopped_epoch_is_flushed(self):
         model = compiled(test_utils.accumulating())
@@ -183,8 +183,8 @@ class LeftoverTest(test_utils.TestCase, parameterized.TestCase):
         for error in (KeyboardInterrupt(), ValueError("mine")):
             model = compiled(test_utils.accumulating(partial_window=policy))
             self.interrupt(model, error)
-            self.assertEqual(int(model._window.position), 0)
-            self.assertEqual(int(model._accumulator.count), 0)
+            self.assertEqual(int(model._accum_window.position), 0)
+            self.assertEqual(int(model._accum_buffers.count), 0)
             model.fit(test_utils.dataset(FULL), verbose=0)
             self.assertSameWeights(
                 model.get_weights(),
@@ -212,7 +212,7 @@ class LeftoverTest(test_utils.TestCase, parameterized.TestCase):
 
         with self.assertRaisesRegex(Exception, "gone"):
             model.fit(failing(), verbose=0)
-        self.assertEqual(int(model._window.position), 0)
+        self.assertEqual(int(model._accum_window.position), 0)
 
     def test_train_on_batch_leaves_nothing_for_fit(self):
         model = compiled(test_utils.accumulating())
@@ -224,8 +224,19 @@ class LeftoverTest(test_utils.TestCase, parameterized.TestCase):
             test_utils.mlp().get_weights(),
         )
 
-    def test_recompiling_starts_afresh(self):
-        model = compiled(test_utils.accumulating())
+    def test_carry_goes_on_with_steps_by_hand(self):
+        model = compiled(test_utils.accumulating(partial_window="carry"))
+        model.train_step(FULL[0])
+        model.fit(test_utils.dataset(FULL[1:]), verbose=0)
+        self.assertSameWeights(
+            model.get_weights(),
+            reference([FULL]).get_weights(),
+            test_utils.mlp().get_weights(),
+        )
+
+    @parameterized.parameters("flush", "carry")
+    def test_recompiling_starts_afresh(self, policy):
+        model = compiled(test_utils.accumulating(partial_window=policy))
         test_utils.train_on(model, REST)
         compiled(model)
         test_utils.train_on(model, FULL)

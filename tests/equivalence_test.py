@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
+import keras_accum
 from tests import test_utils
 
 SIZES = ([8, 7, 5, 3], [4, 4, 4, 4], [1, 9, 9, 1])
@@ -324,6 +325,84 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
             build, lambda: {"optimizer": OPTIMIZERS["sgd"]()}, windows()
         )
 
+    @parameterized.parameters(False, True)
+    def test_overridden_weight_and_regularizers(self, jit_compile):
+        def build(cls, **kwargs):
+            class Sum(cls):
+                def compute_loss(self, x, y, y_pred, sample_weight, training):
+                    return keras.ops.sum(y_pred * y_pred) + sum(self.losses)
+
+                def microbatch_weight(self, x, y, y_pred, sample_weight):
+                    return None
+
+            return test_utils.mlp(Sum, regularizer="l2", **kwargs)
+
+        self.assertTrainsAlike(
+            build,
+            lambda: {
+                "optimizer": keras.optimizers.SGD(0.001),
+                "jit_compile": jit_compile,
+            },
+            windows(),
+        )
+
+    def test_regularizers_that_may_count_twice_are_warned_of(self):
+        class Sum(keras_accum.GradientAccumulationModel):
+            def microbatch_weight(self, x, y, y_pred, sample_weight=None):
+                return None
+
+        model = test_utils.mlp(Sum, regularizer="l2", accum_steps=2)
+        model.compile("sgd", loss=test_utils.crossentropy())
+        with self.assertWarnsRegex(UserWarning, "may count more than once"):
+            model.train_step(test_utils.microbatches([4])[0])
+
+    @parameterized.parameters("sum_over_batch_size", "mean_with_sample_weight")
+    def test_a_window_of_weight_zero_regularizes(self, reduction):
+        batches = [
+            [(x, y, np.zeros(len(x))) for x, y in window]
+            for window in windows()
+        ]
+        self.assertTrainsAlike(
+            functools.partial(test_utils.mlp, regularizer="l2"),
+            lambda: {
+                "optimizer": OPTIMIZERS["sgd"](),
+                "loss": test_utils.crossentropy(reduction=reduction),
+            },
+            batches,
+        )
+
+    @parameterized.parameters(False, True)
+    def test_loss_that_returns_a_scalar(self, is_masked):
+        def loss(y_true, y_pred):
+            return keras.ops.mean((y_pred - y_true) ** 2)
+
+        rng = np.random.default_rng(0)
+        rows = [[2, 1, 5], [3, 3, 3], [1, 1, 4]]
+        self.assertTrainsAlike(
+            tagger if is_masked else test_utils.mlp,
+            lambda: {"optimizer": OPTIMIZERS["sgd"](), "loss": loss},
+            [
+                [
+                    (rng.integers(0, 9, (n, 12)), rng.normal(size=(n, 12, 5)))
+                    if is_masked
+                    else (rng.normal(size=(n, 6)), rng.normal(size=(n, 3)))
+                    for n in window
+                ]
+                for window in rows
+            ],
+        )
+
+    def test_loss_with_a_call_operator_of_its_own(self):
+        class Mine(keras.losses.Loss):
+            def __call__(self, y_true, y_pred, sample_weight=None):
+                return keras.ops.mean(y_pred - keras.ops.one_hot(y_true, 3))
+
+        self.assertTrainsAlike(
+            test_utils.mlp,
+            lambda: {"optimizer": OPTIMIZERS["sgd"](), "loss": Mine()},
+            windows(),
+        )
+
     def test_inexact_weights_are_warned_of_once(self):
         model = test_utils.accumulating(masked_and_not, accum_steps=2)
         model.compile(
@@ -405,7 +484,7 @@ class PrecisionTest(test_utils.TestCase, parameterized.TestCase):
             windows(),
             tolerance,
         )
-        for buffer in actual._accumulator.buffers:
+        for buffer in actual._accum_buffers.buffers:
             self.assertEqual(buffer.dtype, tf.float32)
         is_scaled = isinstance(
             actual.optimizer, keras.optimizers.LossScaleOptimizer

@@ -1,5 +1,8 @@
 """Functional models and subclasses leave each other alone."""
 
+import copy
+import pickle
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -199,6 +202,31 @@ class SerializationTest(test_utils.TestCase):
             if suffix == "keras":  # Keras cannot train on from .h5 files.
                 loaded.train_on_batch(*batch)
 
+    def test_pickle_and_deepcopy(self):
+        for accum_steps in (1, 4):
+            model = test_utils.accumulating(accum_steps=accum_steps)
+            for copied in (
+                pickle.loads(pickle.dumps(model)),
+                copy.deepcopy(model),
+            ):
+                self.assertSame(copied, model)
+                self.assertAllClose(
+                    copied.get_weights(), model.get_weights(), 0, 0
+                )
+
+    def test_sequential_behind_the_mixin(self):
+        model = SequentialMine([keras.Input((6,)), keras.layers.Dense(3)])
+        model.accum_steps = 3
+        model.partial_window = "drop"
+        path = f"{self.get_temp_dir()}/model.keras"
+        model.save(path)
+        for loaded in (
+            keras.models.load_model(path),
+            SequentialMine.from_config(model.get_config()),
+        ):
+            self.assertEqual(loaded.accum_steps, 3)
+            self.assertEqual(loaded.partial_window, "drop")
+
     def test_plain_model_reads_the_weights(self):
         model = test_utils.accumulating()
         path = f"{self.get_temp_dir()}/model.weights.h5"
@@ -243,6 +271,11 @@ class SerializationTest(test_utils.TestCase):
                 super().__init__(accum_steps=3, **kwargs)
 
         self.assertEqual(Own.from_config(Own().get_config()).accum_steps, 3)
+
+
+@keras.saving.register_keras_serializable("functional_test")
+class SequentialMine(keras_accum.GradientAccumulationMixin, keras.Sequential):
+    pass
 
 
 @keras.saving.register_keras_serializable("functional_test")

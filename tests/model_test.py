@@ -54,6 +54,20 @@ class ErrorTest(test_utils.TestCase, parameterized.TestCase):
             one.accum_steps = 2
 
     @parameterized.parameters(1, 2)
+    def test_fit_that_takes_no_callbacks(self, accum_steps):
+        class Mine(keras.Model):
+            def fit(self, x):
+                return super().fit(x)
+
+        class Both(keras_accum.GradientAccumulationMixin, Mine):
+            pass
+
+        model = test_utils.mlp(Both, accum_steps=accum_steps)
+        model.compile("sgd", loss="mse")
+        with self.assertRaisesRegex(TypeError, "must take `callbacks`"):
+            model.fit(tf.data.Dataset.range(3))
+
+    @parameterized.parameters(1, 2)
     def test_number_of_gradients(self, accum_steps):
         model = test_utils.accumulating(accum_steps=accum_steps)
         model.compile("sgd", loss="mse")

@@ -84,7 +84,7 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
         model, batch = self.trained()
         step = getattr(model, name)
         hlo = optimized_hlo(lambda *batch: step(batch), *batch)
-        accumulator = model._accumulator
+        accumulator = model._accum_buffers
         self.assertInPlace(
             hlo, [*accumulator.buffers, accumulator.weight, accumulator.count]
         )
@@ -184,7 +184,7 @@ class TracingTest(test_utils.TestCase, parameterized.TestCase):
 
 class HostTest(test_utils.TestCase):
     def test_the_window_lives_on_the_host(self):
-        window = test_utils.accumulating()._window
+        window = test_utils.accumulating()._accum_window
         for variable in (window.position, window.size, window.completed):
             self.assertIn("CPU:0", variable.device)
 

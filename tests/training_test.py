@@ -156,6 +156,27 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             )
         self.assertAllClose(*histories, rtol=1e-5)
 
+    def test_validation_after_an_evaluation(self):
+        x, y = test_utils.concatenate(data())
+        losses = []
+        for evaluate_first in (False, True):
+            model = test_utils.accumulating()
+            model.compile("sgd", loss=test_utils.crossentropy())
+            if evaluate_first:
+                model.evaluate(x, y, batch_size=8, verbose=0)
+            history = model.fit(
+                x,
+                y,
+                4,
+                shuffle=False,
+                verbose=0,
+                validation_data=(x, y),
+                validation_batch_size=8,
+            )
+            losses.append(history.history["val_loss"])
+        self.assertAllClose(*losses)
+        self.assertGreater(losses[0][0], 0.5)
+
     def test_nested_inputs_and_outputs(self):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(7)
@@ -274,7 +295,7 @@ class OneTest(test_utils.TestCase, parameterized.TestCase):
             state = [v.numpy() for v in model.optimizer.variables]
             results.append((model.get_weights(), state, history))
         self.assertAllClose(*results, rtol=0, atol=0)
-        self.assertIsNone(model._accumulator)
+        self.assertIsNone(model._accum_buffers)
 
     def test_train_on_batch(self):
         results = []
@@ -335,6 +356,20 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameWeights(
             actual.get_weights(), expected.get_weights(), initial
         )
+
+    def test_train_step_that_calls_the_one_it_overrides(self):
+        class Doubling(keras_accum.GradientAccumulationModel):
+            def train_step(self, data):
+                x, y = data
+                return super().train_step((2.0 * x, y))
+
+        model = test_utils.mlp(Doubling, accum_steps=2)
+        model.compile("sgd", loss=test_utils.crossentropy())
+        x, y = data()[0]
+        expected = model.evaluate(2.0 * x, y, batch_size=99, verbose=0)
+        model.reset_metrics()
+        self.assertAllClose(model.train_step((x, y))["loss"], expected)
+        self.assertEqual(model._accum_buffers.count, 1)
 
     def test_loop_after_fit(self):
         batches = test_utils.microbatches([8, 7, 5, 3])
@@ -544,7 +579,7 @@ class GradientsTest(test_utils.TestCase):
         model.compile("sgd", loss=test_utils.crossentropy())
         with self.assertWarnsRegex(UserWarning, "Gradients do not exist"):
             test_utils.train_on(model, data()[:2])
-        buffers = model._accumulator.buffers
+        buffers = model._accum_buffers.buffers
         self.assertEqual([b is None for b in buffers], [False] * 2 + [True] * 2)
 
     def test_gradient_that_comes_and_goes(self):
@@ -635,12 +670,12 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
         fine = (np.full((2, 3), 7), np.array([0, 1]))
         bad = (np.full((2, 3), 70), np.array([0, 1]))
         test_utils.train_on(model, [fine, fine])
-        before = [b.numpy() for b in model._accumulator.buffers]
+        before = [b.numpy() for b in model._accum_buffers.buffers]
         with self.assertRaises(tf.errors.InvalidArgumentError):
             model.train_on_batch(*bad)
-        self.assertEqual(int(model._window.position), 2)
-        self.assertEqual(int(model._accumulator.count), 2)
-        self.assertAllClose(before, model._accumulator.buffers, 0, 0)
+        self.assertEqual(int(model._accum_window.position), 2)
+        self.assertEqual(int(model._accum_buffers.count), 2)
+        self.assertAllClose(before, model._accum_buffers.buffers, 0, 0)
         test_utils.train_on(model, [fine, fine])
         self.assertEqual(int(model.optimizer.iterations), 1)
 
@@ -653,8 +688,8 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
         batches = data()[:5]
         for epoch in range(1, 8):
             model.fit(test_utils.dataset(batches), verbose=0)
-            self.assertEqual(int(model._window.position), 5 * epoch % 7)
-            self.assertEqual(int(model._accumulator.count), 5 * epoch % 7)
+            self.assertEqual(int(model._accum_window.position), 5 * epoch % 7)
+            self.assertEqual(int(model._accum_buffers.count), 5 * epoch % 7)
             self.assertEqual(int(model.optimizer.iterations), 5 * epoch // 7)
 
 

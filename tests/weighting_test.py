@@ -16,6 +16,13 @@ class Ones(keras.losses.Loss):
         return keras.ops.mean(keras.ops.ones_like(y_pred), axis=-1)
 
 
+class Scalar(keras.losses.Loss):
+    """A loss that is reduced already."""
+
+    def call(self, y_true, y_pred):
+        return keras.ops.mean(keras.ops.cast(y_pred, "float32"))
+
+
 def masked(tensor, mask):
     tensor = tf.convert_to_tensor(tensor)
     tensor._keras_mask = tf.constant(mask)
@@ -59,16 +66,25 @@ class DenominatorTest(test_utils.TestCase, parameterized.TestCase):
         self.assertIsNone(weighting.loss_denominator(loss, Y, Y, None, 2))
 
     def test_scalars_and_strangers_count_by_rows(self):
-        class Scalar(keras.losses.Loss):
-            def call(self, y_true, y_pred):
+        class Stranger(keras.losses.Loss):
+            def __call__(self, y_true, y_pred, sample_weight=None):
                 return keras.ops.mean(y_pred)
 
-        for loss in (Scalar(), lambda y_true, y_pred: 0.0):
-            found = weighting.loss_denominator(
-                loss, tf.constant(Y), tf.constant(Y), None, 2
-            )
+        for loss in (Scalar(), Stranger(), lambda y_true, y_pred: 0.0):
+            for y_pred in (tf.constant(Y), masked(Y, MASK)):
+                found = weighting.loss_denominator(loss, Y, y_pred, None, 2)
+                self.assertAllClose(found.value, 2.0)
+                self.assertEqual(found.source, weighting.ROWS)
+
+    def test_scalars_that_nothing_fits_are_a_guess(self):
+        for loss, weight in (
+            (Scalar(), np.ones(2)),
+            (Scalar(reduction="sum"), None),
+            (Scalar(reduction=None), None),
+        ):
+            found = weighting.loss_denominator(loss, Y, Y, weight, 2)
             self.assertAllClose(found.value, 2.0)
-            self.assertEqual(found.source, weighting.ROWS)
+            self.assertFalse(weighting.is_exact([found], has_row_means=False))
 
     def test_all_masked_is_zero(self):
         found = weighting.loss_denominator(
