@@ -11,7 +11,6 @@ import functools
 import warnings
 from collections.abc import Iterator
 from collections.abc import Sequence
-from typing import Self
 
 import keras
 import tensorflow as tf
@@ -27,6 +26,7 @@ from keras_accum.accumulator import check_dtype
 from keras_accum.accumulator import check_lengths
 from keras_accum.accumulator import keep_unless
 from keras_accum.loss_tracker import WindowLoss
+from keras_accum.saving import SavingMixin
 from keras_accum.window import AccumSteps
 from keras_accum.window import Window
 from keras_accum.window import check_partial_window
@@ -35,7 +35,7 @@ from keras_accum.window import check_partial_window
 UNKNOWN = "unknown"
 
 
-class GradientAccumulationMixin:
+class GradientAccumulationMixin(SavingMixin):
     """Puts gradient accumulation in front of any model class.
 
     ```python
@@ -59,8 +59,6 @@ class GradientAccumulationMixin:
     _accum_update = None
     # Whether the loss is a sum over the rows; None before the first of them.
     _accum_is_sum: bool | None = None
-    # How many buffers the program that starts a window was traced with.
-    _buffers_when_traced: int | None = None
 
     def __init__(
         self,
@@ -305,7 +303,6 @@ class GradientAccumulationMixin:
         if not self._accumulating:
             return super().make_train_function(force=force)
         self._loss_tracker_of_windows()
-        self._buffers_when_traced = None
         self._accum_update = training.make_update_function(self)
         self.train_function = training.make_train_function(
             self, self._accum_update
@@ -333,45 +330,6 @@ class GradientAccumulationMixin:
             keep_unless(tf.logical_not(first), loss) for loss in shared
         ]
 
-    @compat.keeps_automatic_config
-    def get_config(self) -> dict:
-        """The configuration; with this class's arguments if functional."""
-        config = super().get_config()
-        mine = {
-            "accum_steps": serialize_accum_steps(self.accum_steps),
-            "partial_window": self.partial_window,
-            "accumulator_dtype": self.accumulator_dtype,
-        }
-        is_functional = "input_layers" in config and "output_layers" in config
-        # A subclass with a constructor of its own may not take all of them.
-        return config | {
-            name: value
-            for name, value in mine.items()
-            if is_functional or name in config
-        }
-
-    @classmethod
-    def from_config(cls, config: dict, *args, **kwargs) -> Self:
-        """Makes a model from its configuration."""
-        config = dict(config)
-        if isinstance(config.get("accum_steps"), dict):
-            config["accum_steps"] = keras.saving.deserialize_keras_object(
-                config["accum_steps"], *args, **kwargs
-            )
-        model = super().from_config(config, *args, **kwargs)
-        # A `from_config` behind this one may pass on what it knows alone.
-        if "accum_steps" in config:
-            model.accum_steps = config["accum_steps"]
-            model.partial_window = config["partial_window"]
-            model._accumulator_dtype = config["accumulator_dtype"]
-        return model
-
-    def __reduce__(self):
-        """Pickles a functional model as one of the class that has a name."""
-        unpickle, *state = super().__reduce__()
-        named = functional.named_class(type(self))
-        return getattr(named, unpickle.__name__), *state
-
     def __setattr__(self, name, value):
         # Here, since an overridden `compile` is not called when loading.
         if name == "optimizer" and self._accumulating:
@@ -383,10 +341,7 @@ class GradientAccumulationMixin:
 
     def _first_microbatch(self, data):
         """`train_step` for the first micro-batch of a window."""
-        logs = self._checked_train_step(data, first=True)
-        if self._buffers_when_traced is None:
-            self._buffers_when_traced = self._number_of_buffers()
-        return logs
+        return self._checked_train_step(data, first=True)
 
     def _next_microbatch(self, data):
         """`train_step` for the other micro-batches of a window."""
@@ -418,16 +373,6 @@ class GradientAccumulationMixin:
         if isinstance(self._accum_first, bool):
             return self._accum_first
         return tf.equal(self._gradient_accumulator().count, 0)
-
-    def _knows_all_buffers(self):
-        """Whether the traced programs know all buffers that there are.
-
-        A variable that had no gradient when they were traced may have got one
-        since, in batches of another structure. The program that starts a window
-        would not start that buffer.
-        """
-        traced = self._buffers_when_traced
-        return traced is None or traced == self._number_of_buffers()
 
     def _number_of_buffers(self):
         if self._accum_buffers is None:
@@ -521,7 +466,9 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
 
     The optimizer and all that hangs on it, learning-rate schedules, EMA, weight
     decay, clipping and constraints, see updates, never micro-batches. So do
-    `optimizer.iterations`.
+    `optimizer.iterations`. The loss that `fit` reports is that of the windows;
+    beside it, the losses of single outputs stay Keras's means over batches,
+    which are micro-batches here. Compiling starts a new window.
 
     Args:
         *args: As for `keras.Model`: `inputs` and `outputs` of a functional
@@ -582,13 +529,6 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
 def is_one(accum_steps):
     """Whether every micro-batch is a window."""
     return not callable(accum_steps) and accum_steps == 1
-
-
-def serialize_accum_steps(accum_steps):
-    """`accum_steps` as it stands in a configuration."""
-    if callable(accum_steps):
-        return keras.saving.serialize_keras_object(accum_steps)
-    return int(accum_steps)
 
 
 def check_optimizer(optimizer):

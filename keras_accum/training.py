@@ -56,11 +56,15 @@ def make_train_function(model, update):
         `model.steps_per_execution` of them and returns the logs. Raises
         `tf.errors.OutOfRangeError` when there are none left.
     """
-    step = make_step_function(model, update)
+    traced_buffers = set()
+    step = make_step_function(model, update, traced_buffers)
     steps = make_steps_function(model, step)
 
     def train_function(iterator):
-        if not model._knows_all_buffers():
+        # A variable that had no gradient when the programs were traced may have
+        # got one since, in batches of another structure. The program that
+        # starts a window would not start its buffer.
+        if traced_buffers - {model._number_of_buffers()}:
             return model.make_train_function(force=True)(iterator)
         if isinstance(
             iterator, tf.data.Iterator | tf.distribute.DistributedIterator
@@ -74,18 +78,33 @@ def make_train_function(model, update):
     return raising_schedule_errors(model, train_function)
 
 
-def make_step_function(model, update):
-    """Returns a function of one batch: a micro-batch, and what follows it."""
+def make_step_function(model, update, traced_buffers):
+    """Returns a function of one batch: a micro-batch, and what follows it.
+
+    Args:
+        model: A `GradientAccumulationModel`.
+        update: What `make_update_function` returned.
+        traced_buffers: A set that gets the number of buffers that there were
+            whenever the program that starts a window was traced.
+    """
+
+    def start_window(data):
+        logs = model._first_microbatch(data)
+        traced_buffers.add(model._number_of_buffers())
+        return logs
+
     window = model._accum_window
     strategy = model.distribute_strategy
-    start = compile_for_replica(model, model._first_microbatch)
+    start = compile_for_replica(model, start_window)
     proceed = compile_for_replica(model, model._next_microbatch)
 
     @tf.autograph.experimental.do_not_convert
     def step(data):
         def first():
-            window.begin(model.optimizer.iterations)
-            return strategy.run(start, args=(data,))
+            with tf.control_dependencies(
+                [window.begin(model.optimizer.iterations)]
+            ):
+                return strategy.run(start, args=(data,))
 
         def further():
             return strategy.run(proceed, args=(data,))

@@ -64,17 +64,18 @@ class Window:
         if not callable(value):
             self._next_size.assign(int(value))
 
-    def begin(self, updates: tf.Tensor) -> None:
-        """Fixes the size of the window that begins.
+    def begin(self, updates: tf.Tensor) -> tf.Tensor:
+        """Fixes the size of the window that begins, and returns it.
 
         Args:
             updates: Number of updates so far; an integer scalar.
         """
         if callable(self._accum_steps):
             size = tf.numpy_function(self._scheduled, [updates], tf.int64)
-            self.size.assign(tf.ensure_shape(size, ()))
+            size = tf.ensure_shape(size, ())
         else:
-            self.size.assign(self._next_size)
+            size = self._next_size
+        return tf.identity(self.size.assign(size))
 
     def advance(self) -> tf.Tensor:
         """Counts a micro-batch; returns whether the window is now full."""

@@ -23,6 +23,7 @@ LAYERS = (
     {"compat"},
     {"accumulator", "loss_tracker", "weighting", "window"},
     {"epochs", "functional", "microbatching", "training"},
+    {"saving"},
     {"model"},
     {"__init__"},
 )

@@ -149,7 +149,7 @@ class TracingTest(test_utils.TestCase, parameterized.TestCase):
     def graph_size(self, accum_steps):
         model = compiled_model(accum_steps=accum_steps)
         update = training.make_update_function(model)
-        step = training.make_step_function(model, update)
+        step = training.make_step_function(model, update, set())
         x, y = test_utils.microbatches([8])[0]
         graph = step.__wrapped__.get_concrete_function(
             (tf.constant(x), tf.constant(y))

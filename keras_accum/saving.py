@@ -1,0 +1,59 @@
+"""What is saved of a model: its class, and the arguments that are ours."""
+
+from typing import Self
+
+import keras
+
+from keras_accum import compat
+from keras_accum import functional
+
+
+class SavingMixin:
+    """Configuration and pickling, as `keras.Model` has them."""
+
+    @compat.keeps_automatic_config
+    def get_config(self) -> dict:
+        """The configuration; with this class's arguments if functional."""
+        config = super().get_config()
+        mine = {
+            "accum_steps": serialize_accum_steps(self.accum_steps),
+            "partial_window": self.partial_window,
+            "accumulator_dtype": self.accumulator_dtype,
+        }
+        is_functional = "input_layers" in config and "output_layers" in config
+        # A subclass with a constructor of its own may not take all of them.
+        return config | {
+            name: value
+            for name, value in mine.items()
+            if is_functional or name in config
+        }
+
+    @classmethod
+    def from_config(cls, config: dict, *args, **kwargs) -> Self:
+        """Makes a model from its configuration."""
+        config = dict(config)
+        if isinstance(config.get("accum_steps"), dict):
+            config["accum_steps"] = keras.saving.deserialize_keras_object(
+                config["accum_steps"], *args, **kwargs
+            )
+        model = super().from_config(config, *args, **kwargs)
+        # A `from_config` behind this one may pass on what it knows alone.
+        for name in ("accum_steps", "partial_window"):
+            if name in config:
+                setattr(model, name, config[name])
+        if "accumulator_dtype" in config:
+            model._accumulator_dtype = config["accumulator_dtype"]
+        return model
+
+    def __reduce__(self):
+        """Pickles a functional model as one of the class that has a name."""
+        unpickle, *state = super().__reduce__()
+        named = functional.named_class(type(self))
+        return getattr(named, unpickle.__name__), *state
+
+
+def serialize_accum_steps(accum_steps):
+    """`accum_steps` as it stands in a configuration."""
+    if callable(accum_steps):
+        return keras.saving.serialize_keras_object(accum_steps)
+    return int(accum_steps)
