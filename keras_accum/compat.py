@@ -96,7 +96,7 @@ def compiled_loss(model):
 
     It pairs each loss with its output, label and sample weight.
     """
-    return model._compile_loss
+    return getattr(model, "_compile_loss", None)
 
 
 def own_losses(model) -> list[tf.Tensor]:
@@ -127,6 +127,37 @@ def map_compiled_losses(compiled, function, y, y_pred, sample_weight):
     ]
     walker._metrics = [None] * len(walker._flat_losses)
     walker(y, y_pred, sample_weight)
+
+
+def build_compiled_losses(compiled, y, y_pred, sample_weight) -> None:
+    """Lets `compiled` meet its first batch, and make its metrics, unrun."""
+
+    def symbolic(leaf):
+        if leaf is None:
+            return None
+        return keras.KerasTensor(
+            leaf.shape, backend.standardize_dtype(leaf.dtype)
+        )
+
+    batch = keras.tree.map_structure(symbolic, (y, y_pred, sample_weight))
+    backend.compute_output_spec(compiled, *batch)
+
+
+def output_metrics(compiled) -> list[keras.Metric]:
+    """The metrics behind the losses of single outputs; none if there is one."""
+    return list(compiled._metrics)
+
+
+def replace_output_metrics(compiled, make) -> list[keras.Metric]:
+    """Replaces what `output_metrics` returns, and returns the new ones.
+
+    Args:
+        compiled: What `compiled_loss` returned, built.
+        make: A function from an old metric to the new one.
+    """
+    # The same list: what tracks the metrics has it too.
+    compiled._metrics[:] = [make(metric) for metric in compiled._metrics]
+    return output_metrics(compiled)
 
 
 def is_built(compiled) -> bool:

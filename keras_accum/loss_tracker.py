@@ -1,5 +1,8 @@
 """The loss that `fit` reports: that of whole windows, not of micro-batches."""
 
+import contextlib
+from collections.abc import Iterator
+
 import keras
 import tensorflow as tf
 
@@ -29,6 +32,45 @@ class WindowLoss(keras.metrics.Mean):
             self._window = tf.Variable(
                 tf.zeros((3,), self.dtype), trainable=False
             )
+        self._is_holding = False
+        self._held = None
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Keeps what `update_state` is given for `add_held`.
+
+        Keras updates the metrics of single outputs while it computes the loss,
+        when their denominators are not known yet.
+        """
+        self._is_holding, self._held = True, None
+        try:
+            yield
+        finally:
+            self._is_holding = False
+
+    def update_state(self, values, sample_weight=None) -> None:
+        """Adds to the mean, as `keras.metrics.Mean`, or holds back."""
+        if self._is_holding:
+            self._held = values, sample_weight
+        else:
+            super().update_state(values, sample_weight)
+
+    def add_held(self, weight: tf.Tensor | None, first) -> None:
+        """Adds what was held back, as one micro-batch.
+
+        Args:
+            weight: As for `add`.
+            first: Whether it is the window's first, as a bool or a tensor.
+                Where the number of rows is not known while tracing, Keras
+                counts each batch once, and so a window.
+        """
+        if self._held is None:
+            return
+        loss, rows = self._held
+        self._held = None
+        self.add(
+            loss, weight, tf.cast(first, tf.int32) if rows is None else rows
+        )
 
     def add(
         self,

@@ -140,7 +140,11 @@ class GradientAccumulationMixin(SavingMixin):
                 y_pred = self(x, training=True)
             else:
                 y_pred = self(x)
-            loss = compat.compute_loss(self, x, y, y_pred, sample_weight)
+            outputs = self._output_trackers(y, y_pred, sample_weight)
+            with contextlib.ExitStack() as stack:
+                for tracker in outputs:
+                    stack.enter_context(tracker.held_back())
+                loss = compat.compute_loss(self, x, y, y_pred, sample_weight)
             self._build_loss_scale()
             scaled_loss = self.optimizer.scale_loss(loss)
         weight = self.microbatch_weight(x, y, y_pred, sample_weight)
@@ -148,6 +152,10 @@ class GradientAccumulationMixin(SavingMixin):
         self._loss_tracker_of_windows().add(
             compat.unscale_loss(loss), weight, weighting.number_of_rows(x)
         )
+        if outputs:
+            denominators = self._denominators(x, y, y_pred, sample_weight)
+            for tracker, each in zip(outputs, denominators, strict=True):
+                tracker.add_held(each and each.value, self._is_first())
         if self.trainable_weights:
             gradients = tape.gradient(scaled_loss, self.trainable_weights)
         else:
@@ -187,20 +195,10 @@ class GradientAccumulationMixin(SavingMixin):
             A float scalar, or None where the loss is a sum and not a mean, so
             that gradients just add up.
         """
-        rows = weighting.number_of_rows(x)
         compiled = compat.compiled_loss(self)
         if compiled is None or not compat.is_built(compiled):
-            return weighting.as_weight(rows)
-        denominators = []
-        compat.map_compiled_losses(
-            compiled,
-            lambda *loss_and_data: denominators.append(
-                weighting.loss_denominator(*loss_and_data, rows)
-            ),
-            y,
-            y_pred,
-            sample_weight,
-        )
+            return weighting.as_weight(weighting.number_of_rows(x))
+        denominators = self._denominators(x, y, y_pred, sample_weight)
         has_row_means = bool(compat.own_losses(self))
         if not weighting.is_exact(denominators, has_row_means):
             self._warn_once(
@@ -250,7 +248,7 @@ class GradientAccumulationMixin(SavingMixin):
             )
         # The next micro-batch starts the buffers afresh.
         accumulator.forget()
-        self._loss_tracker_of_windows().close()
+        self._close_trackers()
 
     def flush(self) -> None:
         """Updates now, from the micro-batches that the window has so far.
@@ -269,9 +267,7 @@ class GradientAccumulationMixin(SavingMixin):
         self._accum_window.rewind()
         if self._accum_buffers is not None:
             self._accum_buffers.forget()
-        tracker = compat.loss_tracker(self)
-        if isinstance(tracker, WindowLoss):
-            tracker.close()
+        self._close_trackers()
 
     def _resume_window(self):
         """Goes on with what calls of `train_step` by hand have gathered."""
@@ -415,6 +411,44 @@ class GradientAccumulationMixin(SavingMixin):
             self.test_function = None
         return compat.loss_tracker(self)
 
+    def _close_trackers(self):
+        compiled = compat.compiled_loss(self)
+        outputs = [] if compiled is None else compat.output_metrics(compiled)
+        for tracker in (compat.loss_tracker(self), *outputs):
+            if isinstance(tracker, WindowLoss):
+                tracker.close()
+
+    def _output_trackers(self, y, y_pred, sample_weight):
+        """The metrics behind the losses of single outputs, of windows each."""
+        compiled = compat.compiled_loss(self)
+        if compiled is None or not keras.tree.is_nested(y_pred):
+            return []
+        if not compat.is_built(compiled):
+            compat.build_compiled_losses(compiled, y, y_pred, sample_weight)
+        trackers = compat.output_metrics(compiled)
+        if not all(isinstance(each, WindowLoss) for each in trackers):
+            with tf.init_scope():
+                trackers = compat.replace_output_metrics(
+                    compiled, lambda metric: WindowLoss(metric.name)
+                )
+            self.test_function = None
+        return trackers
+
+    def _denominators(self, x, y, y_pred, sample_weight):
+        """The `Denominator`s of the losses given to `compile`."""
+        rows = weighting.number_of_rows(x)
+        denominators = []
+        compat.map_compiled_losses(
+            compat.compiled_loss(self),
+            lambda *loss_and_data: denominators.append(
+                weighting.loss_denominator(*loss_and_data, rows)
+            ),
+            y,
+            y_pred,
+            sample_weight,
+        )
+        return denominators
+
     def _number_of_regularizers(self):
         """How many of `super().losses`, at their end, regularize weights."""
         return sum(v.regularizer is not None for v in self.trainable_weights)
@@ -466,9 +500,8 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
 
     The optimizer and all that hangs on it, learning-rate schedules, EMA, weight
     decay, clipping and constraints, see updates, never micro-batches. So do
-    `optimizer.iterations`. The loss that `fit` reports is that of the windows;
-    beside it, the losses of single outputs stay Keras's means over batches,
-    which are micro-batches here. Compiling starts a new window.
+    `optimizer.iterations`. The losses that `fit` reports are those of the
+    windows. Compiling starts a new window.
 
     Args:
         *args: As for `keras.Model`: `inputs` and `outputs` of a functional

@@ -125,7 +125,8 @@ def total_weight(denominators):
     if not values:
         return None
     total = tf.add_n(values)
-    return tf.where(tf.equal(total, 0), LEAST_WEIGHT, total)
+    least = tf.constant(LEAST_WEIGHT, total.dtype)
+    return tf.where(tf.equal(total, 0), least, total)
 
 
 def is_exact(denominators, has_row_means) -> bool:

@@ -83,6 +83,28 @@ class NamesTest(test_utils.TestCase):
         # The walk leaves the losses' own metrics alone.
         self.assertAllClose(model.get_metrics_result(), logs)
 
+    def test_output_metrics(self):
+        inputs = keras.Input((2,))
+        hidden = keras.layers.Dense(2)(inputs)
+        model = keras.Model(inputs, {"a": hidden, "b": hidden})
+        model.compile("sgd", loss={"a": "mse", "b": "mae"})
+        compiled = compat.compiled_loss(model)
+        x = np.ones((3, 2), "float32")
+        y, y_pred = {"a": x, "b": x}, {"a": x, "b": x}
+        compat.build_compiled_losses(compiled, y, y_pred, None)
+        self.assertTrue(compat.is_built(compiled))
+        self.assertEqual(
+            [m.name for m in compat.output_metrics(compiled)],
+            ["a_loss", "b_loss"],
+        )
+        made = compat.replace_output_metrics(
+            compiled, lambda metric: keras.metrics.Mean(metric.name)
+        )
+        logs = model.train_on_batch(x, {"a": x, "b": x}, return_dict=True)
+        self.assertEqual(
+            [float(m.result()) for m in made], [logs["a_loss"], logs["b_loss"]]
+        )
+
     def test_own_losses(self):
         inputs = keras.Input((2,))
         layer = keras.layers.Dense(

@@ -253,6 +253,61 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             losses.append(history.history["loss"])
         self.assertAllClose(*losses, rtol=1e-6)
 
+    @parameterized.product(
+        reduction=("mean", "sum", "mean_with_sample_weight"),
+        known_rows=(False, True),
+        mode=("graph", "xla", "eager"),
+    )
+    def test_reported_losses_of_outputs(self, reduction, known_rows, mode):
+        def build(cls, **kwargs):
+            keras.utils.set_random_seed(7)
+            inputs = keras.Input((4,))
+            outputs = {
+                "a": keras.layers.Dense(1, name="a")(inputs),
+                "b": keras.layers.Dense(2, name="b")(inputs),
+            }
+            return cls(inputs, outputs, **kwargs)
+
+        sizes = [4] * 6 if known_rows else [4, 2, 5, 3, 1, 4]
+        rng = np.random.default_rng(0)
+        batches = [
+            (
+                rng.normal(size=(n, 4)),
+                {"a": rng.normal(size=(n, 1)), "b": rng.normal(size=(n, 2))},
+                rng.uniform(0, 2, n),
+            )
+            for n in sizes
+        ]
+        large = [test_utils.concatenate(batches[i : i + 2]) for i in (0, 2, 4)]
+        histories = []
+        for model, each in (
+            (build(keras.Model), large),
+            (test_utils.accumulating(build, accum_steps=2), batches),
+        ):
+            model.compile(
+                "sgd",
+                loss={
+                    "a": keras.losses.MeanSquaredError(reduction=reduction),
+                    "b": keras.losses.MeanAbsoluteError(reduction=reduction),
+                },
+                loss_weights={"a": 0.5, "b": 2.0},
+                **MODES[mode],
+            )
+            fed = test_utils.dataset(each, known_length=True)
+            if known_rows:
+                rows = len(each[0][0])
+                fed = fed.unbatch().batch(rows, drop_remainder=True)
+                fed = fed.apply(
+                    tf.data.experimental.assert_cardinality(len(each))
+                )
+            history = model.fit(
+                fed, epochs=2, verbose=0, validation_data=large[0][:2]
+            )
+            histories.append(history.history)
+        self.assertIn("a_loss", histories[0])
+        self.assertIn("val_b_loss", histories[0])
+        self.assertAllClose(*histories, rtol=1e-5)
+
     def test_subclassed_unbuilt_model(self):
         class Net(keras_accum.GradientAccumulationModel):
             def __init__(self, **kwargs):
