@@ -40,10 +40,13 @@ class PolicyTest(test_utils.TestCase, parameterized.TestCase):
             test_utils.mlp().get_weights(),
         )
 
-    @parameterized.product(
-        steps_per_execution=(1, 3, 50),
-        jit_compile=(False, True),
-        known_length=(False, True),
+    @parameterized.parameters(
+        (1, False, False),
+        (1, True, True),
+        (3, False, True),
+        (3, True, False),
+        (50, False, False),
+        (50, True, False),
     )
     def test_flush(self, steps_per_execution, jit_compile, known_length):
         model = compiled(
