@@ -35,8 +35,7 @@ def add_dense(buffer, gradient, first):
 
 def add_rows(buffer, gradient, first):
     """Adds rows to a buffer, by scatter; the other rows are not touched."""
-    if first is not False:
-        clear(buffer, first)
+    clear(buffer, first)
     buffer.scatter_add(gradient)
 
 
@@ -234,9 +233,8 @@ class GradientAccumulator:
         with tf.control_dependencies(after_everything_so_far(gradients)):
             for buffer, gradient in zip(self._buffers, gradients, strict=True):
                 add_one(buffer, gradient, weight, first)
-            if first is not False:
-                clear(self._weight, first)
-                clear(self._count, first)
+            clear(self._weight, first)
+            clear(self._count, first)
             if weight is None:
                 self._weight.assign(tf.ones_like(self._weight))
             else:

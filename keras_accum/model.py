@@ -376,11 +376,9 @@ class GradientAccumulationMixin(SavingMixin):
         return sum(buffer is not None for buffer in self._accum_buffers.buffers)
 
     def _gradient_accumulator(self):
-        variables = self.trainable_weights
-        known = (
-            [] if self._accum_buffers is None else self._accum_buffers.variables
-        )
-        if list(map(id, known)) != list(map(id, variables)) or not known:
+        variables, known = self.trainable_weights, self._accum_buffers
+        # A layer may have been built, or frozen, since the last call.
+        if known is None or not same_objects(known.variables, variables):
             self._accum_buffers = GradientAccumulator(
                 variables, self._accumulator_dtype
             )
@@ -557,6 +555,11 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             accumulator_dtype=accumulator_dtype,
             **kwargs,
         )
+
+
+def same_objects(some, others):
+    """Whether two lists hold the very same objects."""
+    return list(map(id, some)) == list(map(id, others))
 
 
 def is_one(accum_steps):

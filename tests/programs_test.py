@@ -163,14 +163,8 @@ class TracingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(self.graph_size(2), self.graph_size(64))
 
     def test_position_and_k_are_not_traced(self):
-        traces = []
-
-        class Counted(keras_accum.GradientAccumulationModel):
-            def compute_loss(self, *args, **kwargs):
-                traces.append(1)
-                return super().compute_loss(*args, **kwargs)
-
-        model = test_utils.mlp(Counted, accum_steps=2)
+        counted, traces = test_utils.counting_traces()
+        model = test_utils.mlp(counted, accum_steps=2)
         model.compile("adam", loss=test_utils.crossentropy(), jit_compile=True)
         batch = test_utils.microbatches([8])[0]
         model.train_on_batch(*batch)

@@ -92,6 +92,18 @@ def all_state(model):
     return [np.asarray(v.numpy(), "float64") for v in variables]
 
 
+def counting_traces():
+    """A model class, and a list that grows when a train step is traced."""
+    traces = []
+
+    class Counted(keras_accum.GradientAccumulationModel):
+        def compute_loss(self, *args, **kwargs):
+            traces.append(1)
+            return super().compute_loss(*args, **kwargs)
+
+    return Counted, traces
+
+
 class TestCase(tf.test.TestCase):
     """Compares a model with one trained on the concatenated batches."""
 

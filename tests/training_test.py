@@ -513,14 +513,8 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
 class ChangeTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(1, 3)
     def test_a_change_takes_effect_at_the_next_window(self, steps):
-        traces = []
-
-        class Counted(keras_accum.GradientAccumulationModel):
-            def compute_loss(self, *args, **kwargs):
-                traces.append(1)
-                return super().compute_loss(*args, **kwargs)
-
-        model = test_utils.mlp(Counted, accum_steps=2)
+        counted, traces = test_utils.counting_traces()
+        model = test_utils.mlp(counted, accum_steps=2)
         model.compile(
             "sgd", loss=test_utils.crossentropy(), steps_per_execution=steps
         )
