@@ -82,7 +82,6 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     integer("layers", 4, "Transformer blocks.", lower_bound=1)
     integer("width", 128, "Size of a token's vector.", lower_bound=1)
     integer("heads", 4, "Attention heads.", lower_bound=1)
-    number("dropout", 0.0, "Share of a block's output.", lower_bound=0.0)
     number("learning_rate", 0.004, "AdamW's, at its highest.", lower_bound=0.0)
     integer(
         "warmup_updates",
@@ -137,11 +136,6 @@ def _define_rules(values):
             ("strategy", "replicas"),
             lambda name, replicas: replicas is None or name == "mirrored",
             "--replicas goes with --strategy=mirrored only.",
-        ),
-        (
-            ("dropout",),
-            lambda share: share < 1,
-            "--dropout must be less than 1.",
         ),
         *(
             (

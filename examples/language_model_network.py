@@ -15,7 +15,6 @@ class Shape:
     layers: int
     width: int
     heads: int
-    dropout: float
 
 
 @keras.saving.register_keras_serializable("language_model")
@@ -53,6 +52,9 @@ def build_model(
 ) -> keras.Model:
     """Returns a transformer that predicts, at each token, the next one.
 
+    It has no dropout, whose random state Keras would not save: a training that
+    goes on is then the same as one that was not interrupted.
+
     Args:
         shape: The network's size.
         cls: The class of the model.
@@ -83,10 +85,9 @@ def build_model(
 
 def _attention(x, shape, name):
     x = keras.layers.LayerNormalization(name=f"{name}_norm")(x)
-    x = keras.layers.MultiHeadAttention(
+    return keras.layers.MultiHeadAttention(
         shape.heads, shape.width // shape.heads, name=name
     )(x, x, use_causal_mask=True)
-    return keras.layers.Dropout(shape.dropout, name=f"{name}_dropout")(x)
 
 
 def _feed_forward(x, shape, name):
@@ -94,5 +95,4 @@ def _feed_forward(x, shape, name):
     x = keras.layers.Dense(
         4 * shape.width, activation="gelu", name=f"{name}_in"
     )(x)
-    x = keras.layers.Dense(shape.width, name=f"{name}_out")(x)
-    return keras.layers.Dropout(shape.dropout, name=f"{name}_dropout")(x)
+    return keras.layers.Dense(shape.width, name=f"{name}_out")(x)

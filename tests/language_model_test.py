@@ -30,7 +30,7 @@ SEPARATOR = language_model_text.SEPARATOR
 TEXTS = ["", "a", "bcdefgh", "ij" * 50, "naïve ☃"]
 CONTEXT = 8
 SHAPE = language_model_network.Shape(
-    context=CONTEXT, layers=1, width=8, heads=2, dropout=0.1
+    context=CONTEXT, layers=1, width=8, heads=2
 )
 
 
@@ -275,18 +275,18 @@ class TrainingTest(tf.test.TestCase):
         self.folder = tempfile.mkdtemp(dir=TEMP_DIR)
 
     def test_does_not_depend_on_the_size_of_micro_batches(self):
-        # Without dropout, which has another mask for each micro-batch.
-        shape = language_model_network.Shape(CONTEXT, 1, 8, 2, dropout=0.0)
         # Not in one: Adam in Keras squares the parts of a sparse gradient.
-        large = train(batch_size=2, accum_steps=2, shape=shape)
-        accumulated = train(batch_size=1, accum_steps=4, shape=shape)
-        self.assertEqual(int(accumulated.optimizer.iterations), 4)
-        # AdamW moves a weight by the learning rate at most, and a hundredth of
-        # a thousandth of that is what rounding may become.
-        for one, other in zip(
-            large.get_weights(), accumulated.get_weights(), strict=True
-        ):
-            self.assertAllClose(one, other, atol=1e-4 * 0.01 * 4, rtol=0)
+        large = train(batch_size=2, accum_steps=2)
+        small = train(batch_size=1, accum_steps=4)
+        self.assertEqual(int(small.optimizer.iterations), 4)
+        for one, other in zip(large.weights, small.weights, strict=True):
+            # Softmax takes back what the bias of a key adds to all logits: its
+            # gradient is rounding, and Adam's step is of any size.
+            if one.path.endswith("key/bias"):
+                continue
+            # AdamW moves a weight by about the learning rate per update, and a
+            # gradient's rounding by far less than a thousandth of that.
+            self.assertAllClose(one, other, atol=1e-3 * 0.01 * 4, rtol=0)
 
     def test_goes_on_as_if_it_had_not_been_stopped(self):
         whole = train(os.path.join(self.folder, "whole"))
@@ -362,8 +362,8 @@ class BackupsTest(tf.test.TestCase):
     def test_are_of_one_model(self):
         self.save(0)
         for other in (
-            language_model_network.Shape(CONTEXT, 2, 8, 2, dropout=0.0),
-            language_model_network.Shape(CONTEXT, 1, 12, 2, dropout=0.0),
+            language_model_network.Shape(CONTEXT, 2, 8, 2),
+            language_model_network.Shape(CONTEXT, 1, 12, 2),
         ):
             model = language_model_training.compiled_model(
                 settings(shape=other)
@@ -456,8 +456,6 @@ class FlagsTest(tf.test.TestCase, parameterized.TestCase):
         ("--context=1", "--context"),
         ("--layers=0", "positive integer"),
         ("--width=100 --heads=3", "--width must be a multiple of --heads"),
-        ("--dropout=1", "--dropout must be less than 1"),
-        ("--dropout=-0.1", "non-negative number"),
         ("--learning_rate=-1", "non-negative number"),
         ("--epochs=1 --updates_per_epoch=5", "--warmup_updates must be less"),
         ("--weight_decay=-1", "non-negative number"),
