@@ -8,7 +8,6 @@ worker sees that all of them listen before TensorFlow is asked to meet them.
 import dataclasses
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -138,21 +137,21 @@ def resolve(name: str) -> ClusterResolver:
 
 
 def _resolve_slurm():
-    if shutil.which("nvidia-smi"):
-        return tf.distribute.cluster_resolver.SlurmClusterResolver()
-    # TensorFlow's resolver hands out one address for each share of the GPUs,
-    # and fails where there are none. It is told of one per task, so that it
-    # finds the addresses; the strategy is told the truth.
-    most = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    # TensorFlow's resolver hands out one address per share of a node's GPUs: it
+    # fails where there are none, and cannot choose them once TensorFlow has
+    # looked. It is told of one per task and asked for the addresses alone; the
+    # GPUs are those that SLURM lets this task see (`srun --gpus-per-task`).
     slurm = tf.distribute.cluster_resolver.SlurmClusterResolver(
-        gpus_per_node=most, gpus_per_task=1, auto_set_gpu=False
+        gpus_per_node=int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)),
+        gpus_per_task=1,
+        auto_set_gpu=False,
     )
     spec = slurm.cluster_spec()
     return tf.distribute.cluster_resolver.SimpleClusterResolver(
         spec,
         task_type=slurm.task_type,
         task_id=slurm.task_id,
-        num_accelerators={},
+        num_accelerators={"GPU": len(tf.config.list_physical_devices("GPU"))},
         rpc_layer="grpc",
     )
 

@@ -1,4 +1,4 @@
-"""Trains a small language model on Python's reference, on one device or many.
+r"""Trains a small language model on Python's reference, on one device or many.
 
 A decoder-only transformer learns to predict the bytes of the text that `help()`
 shows, which every Python has. Every `--accum_steps` micro-batches make one
@@ -63,6 +63,8 @@ with _silent_stderr():
     from examples import language_model_training
     from examples import strategies
 
+    tf.config.list_physical_devices()
+
 FLAGS = flags.FLAGS
 
 
@@ -89,6 +91,8 @@ def main(argv: list[str]) -> None:
     """Trains, and tells what came of it."""
     if len(argv) > 1:
         sys.exit(f"Flags are written --name=value. Received: {argv[1]}")
+    # Strategies tell at length what they are made of.
+    tf.get_logger().setLevel("ERROR")
     # First: before TensorFlow has done anything, it can still join others.
     try:
         strategy = _make_strategy()

@@ -1,4 +1,4 @@
-"""Starts the workers of a training on this machine, as a cluster would.
+r"""Starts the workers of a training on this machine, as a cluster would.
 
     python -m examples.launch_workers --workers=2 -- \
         python -m examples.language_model --strategy=multi_worker

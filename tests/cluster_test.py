@@ -79,8 +79,7 @@ class ResolveTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(worker.addresses[rank], jobs[job][index])
         self.assertEqual(worker.is_chief, rank == 0)
 
-    @mock.patch.object(cluster.shutil, "which", return_value=None)
-    def test_finds_slurm_workers_without_a_gpu(self, _):
+    def test_finds_slurm_workers(self):
         slurm = {
             "SLURM_PROCID": "2",
             "SLURM_STEP_NUM_TASKS": "4",
@@ -95,7 +94,8 @@ class ResolveTest(tf.test.TestCase, parameterized.TestCase):
             worker.addresses,
             ("node1:8888", "node1:8889", "node2:8888", "node2:8889"),
         )
-        self.assertEmpty(resolver.num_accelerators())
+        gpus = tf.config.list_physical_devices("GPU")
+        self.assertEqual(resolver.num_accelerators(), {"GPU": len(gpus)})
 
     def test_says_what_slurm_does_not(self):
         with self.assertRaisesRegex(ValueError, "SLURM_PROCID not found"):
@@ -111,22 +111,25 @@ class WaitTest(tf.test.TestCase):
         cluster.wait_for_workers(*self.workers(1), timeout=0)
 
     def test_returns_when_all_listen(self):
-        first, *others = self.workers(3)
+        servers = []
+
+        def join(worker):
+            cluster.wait_for_workers(worker, PLENTY)
+            # As TensorFlow's server does, to which others may still connect.
+            _, port = cluster.host_and_port(worker.addresses[worker.rank])
+            servers.append(socket.create_server(("", port)))
+
         threads = [
-            threading.Thread(
-                target=cluster.wait_for_workers, args=(worker, PLENTY)
-            )
-            for worker in others
+            threading.Thread(target=join, args=(worker,))
+            for worker in self.workers(3)
         ]
         for thread in threads:
             thread.start()
-        cluster.wait_for_workers(first, PLENTY)
-        # TensorFlow's server takes the port over, to which some still connect.
-        _, port = cluster.host_and_port(first.addresses[0])
-        with socket.create_server(("", port)):
-            for thread in threads:
-                thread.join(PLENTY)
-                self.assertFalse(thread.is_alive())
+        for thread in threads:
+            thread.join()
+        self.assertLen(servers, 3)
+        for server in servers:
+            server.close()
 
     def test_names_who_does_not_come(self):
         first, other = self.workers(2)
