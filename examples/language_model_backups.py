@@ -13,6 +13,7 @@ import tempfile
 import warnings
 
 import keras
+import tensorflow as tf
 
 _SAVED = "epoch-{:05d}.weights.h5"
 _SAVED_PATTERN = re.compile(r"epoch-(\d{5})\.weights\.h5")
@@ -85,3 +86,29 @@ def restore(model: keras.Model, folder: str) -> int:
                 f" of this model ({reason}). Name another folder."
             )
     return done
+
+
+def check_agreement(strategy: tf.distribute.Strategy, done: int) -> None:
+    """Checks that all workers go on from the same epoch.
+
+    Workers that do not see the same folder would train for different times, and
+    the others would wait for them.
+
+    Args:
+        strategy: What the workers have in common.
+        done: The epoch after which this worker goes on.
+
+    Raises:
+        SystemExit: If another worker goes on after another one.
+    """
+
+    @tf.function
+    def mean():
+        epochs = strategy.run(lambda: tf.constant(float(done)))
+        return strategy.reduce("MEAN", epochs, axis=None)
+
+    if float(mean()) != done:
+        sys.exit(
+            "--checkpoint_dir must be a folder that all workers share: this one"
+            f" found epoch {done} there, and others another one."
+        )

@@ -118,6 +118,7 @@ def train(
     done, callbacks = 0, []
     if checkpoint_dir is not None:
         done = language_model_backups.restore(model, checkpoint_dir)
+        language_model_backups.check_agreement(strategy, done)
         callbacks.append(
             language_model_backups.Backups(checkpoint_dir, keep=is_chief)
         )

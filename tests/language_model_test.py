@@ -376,6 +376,16 @@ class BackupsTest(tf.test.TestCase):
                 language_model_backups.restore(model, self.folder)
             self.assertNotIn("\n", caught.exception.code)
 
+    def test_are_the_same_for_all_workers(self):
+        strategy = mock.create_autospec(tf.distribute.Strategy, instance=True)
+        strategy.run.side_effect = lambda function: function()
+        strategy.reduce.side_effect = lambda how, value, axis: value / 2
+        language_model_backups.check_agreement(strategy, 0)
+        with self.assertRaisesRegex(
+            SystemExit, "share: this one found epoch 3"
+        ):
+            language_model_backups.check_agreement(strategy, 3)
+
     def test_need_no_folder(self):
         missing = os.path.join(self.folder, "missing")
         self.assertEqual(language_model_backups.restore(self.model, missing), 0)
