@@ -1,12 +1,13 @@
 """The text of the language model example: documents, tokens, rows and batches.
 
 The text is Python's own reference, which every Python has for `help()`: some 80
-documents of 40 to 40,000 bytes. A token is a byte, or the separator that begins
-and ends every document.
+documents of 40 to 40,000 bytes, which differ a little between its versions. A
+token is a byte, or the separator that begins and ends every document.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from pydoc_data import topics
 
 import numpy as np
 import tensorflow as tf
@@ -46,9 +47,6 @@ def documents() -> tuple[list[str], list[str]]:
     The reference repeats whole sections in several documents. A paragraph is
     left out where an earlier document has it, so that none is in both lists.
     """
-    # What it is made of differs a little between Python's versions.
-    from pydoc_data import topics
-
     seen, unique = set(), []
     for _, text in sorted(topics.topics.items()):
         paragraphs = text.split("\n\n")
