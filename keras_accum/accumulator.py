@@ -1,10 +1,12 @@
 """The buffers that gather a window's gradients, and the arithmetic on them."""
 
-import concurrent.futures
 from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
+
+from keras_accum import compat
+from keras_accum import replicas
 
 # What a gradient may be: dense, rows of an embedding, or missing.
 Gradient = tf.Tensor | tf.IndexedSlices | None
@@ -36,13 +38,14 @@ def add_dense(buffer, gradient, first):
 def add_rows(buffer, gradient, first):
     """Adds rows to a buffer, by scatter; the other rows are not touched."""
     clear(buffer, first)
-    buffer.scatter_add(gradient)
+    # A variable on several replicas has no `scatter_add`; each of them has.
+    compat.own_copy(buffer).scatter_add(gradient)
 
 
 def clear(buffer, first):
     """Sets a buffer to zero if `first`."""
     if first is True:
-        buffer.assign(tf.zeros_like(buffer))
+        buffer.assign(tf.zeros(buffer.shape, buffer.dtype))
     elif first is not False:
         buffer.assign(keep_unless(first, buffer))
 
@@ -101,6 +104,10 @@ def after_everything_so_far(gradients):
         for op in tf.compat.v1.get_default_graph().get_operations()
         if op.op_def is not None and op.op_def.is_stateful
     ]
+    if replicas.has_several(tf.distribute.get_strategy()):
+        # The other replicas may be in the same graph, and are not waited for.
+        here = tf.no_op().device
+        stateful = [op for op in stateful if op.device in (here, "")]
     ready = [
         gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
         for gradient in gradients
@@ -108,16 +115,6 @@ def after_everything_so_far(gradients):
     ]
     with tf.control_dependencies(stateful + ready):
         return [tf.no_op()]
-
-
-def outside_of_tracing(make):
-    """Returns `make()`, called where no function is being traced.
-
-    `tf.init_scope` leaves the graph, but not the rule of `tf.function` that
-    variables are made in its first call alone. A thread has a scope of its own.
-    """
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(make).result()
 
 
 class GradientAccumulator:
@@ -170,11 +167,20 @@ class GradientAccumulator:
         # The divisor of a float64 sum must not be rounded to float32.
         dtypes = [self._buffer_dtype(index) for index in range(len(self))]
         widest = tf.float64 if tf.float64 in dtypes else tf.float32
-        self._weight, self._count = outside_of_tracing(
+        self._strategy = replicas.strategy_of(self._variables)
+        self._weight, self._count = replicas.on_each(
+            self._strategy,
             lambda: (
-                tf.Variable(0.0, dtype=widest, trainable=False),
-                tf.Variable(0, dtype=tf.int64, trainable=False),
-            )
+                replicas.sum_variable(tf.zeros((), widest), "weight_sum"),
+                # They are all the same, and nobody has to be asked.
+                tf.Variable(
+                    tf.zeros((), tf.int64),
+                    trainable=False,
+                    name="count",
+                    synchronization=tf.VariableSynchronization.ON_READ,
+                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+                ),
+            ),
         )
 
     def __len__(self) -> int:
@@ -241,18 +247,38 @@ class GradientAccumulator:
                 self._weight.assign_add(tf.cast(weight, self._weight.dtype))
             self._count.assign_add(1)
 
-    def mean(self) -> list[tf.Tensor | None]:
+    def sums(self) -> list[tf.Variable]:
+        """What `mean` is made of: the weight, and the buffers that there are.
+
+        Within a replica these are its own.
+        """
+        return [self._weight, *(b for b in self._buffers if b is not None)]
+
+    def mean(
+        self, sums: Sequence[tf.Tensor] | None = None
+    ) -> list[tf.Tensor | None]:
         """The weighted mean of the gradients since the last `reset`.
+
+        With several replicas it is the mean over all of them, which takes one
+        reduction. They all have to call it.
+
+        Args:
+            sums: What `sums` of all replicas add up to, if that is known.
 
         Returns:
             One dense tensor per variable, of its shape and dtype, or `None`
             where no gradient came. Zeros where the weights sum to zero.
         """
-        scale = tf.math.divide_no_nan(tf.ones_like(self._weight), self._weight)
+        if sums is None:
+            sums = self._sums_of_all()
+        weight, sums = sums[0], iter(sums[1:])
+        scale = tf.math.divide_no_nan(tf.ones_like(weight), weight)
         return [
             None
             if buffer is None
-            else tf.cast(buffer * tf.cast(scale, buffer.dtype), variable.dtype)
+            else tf.cast(
+                next(sums) * tf.cast(scale, buffer.dtype), variable.dtype
+            )
             for buffer, variable in zip(
                 self._buffers, self._variables, strict=True
             )
@@ -274,6 +300,11 @@ class GradientAccumulator:
         clear(self._weight, True)
         clear(self._count, True)
 
+    def _sums_of_all(self):
+        if tf.distribute.in_cross_replica_context():
+            return self.sums()
+        return replicas.sum_over_replicas(self.sums(), self._weight)
+
     def _make_buffers(self, gradients):
         """Makes the buffers of variables that get their first gradient."""
         missing = [
@@ -283,17 +314,17 @@ class GradientAccumulator:
         ]
         if not missing:
             return
-        made = outside_of_tracing(
+        made = replicas.on_each(
+            self._strategy,
             lambda: [
-                tf.Variable(
+                replicas.sum_variable(
                     tf.zeros(
                         self._variables[index].shape, self._buffer_dtype(index)
                     ),
-                    trainable=False,
-                    name="gradient_sum",
+                    "gradient_sum",
                 )
                 for index in missing
-            ]
+            ],
         )
         for index, buffer in zip(missing, made, strict=True):
             self._buffers[index] = buffer

@@ -4,6 +4,10 @@ What is needed here has no public name. `tests/compat_test.py` fails with a
 clear message when one of them is gone from a Keras release.
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import keras
 import tensorflow as tf
 from keras.src import backend
@@ -13,6 +17,7 @@ from keras.src.losses import loss as loss_module
 from keras.src.models.functional import Functional
 from keras.src.utils import python_utils
 from keras.src.utils.tracking import DotNotTrackScope
+from tensorflow.python.distribute import input_lib
 
 
 def functional_class() -> type[keras.Model]:
@@ -69,9 +74,169 @@ def optionals_to_none(model, function):
     return model._autoconvert_optionals(function)
 
 
-def reduce_logs(logs, strategy):
-    """One value per log from the values of all replicas."""
-    return reduce_per_replica(logs, strategy, reduction="auto")
+def concatenate_outputs(outputs, strategy):
+    """The outputs of all replicas, one after the other."""
+    return reduce_per_replica(outputs, strategy, reduction="concat")
+
+
+def first_batch(epoch_iterator):
+    """The first replica's part of an epoch's first batch.
+
+    Keras takes the mean over the replicas, which fails where the parts differ
+    in their shapes, or are on several workers (keras#20585).
+    """
+    for _, _, iterator in epoch_iterator:
+        return keras.tree.map_structure(
+            lambda value: (
+                value.values[0]
+                if isinstance(value, tf.distribute.DistributedValues)
+                else value
+            ),
+            next(iterator),
+        )
+    return None
+
+
+def has_local_strategy(model) -> bool:
+    """Whether a model was made in the scope of a strategy."""
+    return model._distribute_strategy is not None
+
+
+def symbolic_build(model, data_batch) -> None:
+    """Makes all variables that a batch needs, without running it."""
+    model._symbolic_build(data_batch=data_batch)
+
+
+def own_copy(variable):
+    """Within a replica, its own copy of a `tf.Variable`."""
+    if isinstance(variable, tf.distribute.DistributedValues):
+        return variable._get_on_device_or_primary()
+    return variable
+
+
+@contextlib.contextmanager
+def without_communication(optimizer, is_tpu) -> Iterator[None]:
+    """Lets an optimizer update each replica's copies from what it is given.
+
+    All replicas must give it the same gradients. By itself it would sum them
+    over the replicas, after it has clipped them, and leave the replicas'
+    programs for that, where XLA cannot follow.
+
+    Args:
+        optimizer: The optimizer of a model.
+        is_tpu: Whether `merge_call` is known to XLA, as it is on TPUs alone.
+    """
+    extended = tf.distribute.get_strategy().extended
+    parts = [optimizer, getattr(optimizer, "inner_optimizer", None)]
+    parts += getattr(optimizer, "optimizers", [])
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            if part is not None:
+                stack.enter_context(
+                    _attribute(
+                        part, "_all_reduce_sum_gradients", lambda pairs: pairs
+                    )
+                )
+        if not is_tpu:
+            # As TensorFlow's own tests do it: each replica then runs what it
+            # would have left to `merge_call`, on its own copies.
+            stack.enter_context(
+                _attribute(extended, "_use_merge_call", lambda: False)
+            )
+            for part in parts:
+                for variable in getattr(part, "variables", []):
+                    # The number of updates would be sent by the first replica.
+                    stack.enter_context(
+                        _attribute(
+                            variable.value,
+                            "_aggregation",
+                            tf.VariableAggregation.NONE,
+                        )
+                    )
+        yield
+
+
+@contextlib.contextmanager
+def _attribute(owner, name, value):
+    """Gives an object another attribute for a while."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, before)
+
+
+_direct_assign = backend.Variable._direct_assign
+_assigning = threading.local()
+_assigning_lock = threading.Lock()
+_assigning_users = 0
+
+
+@contextlib.contextmanager
+def assigning_through(function) -> Iterator[None]:
+    """Has a function say what Keras's variables are assigned, in this thread.
+
+    Args:
+        function: Called as `function(variable, value)`; its result is what
+            the `keras.Variable` is assigned.
+    """
+    before = getattr(_assigning, "function", None)
+    _count_users(1)
+    _assigning.function = function
+    try:
+        yield
+    finally:
+        _assigning.function = before
+        _count_users(-1)
+
+
+def _count_users(change):
+    """Replaces Keras's method while anyone uses it, in whatever thread."""
+    global _assigning_users
+    with _assigning_lock:
+        _assigning_users += change
+        backend.Variable._direct_assign = (
+            _assign_through if _assigning_users else _direct_assign
+        )
+
+
+def _assign_through(variable, value):
+    function = getattr(_assigning, "function", None)
+    if function is not None:
+        value = function(variable, value)
+    return _direct_assign(variable, value)
+
+
+def number_of_batches(iterator) -> int:
+    """How many batches a distributed iterator has for this worker in all.
+
+    Returns:
+        A negative number where that is not known, or there is no end.
+    """
+    datasets = [part._dataset for part in iterator._iterators]
+    return min(int(dataset.cardinality()) for dataset in datasets)
+
+
+@contextlib.contextmanager
+def asking_no_other_workers() -> Iterator[None]:
+    """Lets distributed iterators end when the data end on this worker.
+
+    By themselves they ask all workers at every step whether anyone has a batch
+    left.
+    """
+
+    def count_here(strategy, input_workers, optionals):
+        del strategy, input_workers
+        has_value = [each.has_value() for each in tf.nest.flatten(optionals)]
+        return tf.math.count_nonzero(tf.stack(has_value))
+
+    with _attribute(input_lib, "_calculate_replicas_with_values", count_here):
+        yield
 
 
 def keras_mask(tensor):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
+from keras_accum import replicas
+
 
 class WindowLoss(keras.metrics.Mean):
     """Mean over the rows seen, of the loss of the window that each was in.
@@ -20,6 +22,10 @@ class WindowLoss(keras.metrics.Mean):
 
     Within a window, the micro-batches so far stand for the window.
 
+    Attributes:
+        window: The sums of `weight * loss`, `weight` and `rows` in this window;
+            a float vector. Each replica has its own.
+
     Args:
         name: Name of the metric.
         dtype: Dtype of the metric, or None for Keras's default.
@@ -29,8 +35,8 @@ class WindowLoss(keras.metrics.Mean):
         super().__init__(name=name, dtype=dtype)
         # No variables of the metric: these would show in the model's state.
         with tf.init_scope():
-            self._window = tf.Variable(
-                tf.zeros((3,), self.dtype), trainable=False
+            self.window = replicas.sum_variable(
+                tf.zeros((3,), self.dtype), "window"
             )
         self._is_holding = False
         self._held = None
@@ -55,7 +61,9 @@ class WindowLoss(keras.metrics.Mean):
         else:
             super().update_state(values, sample_weight)
 
-    def add_held(self, weight: tf.Tensor | None, first) -> None:
+    def add_held(
+        self, weight: tf.Tensor | None, first, choose=lambda loss: loss
+    ) -> None:
         """Adds what was held back, as one micro-batch.
 
         Args:
@@ -63,14 +71,14 @@ class WindowLoss(keras.metrics.Mean):
             first: Whether it is the window's first, as a bool or a tensor.
                 Where the number of rows is not known while tracing, Keras
                 counts each batch once, and so a window.
+            choose: A function of the loss; what it returns is added.
         """
         if self._held is None:
             return
         loss, rows = self._held
         self._held = None
-        self.add(
-            loss, weight, tf.cast(first, tf.int32) if rows is None else rows
-        )
+        rows = tf.cast(first, tf.int32) if rows is None else rows
+        self.add(choose(loss), weight, rows)
 
     def add(
         self,
@@ -90,31 +98,53 @@ class WindowLoss(keras.metrics.Mean):
         if loss.shape.rank != 0:
             loss, weight = tf.reduce_mean(loss), rows
         if weight is None:
-            _, weight_so_far, _ = tf.unstack(self._window)
+            _, weight_so_far, _ = tf.unstack(self.window)
             summands = [loss, tf.ones_like(loss) - weight_so_far, rows]
         else:
             weight = tf.cast(weight, self.dtype)
             summands = [weight * loss, weight, rows]
-        self._window.assign_add(tf.stack(summands))
+        self.window.assign_add(tf.stack(summands))
 
-    def close(self) -> None:
-        """Ends the window; what comes next belongs to another."""
-        total, rows = self._window_total()
-        self.total.assign_add(total)
-        self.count.assign_add(rows)
-        self._window.assign(tf.zeros_like(self._window))
+    def close(self, window: tf.Tensor | None = None, share=1.0) -> None:
+        """Ends the window; what comes next belongs to another.
+
+        Args:
+            window: The sum of all replicas' `window`, if there are several.
+            share: Which part of it this replica counts as its own.
+        """
+        total, rows = window_total(self.window if window is None else window)
+        self.total.assign_add(share * total)
+        self.count.assign_add(share * rows)
+        self._forget_window()
+
+    def add_window_to(
+        self, totals: dict[int, tf.Tensor], window: tf.Tensor
+    ) -> None:
+        """Does what `close` does, to values of the variables.
+
+        Args:
+            totals: Values of the metric's variables, by the variables' `id`.
+            window: A value of `window`.
+        """
+        total, rows = window_total(window)
+        totals[id(self.total)] += total
+        totals[id(self.count)] += rows
 
     def reset_state(self) -> None:
         """Forgets all that was seen, in the current window too."""
         super().reset_state()
-        self._window.assign(tf.zeros_like(self._window))
+        self._forget_window()
 
     def result(self) -> tf.Tensor:
         """The mean loss; a scalar."""
-        total, rows = self._window_total()
+        total, rows = window_total(self.window)
         return tf.math.divide_no_nan(self.total + total, self.count + rows)
 
-    def _window_total(self):
-        """The window's loss times its rows, and its rows."""
-        loss, weight, rows = tf.unstack(self._window)
-        return rows * tf.math.divide_no_nan(loss, weight), rows
+    def _forget_window(self):
+        self.window.assign(tf.zeros((3,), self.window.dtype))
+
+
+def window_total(window):
+    """A window's loss times its rows, and its rows."""
+    loss, weight, rows = tf.unstack(window)
+    return rows * tf.math.divide_no_nan(loss, weight), rows

@@ -18,6 +18,8 @@ import tensorflow as tf
 from keras_accum import compat
 from keras_accum import epochs
 from keras_accum import functional
+from keras_accum import microbatch
+from keras_accum import replicas
 from keras_accum import training
 from keras_accum import weighting
 from keras_accum.accumulator import Gradient
@@ -30,9 +32,6 @@ from keras_accum.saving import SavingMixin
 from keras_accum.window import AccumSteps
 from keras_accum.window import Window
 from keras_accum.window import check_partial_window
-
-# Whether a micro-batch is its window's first is known on the device alone.
-UNKNOWN = "unknown"
 
 
 class GradientAccumulationMixin(SavingMixin):
@@ -52,13 +51,14 @@ class GradientAccumulationMixin(SavingMixin):
 
     # Whether gradients are gathered; if not, this is a `keras.Model`.
     _accumulating = False
-    # Within a train step: whether its micro-batch is the first of its window.
-    # True and False are known while tracing, UNKNOWN only on the device.
-    _accum_first: bool | str | None = None
     _accum_buffers: GradientAccumulator | None = None
     _accum_update = None
     # Whether the loss is a sum over the rows; None before the first of them.
     _accum_is_sum: bool | None = None
+    # `id`s of the variables that train steps assign, besides the trained ones.
+    _accum_state: frozenset[int] = frozenset()
+    # In the train function's update: what the replicas' sums add up to.
+    _accum_sums = None
 
     def __init__(
         self,
@@ -70,6 +70,8 @@ class GradientAccumulationMixin(SavingMixin):
     ) -> None:
         if functional.is_functional_call(args, kwargs):
             self.__class__ = functional.functional_subclass(type(self))
+        if not is_one(accum_steps):
+            replicas.check_strategy()
         # First, since a model may compile itself in its constructor.
         self._accum_window = Window(accum_steps)
         self._accumulating = not is_one(accum_steps)
@@ -94,6 +96,8 @@ class GradientAccumulationMixin(SavingMixin):
         starts = not self._accumulating and not is_one(value)
         if starts:
             check_optimizer(getattr(self, "optimizer", None))
+            with self.distribute_strategy.scope():
+                replicas.check_strategy()
         self._accum_window.accum_steps = value
         self._accumulating = self._accumulating or starts
         # Between int and int there is nothing to trace.
@@ -128,8 +132,8 @@ class GradientAccumulationMixin(SavingMixin):
             self, GradientAccumulationMixin
         ):
             return super().train_step(data)
-        if self._accum_first is None:
-            with self._microbatch(first=UNKNOWN):
+        if microbatch.current(self) is None:
+            with self._microbatch(data, first=None):
                 return self._train_on_microbatch(data)
         return self._train_on_microbatch(data)
 
@@ -145,17 +149,20 @@ class GradientAccumulationMixin(SavingMixin):
                 for tracker in outputs:
                     stack.enter_context(tracker.held_back())
                 loss = compat.compute_loss(self, x, y, y_pred, sample_weight)
-            self._build_loss_scale()
+            self._build_optimizer()
             scaled_loss = self.optimizer.scale_loss(loss)
         weight = self.microbatch_weight(x, y, y_pred, sample_weight)
         self._learn_whether_loss_is_sum(weight is None)
+        choose = microbatch.current(self).or_nothing
         self._loss_tracker_of_windows().add(
-            compat.unscale_loss(loss), weight, weighting.number_of_rows(x)
+            choose(compat.unscale_loss(loss)),
+            weight,
+            weighting.number_of_rows(x),
         )
         if outputs:
             denominators = self._denominators(x, y, y_pred, sample_weight)
             for tracker, each in zip(outputs, denominators, strict=True):
-                tracker.add_held(each and each.value, self._is_first())
+                tracker.add_held(each and each.value, self._is_first(), choose)
         if self.trainable_weights:
             gradients = tape.gradient(scaled_loss, self.trainable_weights)
         else:
@@ -236,19 +243,43 @@ class GradientAccumulationMixin(SavingMixin):
                 zip(gradients, self.trainable_weights, strict=True)
             )
             return
+        now = microbatch.current(self)
+        if now is not None:
+            gradients = now.gradients_or_nothing(gradients)
+            weight = weight if weight is None else now.or_nothing(weight)
+            now.has_accumulated = True
         self._gradient_accumulator().add(gradients, weight, self._is_first())
-        self._has_accumulated = True
 
     def update_step(self) -> None:
-        """Ends the window: gives the mean gradient to the optimizer."""
+        """Ends the window: gives the mean gradient to the optimizer.
+
+        With several replicas it is called within each, by `strategy.run`, and
+        makes the one reduction of the window.
+        """
         accumulator = self._gradient_accumulator()
+        strategy = self.distribute_strategy
+        number = strategy.num_replicas_in_sync
+        sums = self._accum_sums or replicas.sum_over_replicas(
+            self._boundary_sums(), accumulator.weight
+        )
+        weight, *buffers = sums["gradients"]
         if accumulator.variables:
-            self.optimizer.apply_gradients(
-                zip(accumulator.mean(), accumulator.variables, strict=True)
-            )
+            # Keras divides losses by the number of replicas.
+            gradients = accumulator.mean([weight / number, *buffers])
+            with self._updating_own_copies():
+                self.optimizer.apply_gradients(
+                    zip(gradients, accumulator.variables, strict=True)
+                )
         # The next micro-batch starts the buffers afresh.
         accumulator.forget()
-        self._close_trackers()
+        for tracker, window in zip(
+            self._window_trackers(), sums["losses"], strict=True
+        ):
+            tracker.close(window, 1 / number)
+        for variable, total in zip(
+            self._state_variables(), sums["state"], strict=True
+        ):
+            variable.assign(total / number)
 
     def flush(self) -> None:
         """Updates now, from the micro-batches that the window has so far.
@@ -256,10 +287,12 @@ class GradientAccumulationMixin(SavingMixin):
         Their true weight counts, not `accum_steps`. Does nothing if the window
         is empty.
         """
-        if self._accum_buffers is None or int(self._accum_buffers.count) == 0:
+        if self._accum_buffers is None:
+            return
+        if int(self._accum_buffers.count.numpy()) == 0:
             return
         if self._accum_update is None:
-            self._accum_update = training.make_update_function(self)
+            self._accum_update = training.make_flush_function(self)
         self._accum_update()
 
     def reset_window(self) -> None:
@@ -267,14 +300,15 @@ class GradientAccumulationMixin(SavingMixin):
         self._accum_window.rewind()
         if self._accum_buffers is not None:
             self._accum_buffers.forget()
-        self._close_trackers()
+        for tracker in self._window_trackers():
+            tracker.close()
 
     def _resume_window(self):
         """Goes on with what calls of `train_step` by hand have gathered."""
         if self._accum_buffers is None:
             return
-        count = self._accum_buffers.count
-        if int(count) != int(self._accum_window.position):
+        count = int(self._accum_buffers.count.numpy())
+        if count != int(self._accum_window.position):
             self._accum_window.begin(self.optimizer.iterations)
             self._accum_window.position.assign(count)
 
@@ -296,14 +330,57 @@ class GradientAccumulationMixin(SavingMixin):
         """Makes `self.train_function`, if it is not there or `force` is set."""
         if self.train_function is not None and not force:
             return self.train_function
-        if not self._accumulating:
+        if not self._accumulating and not self._needs_own_functions():
             return super().make_train_function(force=force)
+        # Windows of one micro-batch, where Keras has no way.
+        self._accumulating = True
         self._loss_tracker_of_windows()
-        self._accum_update = training.make_update_function(self)
-        self.train_function = training.make_train_function(
-            self, self._accum_update
-        )
+        update = training.make_update_function(self)
+        self.train_function = training.make_train_function(self, update)
+        self._accum_update = None
         return self.train_function
+
+    def make_test_function(self, force: bool = False):
+        """Makes `self.test_function`, if it is not there or `force` is set."""
+        if self.test_function is not None and not force:
+            return self.test_function
+        if not (self._accumulating or self._needs_own_functions()):
+            return super().make_test_function(force=force)
+        if not replicas.has_several(self.distribute_strategy):
+            return super().make_test_function(force=force)
+        self.test_function = training.make_test_function(self)
+        return self.test_function
+
+    def make_predict_function(self, force: bool = False):
+        """Makes `self.predict_function`, likewise."""
+        if self.predict_function is not None and not force:
+            return self.predict_function
+        if not self._needs_own_functions():
+            return super().make_predict_function(force=force)
+        self.predict_function = training.make_predict_function(self)
+        return self.predict_function
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Keras's own, without a reduction over replicas.
+
+        Overrides a private method; see `compat.first_batch`.
+        """
+        if not compat.has_local_strategy(self):
+            return
+        if iterator is not None:
+            data_batch = compat.first_batch(iterator)
+        with self.distribute_strategy.scope():
+            compat.symbolic_build(self, data_batch)
+
+    def _needs_own_functions(self):
+        """Whether Keras's functions fail: several devices, and XLA or workers.
+
+        See keras#20585.
+        """
+        strategy = self.distribute_strategy
+        if not replicas.has_several(strategy) or replicas.on_tpu(strategy):
+            return False
+        return self.jit_compile or replicas.has_several_workers(strategy)
 
     @property
     def losses(self) -> list[tf.Tensor]:
@@ -313,7 +390,7 @@ class GradientAccumulationMixin(SavingMixin):
         weight regularizer counts once a window, and is left out after that.
         """
         losses = super().losses
-        if self._accum_first is None or not self._is_sum():
+        if microbatch.current(self) is None or not self._is_sum():
             return losses
         first = self._is_first()
         regularized = self._number_of_regularizers()
@@ -344,10 +421,9 @@ class GradientAccumulationMixin(SavingMixin):
         return self._checked_train_step(data, first=False)
 
     def _checked_train_step(self, data, first):
-        self._has_accumulated = False
-        with self._microbatch(first):
+        with self._microbatch(data, first) as now:
             logs = self.train_step(data)
-        if self.trainable_weights and not self._has_accumulated:
+        if self.trainable_weights and not now.has_accumulated:
             raise RuntimeError(
                 "`train_step` returned without a call of `self.accumulate`. "
                 "With `accum_steps` other than 1, a `train_step` of your own "
@@ -356,19 +432,131 @@ class GradientAccumulationMixin(SavingMixin):
             )
         return logs
 
+    def _test_on_rows(self, data):
+        """`test_step`, which leaves all as it was if there are no rows."""
+        with self._microbatch(data, first=False):
+            return self.test_step(data)
+
     @contextlib.contextmanager
-    def _microbatch(self, first) -> Iterator[None]:
-        self._accum_first = first
-        try:
-            yield
-        finally:
-            self._accum_first = None
+    def _microbatch(self, data, first) -> Iterator[microbatch.Microbatch]:
+        several = replicas.has_several(self.distribute_strategy)
+        has_rows = microbatch.has_rows(data) if several else None
+        with microbatch.Microbatch(self, first, has_rows) as now:
+            if not several:
+                yield now
+                return
+            with compat.assigning_through(self._noting_state(now)):
+                yield now
+
+    def _noting_state(self, now):
+        """Returns a function that sees what Keras's variables are assigned."""
+
+        def assign(variable, value):
+            # Of others, such as the state of random generators, all replicas
+            # have the same, and shall go on having it.
+            if not tf.as_dtype(variable.dtype).is_floating:
+                return value
+            self._accum_state |= {id(variable)}
+            return now.value_or(value, variable)
+
+        return assign
 
     def _is_first(self):
         """Whether the micro-batch is its window's first: a bool or a tensor."""
-        if isinstance(self._accum_first, bool):
-            return self._accum_first
+        now = microbatch.current(self)
+        if now is not None and now.first is not None:
+            return now.first
         return tf.equal(self._gradient_accumulator().count, 0)
+
+    def _state_variables(self):
+        """Other variables that train steps assign, such as moving means.
+
+        Each replica assigns its own copy. At a boundary the mean is taken.
+        """
+        if not replicas.has_several(self.distribute_strategy):
+            return []
+        return [
+            v
+            for v in self.non_trainable_variables
+            if id(v) in self._accum_state
+        ]
+
+    def _metric_sums(self):
+        """Variables of metrics that are sums over the replicas."""
+        if not replicas.has_several(self.distribute_strategy):
+            return []
+        return [
+            variable
+            for variable in self.metrics_variables
+            if variable.aggregation == "sum"
+            and tf.as_dtype(variable.dtype).is_floating
+        ]
+
+    def _boundary_sums(self):
+        """What is summed over the replicas at a boundary."""
+        return {
+            "gradients": self._gradient_accumulator().sums(),
+            "losses": [each.window for each in self._window_trackers()],
+            "state": [v.value for v in self._state_variables()],
+            "metrics": [v.value for v in self._metric_sums()],
+        }
+
+    def _known_sums(self):
+        """Stands for the structure of `_boundary_sums`."""
+        if self._accum_buffers is None:
+            return ()
+        return tuple(len(each) for each in self._boundary_sums().values())
+
+    def _pack_sums(self):
+        """What a replica gives to the reduction: a vector."""
+        return replicas.pack(self._boundary_sums())
+
+    def _end_window(self, vector=None):
+        """`update_step` in the train function.
+
+        Args:
+            vector: What the replicas' `_pack_sums` add up to, or None if it has
+                to be found out.
+
+        Returns:
+            The logs of all replicas, or None if there is one.
+        """
+        several = replicas.has_several(self.distribute_strategy)
+        own = self._boundary_sums()
+        if vector is not None:
+            self._accum_sums = replicas.unpack(vector, own)
+        elif several:
+            self._accum_sums = replicas.sum_over_replicas(
+                own, self._accum_buffers.weight
+            )
+        sums = self._accum_sums
+        try:
+            self.update_step()
+        finally:
+            self._accum_sums = None
+        return self._logs_of_all(sums) if several else None
+
+    def _logs_of_all(self, sums):
+        """The metrics' results, from what the replicas' `sums` add up to."""
+        variables = self._metric_sums()
+        totals = dict(zip(map(id, variables), sums["metrics"], strict=True))
+        for tracker, window in zip(
+            self._window_trackers(), sums["losses"], strict=True
+        ):
+            tracker.add_window_to(totals, window)
+        mapping = [(v, totals[id(v)]) for v in variables]
+        with keras.StatelessScope(state_mapping=mapping):
+            return self.get_metrics_result()
+
+    @contextlib.contextmanager
+    def _updating_own_copies(self) -> Iterator[None]:
+        strategy = self.distribute_strategy
+        if not replicas.has_several(strategy):
+            yield
+            return
+        on_tpu = replicas.on_tpu(strategy)
+        with compat.without_communication(self.optimizer, on_tpu):
+            yield
 
     def _number_of_buffers(self):
         if self._accum_buffers is None:
@@ -384,37 +572,40 @@ class GradientAccumulationMixin(SavingMixin):
             )
         return self._accum_buffers
 
-    def _build_loss_scale(self):
-        """Makes the variables of a `LossScaleOptimizer`, if it is one.
+    def _build_optimizer(self):
+        """Makes the optimizer's variables, where the update would be too late.
 
-        Without them it scales by a constant, which would be traced as such. All
-        other optimizers are left for Keras to build at the first update.
+        Without its variables a `LossScaleOptimizer` scales by a constant, which
+        would be traced as such, and no variables are made within replicas. All
+        others are left for Keras to build at the first update.
         """
-        optimizer = self.optimizer
-        if (
-            isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-            and not optimizer.built
-        ):
-            with (
-                tf.init_scope(),
-                keras.name_scope(optimizer.name, caller=optimizer),
-            ):
+        optimizer, strategy = self.optimizer, self.distribute_strategy
+        is_late = replicas.has_several(strategy) or isinstance(
+            optimizer, keras.optimizers.LossScaleOptimizer
+        )
+        if optimizer.built or not is_late:
+            return
+
+        def build():
+            with keras.name_scope(optimizer.name, caller=optimizer):
                 optimizer.build(self.trainable_weights)
+
+        replicas.on_each(strategy, build)
 
     def _loss_tracker_of_windows(self):
         if not isinstance(compat.loss_tracker(self), WindowLoss):
-            with tf.init_scope():
-                compat.set_loss_tracker(self, WindowLoss())
+            made = replicas.on_each(self.distribute_strategy, WindowLoss)
+            compat.set_loss_tracker(self, made)
             # It may have been traced with the other one.
             self.test_function = None
         return compat.loss_tracker(self)
 
-    def _close_trackers(self):
+    def _window_trackers(self):
+        """The metrics that count a window as one batch."""
         compiled = compat.compiled_loss(self)
         outputs = [] if compiled is None else compat.output_metrics(compiled)
-        for tracker in (compat.loss_tracker(self), *outputs):
-            if isinstance(tracker, WindowLoss):
-                tracker.close()
+        trackers = [compat.loss_tracker(self), *outputs]
+        return [each for each in trackers if isinstance(each, WindowLoss)]
 
     def _output_trackers(self, y, y_pred, sample_weight):
         """The metrics behind the losses of single outputs, of windows each."""
@@ -425,10 +616,12 @@ class GradientAccumulationMixin(SavingMixin):
             compat.build_compiled_losses(compiled, y, y_pred, sample_weight)
         trackers = compat.output_metrics(compiled)
         if not all(isinstance(each, WindowLoss) for each in trackers):
-            with tf.init_scope():
-                trackers = compat.replace_output_metrics(
+            trackers = replicas.on_each(
+                self.distribute_strategy,
+                lambda: compat.replace_output_metrics(
                     compiled, lambda metric: WindowLoss(metric.name)
-                )
+                ),
+            )
             self.test_function = None
         return trackers
 
@@ -461,7 +654,7 @@ class GradientAccumulationMixin(SavingMixin):
         """Notes what `microbatch_weight` said, which comes after the loss."""
         if (
             is_sum != self._is_sum()
-            and self._accum_first is not True
+            and self._is_first() is not True
             and self._number_of_regularizers()
         ):
             self._warn_once(

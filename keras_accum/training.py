@@ -14,11 +14,15 @@ through it; one program for all micro-batches would have to zero the buffers, or
 select, which reads them once more. `benchmarks/window_time.py` has the figures.
 """
 
+import contextlib
 import itertools
+import weakref
 
+import keras
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import replicas
 
 
 def make_update_function(model):
@@ -29,19 +33,45 @@ def make_update_function(model):
 
     Returns:
         A function without arguments, for the host: in cross-replica context.
+        It returns the logs, a dict, if there are several replicas.
     """
+    strategy = model.distribute_strategy
+    several = replicas.has_several(strategy)
+    # XLA knows reductions on TPUs alone; else they come between two programs.
+    splits = several and not replicas.on_tpu(strategy)
     # A program knows the buffers that there were when it was traced.
-    program = compile_for_replica(model, lambda buffers: model.update_step())
+    pack = compile_for_replica(model, lambda known: model._pack_sums())
+    program = compile_for_replica(
+        model, lambda known, sums=None: model._end_window(sums)
+    )
 
-    @tf.autograph.experimental.do_not_convert
-    def update(buffers):
-        model.distribute_strategy.run(program, args=(buffers,))
+    def update(known):
+        args = (known,)
+        if splits:
+            vector = strategy.run(pack, args=args)
+            where = model._accum_buffers.weight
+            args += (replicas.reduce_across(strategy, vector, where),)
+        logs = strategy.run(program, args=args)
         model._accum_window.complete()
+        return first_replica(logs, strategy)
 
-    if not model.run_eagerly:
-        update = tf.function(update)
+    # Keras wants a function of its own to make the optimizer's variables in.
+    # With reductions it must not be one, since it is called in a `tf.cond`, and
+    # TensorFlow numbers the reductions of a function where it is called.
+    if not model.run_eagerly and not several:
+        update = tf.function(update, autograph=False)
     # Not the `tf.function` itself: Keras would save it with the model.
-    return lambda: update(model._number_of_buffers())
+    return lambda: update(model._known_sums())
+
+
+def make_flush_function(model):
+    """Returns a function that runs the update by itself, on the host."""
+    update = make_update_function(model)
+    if model.run_eagerly:
+        return update
+    traced = tf.function(lambda known: update(), autograph=False)
+    # Not the `tf.function` itself: Keras would save it with the model.
+    return lambda: traced(model._known_sums())
 
 
 def make_train_function(model, update):
@@ -56,41 +86,34 @@ def make_train_function(model, update):
         `model.steps_per_execution` of them and returns the logs. Raises
         `tf.errors.OutOfRangeError` when there are none left.
     """
-    traced_buffers = set()
-    step = make_step_function(model, update, traced_buffers)
-    steps = make_steps_function(model, step)
+    traced = set()
+    step = make_step_function(model, update, traced)
+    function = make_iterating_function(model, step)
 
     def train_function(iterator):
         # A variable that had no gradient when the programs were traced may have
         # got one since, in batches of another structure. The program that
         # starts a window would not start its buffer.
-        if traced_buffers - {model._number_of_buffers()}:
+        if traced - {model._number_of_buffers()}:
             return model.make_train_function(force=True)(iterator)
-        if isinstance(
-            iterator, tf.data.Iterator | tf.distribute.DistributedIterator
-        ):
-            return steps(iterator)
-        logs = None
-        for data in itertools.islice(iterator, model.steps_per_execution):
-            logs = step(data)
-        return logs
+        return function(iterator)
 
     return raising_schedule_errors(model, train_function)
 
 
-def make_step_function(model, update, traced_buffers):
+def make_step_function(model, update, traced):
     """Returns a function of one batch: a micro-batch, and what follows it.
 
     Args:
         model: A `GradientAccumulationModel`.
         update: What `make_update_function` returned.
-        traced_buffers: A set that gets the number of buffers that there were
+        traced: A set that gets the number of buffers that there were
             whenever the program that starts a window was traced.
     """
 
     def start_window(data):
         logs = model._first_microbatch(data)
-        traced_buffers.add(model._number_of_buffers())
+        traced.add(model._number_of_buffers())
         return logs
 
     window = model._accum_window
@@ -98,16 +121,16 @@ def make_step_function(model, update, traced_buffers):
     start = compile_for_replica(model, start_window)
     proceed = compile_for_replica(model, model._next_microbatch)
 
-    @tf.autograph.experimental.do_not_convert
     def step(data):
         def first():
             with tf.control_dependencies(
                 [window.begin(model.optimizer.iterations)]
             ):
-                return strategy.run(start, args=(data,))
+                logs = strategy.run(start, args=(data,))
+            return first_replica(logs, strategy)
 
         def further():
-            return strategy.run(proceed, args=(data,))
+            return first_replica(strategy.run(proceed, args=(data,)), strategy)
 
         # An exhausted iterator stops what depends on its data, and no more.
         with tf.control_dependencies(tensors_in(data)):
@@ -115,19 +138,88 @@ def make_step_function(model, update, traced_buffers):
         # A step that fails is not counted.
         with tf.control_dependencies(tensors_in(logs)):
             full = window.advance()
-        tf.cond(full, lambda: run_and_return_nothing(update), tf.no_op)
-        return compat.reduce_logs(logs, strategy)
+        return tf.cond(full, lambda: newer(logs, update()), lambda: logs)
 
+    return step
+
+
+def make_test_function(model):
+    """Returns what `model.test_function` is to be, for several replicas.
+
+    Keras compiles around `strategy.run`, which XLA refuses where there are
+    several devices, and reduces all logs at every step.
+    """
+    strategy = model.distribute_strategy
+    program = compile_for_replica(model, model._test_on_rows)
+
+    def step(data):
+        return first_replica(strategy.run(program, args=(data,)), strategy)
+
+    return make_iterating_function(model, step)
+
+
+def make_predict_function(model):
+    """Returns what `model.predict_function` is to be, for several replicas."""
+    strategy = model.distribute_strategy
+    program = compile_for_replica(model, model.predict_step)
+
+    def step(data):
+        outputs = strategy.run(program, args=(data,))
+        return compat.concatenate_outputs(outputs, strategy)
+
+    step = compat.optionals_to_none(model, step)
     if not model.run_eagerly:
-        step = tf.function(step, reduce_retracing=True)
-    return compat.optionals_to_none(model, step)
+        step = tf.function(step, autograph=False, reduce_retracing=True)
+
+    def predict_function(batches):
+        outputs = [step(batch) for batch in batches]
+        return keras.tree.map_structure(
+            lambda *parts: tf.concat(parts, axis=0), *outputs
+        )
+
+    return predict_function
+
+
+def make_iterating_function(model, step):
+    """Returns a function that makes steps on what it takes from an iterator."""
+    step = compat.optionals_to_none(model, step)
+    steps = make_steps_function(model, step)
+    if not model.run_eagerly:
+        steps = tf.function(steps, autograph=False)
+        step = tf.function(step, autograph=False, reduce_retracing=True)
+    strategy = model.distribute_strategy
+    last, end_together = lambda: None, False
+
+    def function(iterator):
+        nonlocal last, end_together
+        if isinstance(iterator, tf.data.Iterator):
+            return steps(iterator, False)
+        if isinstance(iterator, tf.distribute.DistributedIterator):
+            if last() is not iterator and replicas.has_several_workers(
+                strategy
+            ):
+                last = weakref.ref(iterator)
+                number = compat.number_of_batches(iterator)
+                end_together = replicas.agree(strategy, number)
+            return steps(iterator, end_together)
+        logs = None
+        for data in itertools.islice(iterator, model.steps_per_execution):
+            logs = step(data)
+        return logs
+
+    return function
 
 
 def make_steps_function(model, step):
     """Returns a function that takes batches from a `tf.data` iterator."""
 
-    @tf.autograph.experimental.do_not_convert
-    def steps(iterator):
+    def steps(iterator, asks_nobody):
+        with contextlib.ExitStack() as stack:
+            if asks_nobody:
+                stack.enter_context(compat.asking_no_other_workers())
+            return several(iterator)
+
+    def several(iterator):
         logs = step(iterator.get_next())
         total = model.steps_per_execution
         if total == 1:
@@ -157,7 +249,7 @@ def make_steps_function(model, step):
         state = (tf.constant(1), logs, iterator.get_next_as_optional())
         return tf.while_loop(remaining, some, state)[1]
 
-    return steps if model.run_eagerly else tf.function(steps)
+    return steps
 
 
 def compile_for_replica(model, function):
@@ -165,10 +257,11 @@ def compile_for_replica(model, function):
 
     `strategy.run` would lift a `tf.function` around the whole of itself, and
     XLA cannot compile one program for two devices; it leaves a plain function
-    around one alone.
+    around one alone. TPUs compile all that `strategy.run` is given.
     """
     function = tf.autograph.experimental.do_not_convert(function)
-    if not model.jit_compile or model.run_eagerly:
+    on_tpu = replicas.on_tpu(model.distribute_strategy)
+    if not model.jit_compile or model.run_eagerly or on_tpu:
         return function
     compiled = tf.function(function, jit_compile=True, reduce_retracing=True)
     return lambda *args: compiled(*args)
@@ -190,10 +283,35 @@ def raising_schedule_errors(model, function):
     return wrapped
 
 
-def run_and_return_nothing(function):
-    """Calls `function` in a branch of a `tf.cond`, whose other does nothing."""
-    function()
-    return tf.no_op()
+def first_replica(values, strategy):
+    """What the first of this worker's replicas returned.
+
+    It depends on what all of them did, so that a step that fails on one fails.
+    """
+    if not replicas.has_several(strategy):
+        return values
+    done = []
+
+    def first(value):
+        of_replicas = strategy.experimental_local_results(value)
+        done.extend(tensors_in(of_replicas))
+        return of_replicas[0]
+
+    firsts = keras.tree.map_structure(first, values)
+    with tf.control_dependencies(done):
+        return keras.tree.map_structure(tf.identity, firsts)
+
+
+def newer(logs, of_all):
+    """`logs`, with what is known of all replicas in the place of one's own."""
+    if not isinstance(logs, dict) or not isinstance(of_all, dict):
+        return logs
+    return {
+        name: tf.cast(of_all.get(name, value), tf.as_dtype(value.dtype))
+        if isinstance(value, tf.Tensor)
+        else value
+        for name, value in logs.items()
+    }
 
 
 def tensors_in(structure):

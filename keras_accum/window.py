@@ -10,6 +10,8 @@ from numbers import Integral
 import numpy as np
 import tensorflow as tf
 
+from keras_accum import replicas
+
 # An int, or a function from the number of updates so far to an int.
 AccumSteps = int | Callable[[int], int]
 
@@ -45,11 +47,10 @@ class Window:
     """
 
     def __init__(self, accum_steps: AccumSteps) -> None:
-        with tf.init_scope(), tf.device("CPU:0"):
-            self.position = host_counter("position")
-            self.size = host_counter("size")
-            self.completed = host_counter("completed")
-            self._next_size = host_counter("next_size")
+        names = ("position", "size", "completed", "next_size")
+        self.position, self.size, self.completed, self._next_size = (
+            replicas.on_host(lambda: [host_counter(name) for name in names])
+        )
         self.schedule_error: Exception | None = None
         self.accum_steps = accum_steps
 

@@ -1,0 +1,116 @@
+"""The micro-batch that a train step is at work on, in this replica."""
+
+import contextvars
+from collections.abc import Sequence
+from typing import Self
+
+import keras
+import tensorflow as tf
+
+# Replicas are traced in threads of their own, each with a context of its own.
+_CURRENT = contextvars.ContextVar("keras_accum_microbatch", default=None)
+
+
+class Microbatch:
+    """What a train step and what it calls know of the micro-batch.
+
+    A replica may get no rows, of a last batch that is short. What was computed
+    from nothing may be no number; it counts for nothing and changes nothing.
+
+    Args:
+        model: The model that trains.
+        first: Whether it is the first of its window; None if that is known on
+            the device alone.
+        has_rows: A bool tensor; None if there are rows for certain.
+
+    Attributes:
+        has_accumulated: Whether gradients were added to the window.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        first: bool | None,
+        has_rows: tf.Tensor | None,
+    ) -> None:
+        self.model = model
+        self.first = first
+        self.has_rows = has_rows
+        self.has_accumulated = False
+
+    def __enter__(self) -> Self:
+        self._token = _CURRENT.set(self)
+        return self
+
+    def __exit__(self, *unused) -> None:
+        _CURRENT.reset(self._token)
+
+    def value_or(self, value: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+        """`value`, or `other` if there are no rows."""
+        if self.has_rows is None:
+            return value
+        value = tf.convert_to_tensor(value)
+        return tf.where(self.has_rows, value, tf.cast(other, value.dtype))
+
+    def or_nothing(self, value: tf.Tensor) -> tf.Tensor:
+        """`value`, or zeros if there are no rows."""
+        if self.has_rows is None:
+            return value
+        return self.value_or(value, tf.zeros_like(value))
+
+    def gradients_or_nothing(self, gradients: Sequence) -> list:
+        """Gradients of any kind, or zeros if there are no rows."""
+        if self.has_rows is None:
+            return list(gradients)
+        tensors = [
+            gradient.values
+            if isinstance(gradient, tf.IndexedSlices)
+            else tf.convert_to_tensor(gradient)
+            for gradient in gradients
+            if gradient is not None
+        ]
+        # No pass over the memory, as `tf.where` would make.
+        chosen = iter(
+            tf.cond(
+                self.has_rows,
+                lambda: tensors,
+                lambda: [tf.zeros_like(tensor) for tensor in tensors],
+            )
+            if tensors
+            else []
+        )
+        return [
+            with_values(gradient, next(chosen))
+            if gradient is not None
+            else None
+            for gradient in gradients
+        ]
+
+
+def current(model: keras.Model) -> Microbatch | None:
+    """The micro-batch that `model` is at work on, in this thread, if any."""
+    now = _CURRENT.get()
+    return now if now is not None and now.model is model else None
+
+
+def has_rows(data) -> tf.Tensor | None:
+    """Whether a batch has rows; None if it does for certain."""
+    leaves = [leaf for leaf in keras.tree.flatten(data) if is_batched(leaf)]
+    if not leaves:
+        return None
+    number = tf.shape(leaves[0])[0]
+    known = tf.get_static_value(number)
+    return None if known is not None and known > 0 else number > 0
+
+
+def is_batched(leaf):
+    """Whether a leaf of a batch has a first dimension."""
+    shape = getattr(leaf, "shape", None)
+    return shape is not None and len(shape) > 0
+
+
+def with_values(gradient, values):
+    """A gradient of the same kind with other values."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return values

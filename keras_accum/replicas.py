@@ -1,0 +1,194 @@
+"""Several replicas: which strategies, variables for each, one reduction.
+
+Between the boundaries of a window, a replica works on its own copies of all
+variables. At a boundary every replica packs what it gathered into one vector,
+the vectors are summed in one reduction, and each takes the sum apart again.
+"""
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import TypeVar
+
+import keras
+import tensorflow as tf
+
+T = TypeVar("T")
+
+TPU_STRATEGIES = (
+    tf.distribute.TPUStrategy,
+    tf.distribute.experimental.TPUStrategy,
+)
+STRATEGIES = (
+    tf.distribute.OneDeviceStrategy,
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+    *TPU_STRATEGIES,
+)
+
+
+def check_strategy() -> None:
+    """Raises a `ValueError` unless the current strategy is supported."""
+    names = (
+        "none, `OneDeviceStrategy`, `MirroredStrategy`, "
+        "`MultiWorkerMirroredStrategy` and `TPUStrategy`"
+    )
+    distribution = keras.distribution.distribution()
+    if distribution is not None:
+        raise ValueError(
+            "Gradient accumulation does not work with a Keras `distribution`. "
+            f"Received: {distribution}. The strategies of `tf.distribute` that "
+            f"it works with are: {names}."
+        )
+    strategy = tf.distribute.get_strategy()
+    if tf.distribute.has_strategy() and not isinstance(strategy, STRATEGIES):
+        raise ValueError(
+            "Gradient accumulation needs a strategy whose replicas hold copies "
+            f"of all variables and work in step: {names}. "
+            f"Received: {type(strategy).__name__}."
+        )
+
+
+def on_tpu(strategy: tf.distribute.Strategy) -> bool:
+    """Whether the replicas of a strategy are TPUs.
+
+    XLA then compiles all that `strategy.run` is given, reductions included.
+    """
+    return isinstance(strategy, TPU_STRATEGIES)
+
+
+def has_several(strategy: tf.distribute.Strategy) -> bool:
+    """Whether there is anyone to talk to."""
+    return strategy.num_replicas_in_sync > 1
+
+
+def has_several_workers(strategy: tf.distribute.Strategy) -> bool:
+    """Whether other processes run the same program."""
+    resolver = strategy.cluster_resolver
+    return (
+        isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        and resolver is not None
+        and len(resolver.cluster_spec().as_dict()) > 0
+    )
+
+
+def strategy_of(variables) -> tf.distribute.Strategy:
+    """The strategy in whose scope we are, or that made `variables`."""
+    if tf.distribute.has_strategy():
+        return tf.distribute.get_strategy()
+    for variable in variables:
+        value = getattr(variable, "value", variable)
+        if isinstance(value, tf.distribute.DistributedValues):
+            return value.distribute_strategy
+    return tf.distribute.get_strategy()
+
+
+def outside_of_tracing(make: Callable[[], T]) -> T:
+    """Returns `make()`, called where no function is being traced.
+
+    `tf.init_scope` leaves the graph, but neither the scope of a strategy nor
+    the rule of `tf.function` that variables are made in its first call alone. A
+    thread has scopes of its own.
+    """
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(make).result()
+
+
+def on_each(strategy: tf.distribute.Strategy, make: Callable[[], T]) -> T:
+    """Returns `make()`; the variables that it makes are on each replica."""
+
+    def make_in_scope():
+        with strategy.scope():
+            return make()
+
+    return outside_of_tracing(make_in_scope)
+
+
+def on_host(make: Callable[[], T]) -> T:
+    """Returns `make()`; the variables that it makes are on the host's CPU."""
+
+    def make_on_cpu():
+        with tf.device("CPU:0"):
+            return make()
+
+    return outside_of_tracing(make_on_cpu)
+
+
+def sum_variable(initial: tf.Tensor, name: str) -> tf.Variable:
+    """A variable of which each replica has its own; the value is their sum."""
+    return tf.Variable(
+        initial,
+        trainable=False,
+        name=name,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.SUM,
+    )
+
+
+def pack(values) -> tf.Tensor:
+    """One vector of all floats in a nested structure, to be reduced at once.
+
+    The reduction costs 4 bytes an entry, or 8 if anything is float64.
+    """
+    flat = [tf.convert_to_tensor(value) for value in tf.nest.flatten(values)]
+    wide = any(value.dtype == tf.float64 for value in flat)
+    dtype = tf.float64 if wide else tf.float32
+    return tf.concat(
+        [tf.reshape(tf.cast(value, dtype), [-1]) for value in flat], axis=0
+    )
+
+
+def unpack(vector: tf.Tensor, like):
+    """Takes a sum of `pack(like)` apart: tensors in the structure `like`."""
+    flat = tf.nest.flatten(like)
+    parts = tf.split(vector, [value.shape.num_elements() for value in flat])
+    return tf.nest.pack_sequence_as(
+        like,
+        [
+            tf.cast(tf.reshape(part, value.shape), value.dtype)
+            for part, value in zip(parts, flat, strict=True)
+        ],
+    )
+
+
+def reduce_across(strategy, vector, destination: tf.Variable):
+    """Sums over all replicas, in one reduction, in cross-replica context.
+
+    Args:
+        strategy: The strategy.
+        vector: One vector per replica, from `strategy.run`.
+        destination: A variable that is where the sum is wanted: on each
+            replica. Within a branch of a `tf.cond`, tensors do not know where
+            they are.
+    """
+    (total,) = strategy.extended.batch_reduce_to(
+        tf.distribute.ReduceOp.SUM, [(vector, destination)]
+    )
+    return total
+
+
+def sum_over_replicas(values, destination: tf.Variable):
+    """`values` of all replicas added up, in replica context.
+
+    Args:
+        values: A nested structure of float tensors or variables.
+        destination: As for `reduce_across`.
+    """
+    context = tf.distribute.get_replica_context()
+    if not has_several(context.strategy):
+        return tf.nest.map_structure(tf.convert_to_tensor, values)
+    vector = pack(values)
+    if on_tpu(context.strategy):
+        vector = context.all_reduce(tf.distribute.ReduceOp.SUM, vector)
+    else:
+        vector = context.merge_call(reduce_across, args=(vector, destination))
+    return unpack(vector, values)
+
+
+def agree(strategy: tf.distribute.Strategy, number: int) -> bool:
+    """Whether all workers have the same number, which is not negative.
+
+    All of them have to ask, in cross-replica context.
+    """
+    own = strategy.run(lambda: tf.constant([number], tf.int64))
+    numbers = strategy.gather(own, axis=0)
+    return bool(tf.reduce_all(tf.equal(numbers, number))) and number >= 0
