@@ -1,4 +1,4 @@
-"""Every private Keras name that is used, each in one small function.
+"""Every private name that is used, each in one small function.
 
 What is needed here has no public name. `tests/compat_test.py` fails with a
 clear message when one of them is gone from a Keras release.

@@ -300,8 +300,8 @@ class GradientAccumulationMixin(SavingMixin):
         self._accum_window.rewind()
         if self._accum_buffers is not None:
             self._accum_buffers.forget()
-        for tracker in self._window_trackers():
-            tracker.close()
+        # Each replica for itself: another worker may have failed.
+        self.distribute_strategy.run(self._close_trackers)
 
     def _resume_window(self):
         """Goes on with what calls of `train_step` by hand have gathered."""
@@ -344,9 +344,9 @@ class GradientAccumulationMixin(SavingMixin):
         """Makes `self.test_function`, if it is not there or `force` is set."""
         if self.test_function is not None and not force:
             return self.test_function
-        if not (self._accumulating or self._needs_own_functions()):
-            return super().make_test_function(force=force)
-        if not replicas.has_several(self.distribute_strategy):
+        strategy = self.distribute_strategy
+        is_ours = self._accumulating and replicas.has_several(strategy)
+        if not is_ours and not self._needs_own_functions():
             return super().make_test_function(force=force)
         self.test_function = training.make_test_function(self)
         return self.test_function
@@ -599,6 +599,10 @@ class GradientAccumulationMixin(SavingMixin):
             # It may have been traced with the other one.
             self.test_function = None
         return compat.loss_tracker(self)
+
+    def _close_trackers(self):
+        for tracker in self._window_trackers():
+            tracker.close()
 
     def _window_trackers(self):
         """The metrics that count a window as one batch."""

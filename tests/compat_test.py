@@ -1,10 +1,12 @@
 """Each private name that is used is there, and means what we think."""
 
 import inspect
+import threading
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.distribute import input_lib
 
 from keras_accum import compat
 from tests import test_utils
@@ -127,15 +129,111 @@ class NamesTest(test_utils.TestCase):
         values, weight = compat.align_ranks(tf.ones((2,)), tf.ones((2, 1)))
         self.assertEqual(values.shape, weight.shape)
 
-    def test_logs_and_optionals(self):
+    def test_outputs_and_optionals(self):
         model = test_utils.mlp()
         strategy = tf.distribute.get_strategy()
-        self.assertEqual(compat.reduce_logs({"a": 1.0}, strategy), {"a": 1.0})
+        outputs = {"a": tf.ones(2)}
+        self.assertAllEqual(
+            compat.concatenate_outputs(outputs, strategy), outputs
+        )
         empty = tf.experimental.Optional.empty(tf.TensorSpec(()))
         seen = []
         compat.optionals_to_none(model, seen.append)((1, empty))
         self.assertEqual(seen, [(1, None)])
         self.assertAllEqual(compat.unscale_loss(tf.constant(2.0)), 2.0)
+
+    def test_symbolic_build(self):
+        with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+            model = keras.Sequential([keras.layers.Dense(2)])
+            model.compile("sgd", loss="mse")
+        self.assertTrue(compat.has_local_strategy(model))
+        self.assertFalse(compat.has_local_strategy(test_utils.mlp()))
+        batch = (tf.ones((4, 3)), tf.ones((4, 2)), None)
+        self.assertIs(compat.first_batch([(0, 1, iter([batch]))])[0], batch[0])
+        compat.symbolic_build(model, batch)
+        self.assertEqual(model.weights[0].shape, (3, 2))
+        self.assertTrue(model.optimizer.built)
+
+    def test_assigning_through(self):
+        variable = keras.Variable([1.0, 2.0])
+        own = keras.Variable(0.0)
+        seen = []
+
+        def tenfold(assigned, value):
+            seen.append(assigned)
+            return 10 * value
+
+        with compat.assigning_through(tenfold):
+            variable.assign([3.0, 4.0])
+            thread = threading.Thread(target=lambda: own.assign(1.0))
+            thread.start()
+            thread.join()
+        variable.assign_add([1.0, 1.0])
+        self.assertAllEqual(variable, [31.0, 41.0])
+        self.assertEqual([id(each) for each in seen], [id(variable)])
+        # Another thread has nothing to do with it.
+        self.assertAllEqual(own, 1.0)
+
+    def test_assigning_through_in_any_order(self):
+        variable = keras.Variable(0.0)
+        one = compat.assigning_through(lambda _, value: value + 1)
+        two = compat.assigning_through(lambda _, value: value + 2)
+        one.__enter__()
+        two.__enter__()
+        one.__exit__(None, None, None)
+        two.__exit__(None, None, None)
+        # What the last one found was the first's, which is over in this case.
+        with compat.assigning_through(lambda _, value: value):
+            variable.assign(5.0)
+        self.assertAllEqual(variable, 5.0)
+
+    def test_without_communication(self):
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(0.5)
+        )
+        variable = keras.Variable([1.0])
+        optimizer.build([variable])
+        extended = tf.distribute.get_strategy().extended
+        inner = optimizer.inner_optimizer
+        aggregation = inner.iterations.value.aggregation
+        before = [dict(vars(each)) for each in (extended, optimizer, inner)]
+        with compat.without_communication(optimizer, is_tpu=False):
+            self.assertFalse(extended._use_merge_call())
+            pairs = [(tf.ones(1), variable)]
+            self.assertIs(inner._all_reduce_sum_gradients(pairs), pairs)
+            self.assertEqual(
+                inner.iterations.value.aggregation,
+                tf.VariableAggregation.NONE,
+            )
+        self.assertEqual(inner.iterations.value.aggregation, aggregation)
+        after = [dict(vars(each)) for each in (extended, optimizer, inner)]
+        self.assertEqual(list(map(set, after)), list(map(set, before)))
+
+    def test_own_copy(self):
+        variable = tf.Variable(1.0)
+        self.assertIs(compat.own_copy(variable), variable)
+
+    def test_number_of_batches(self):
+        strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+        data = tf.data.Dataset.range(7).batch(2)
+        for dataset, number in ((data, 4), (data.repeat(), -1)):
+            distributed = strategy.experimental_distribute_dataset(dataset)
+            self.assertEqual(
+                compat.number_of_batches(iter(distributed)), number
+            )
+
+    def test_asking_no_other_workers(self):
+        before = input_lib._calculate_replicas_with_values
+        optionals = [
+            tf.experimental.Optional.from_value(1),
+            tf.experimental.Optional.empty(tf.TensorSpec((), tf.int32)),
+        ]
+        with compat.asking_no_other_workers():
+            count = input_lib._calculate_replicas_with_values(
+                None, None, [optionals]
+            )
+        self.assertAllEqual(count, 1)
+        self.assertIs(input_lib._calculate_replicas_with_values, before)
 
     def test_compute_loss(self):
         model = test_utils.mlp()
