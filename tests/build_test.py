@@ -22,7 +22,7 @@ FOLDERS = (
 LAYERS = (
     {"compat", "replicas"},
     {"accumulator", "loss_tracker", "microbatch", "weighting", "window"},
-    {"epochs", "functional", "microbatching", "training"},
+    {"boundary", "epochs", "functional", "microbatching", "training"},
     {"saving"},
     {"model"},
     {"__init__"},

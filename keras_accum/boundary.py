@@ -1,0 +1,162 @@
+"""What replicas tell each other at the boundary of a window, and no sooner."""
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+import tensorflow as tf
+
+from keras_accum import compat
+from keras_accum import replicas
+from keras_accum.loss_tracker import WindowLoss
+
+
+class BoundaryMixin:
+    """The one reduction of a window, and what each replica makes of it.
+
+    Four things are summed over the replicas: the buffers with the window's
+    weight, the numerators and denominators of the losses, variables such as
+    BatchNorm's moving means, and the variables of metrics. The first make the
+    update, the last the logs.
+    """
+
+    # `id`s of the variables that train steps assign, besides the trained ones.
+    _accum_state: frozenset[int] = frozenset()
+    # In the train function's update: what the replicas' sums add up to.
+    _accum_sums = None
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Keras's own, without a reduction over replicas.
+
+        Overrides a private method; see `compat.first_batch`.
+        """
+        if not compat.has_local_strategy(self):
+            return
+        if iterator is not None:
+            data_batch = compat.first_batch(iterator)
+        with self.distribute_strategy.scope():
+            compat.symbolic_build(self, data_batch)
+
+    def _needs_own_functions(self):
+        """Whether Keras's functions fail: several devices, and XLA or workers.
+
+        See keras#20585.
+        """
+        strategy = self.distribute_strategy
+        if not replicas.has_several(strategy) or replicas.on_tpu(strategy):
+            return False
+        return self.jit_compile or replicas.has_several_workers(strategy)
+
+    def _noting_state(self, now):
+        """Returns a function that sees what Keras's variables are assigned."""
+
+        def assign(variable, value):
+            # Of others, such as the state of random generators, all replicas
+            # have the same, and shall go on having it.
+            if not tf.as_dtype(variable.dtype).is_floating:
+                return value
+            self._accum_state |= {id(variable)}
+            return now.value_or(value, variable)
+
+        return assign
+
+    def _state_variables(self):
+        """Other variables that train steps assign, such as moving means.
+
+        Each replica assigns its own copy. At a boundary the mean is taken.
+        """
+        if not replicas.has_several(self.distribute_strategy):
+            return []
+        return [
+            v
+            for v in self.non_trainable_variables
+            if id(v) in self._accum_state
+        ]
+
+    def _metric_sums(self):
+        """Variables of metrics that are sums over the replicas."""
+        if not replicas.has_several(self.distribute_strategy):
+            return []
+        return [
+            variable
+            for variable in self.metrics_variables
+            if variable.aggregation == "sum"
+            and tf.as_dtype(variable.dtype).is_floating
+        ]
+
+    def _boundary_sums(self):
+        """What is summed over the replicas at a boundary."""
+        return {
+            "gradients": self._gradient_accumulator().sums(),
+            "losses": [each.window for each in self._window_trackers()],
+            "state": [v.value for v in self._state_variables()],
+            "metrics": [v.value for v in self._metric_sums()],
+        }
+
+    def _known_sums(self):
+        """Stands for the structure of `_boundary_sums`."""
+        if self._accum_buffers is None:
+            return ()
+        return tuple(len(each) for each in self._boundary_sums().values())
+
+    def _pack_sums(self):
+        """What a replica gives to the reduction: a vector."""
+        return replicas.pack(self._boundary_sums())
+
+    def _end_window(self, vector=None):
+        """`update_step` in the train function.
+
+        Args:
+            vector: What the replicas' `_pack_sums` add up to, or None if it has
+                to be found out.
+
+        Returns:
+            The logs of all replicas, or None if there is one.
+        """
+        several = replicas.has_several(self.distribute_strategy)
+        own = self._boundary_sums()
+        if vector is not None:
+            self._accum_sums = replicas.unpack(vector, own)
+        elif several:
+            self._accum_sums = replicas.sum_over_replicas(
+                own, self._accum_buffers.weight
+            )
+        sums = self._accum_sums
+        try:
+            self.update_step()
+        finally:
+            self._accum_sums = None
+        return self._logs_of_all(sums) if several else None
+
+    def _logs_of_all(self, sums):
+        """The metrics' results, from what the replicas' `sums` add up to."""
+        variables = self._metric_sums()
+        totals = dict(zip(map(id, variables), sums["metrics"], strict=True))
+        for tracker, window in zip(
+            self._window_trackers(), sums["losses"], strict=True
+        ):
+            tracker.add_window_to(totals, window)
+        mapping = [(v, totals[id(v)]) for v in variables]
+        with keras.StatelessScope(state_mapping=mapping):
+            return self.get_metrics_result()
+
+    @contextlib.contextmanager
+    def _updating_own_copies(self) -> Iterator[None]:
+        strategy = self.distribute_strategy
+        if not replicas.has_several(strategy):
+            yield
+            return
+        on_tpu = replicas.on_tpu(strategy)
+        with compat.without_communication(self.optimizer, on_tpu):
+            yield
+
+    def _close_trackers(self):
+        for tracker in self._window_trackers():
+            tracker.close()
+
+    def _window_trackers(self):
+        """The metrics that count a window as one batch."""
+        compiled = compat.compiled_loss(self)
+        outputs = [] if compiled is None else compat.output_metrics(compiled)
+        trackers = [compat.loss_tracker(self), *outputs]
+        return [each for each in trackers if isinstance(each, WindowLoss)]
