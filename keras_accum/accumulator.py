@@ -37,6 +37,10 @@ def add_dense(buffer, gradient, first):
 
 def add_rows(buffer, gradient, first):
     """Adds rows to a buffer, by scatter; the other rows are not touched."""
+    if replicas.on_tpu(tf.distribute.get_strategy()):
+        # There the copies have no names of their own.
+        add_dense(buffer, tf.convert_to_tensor(gradient), first)
+        return
     clear(buffer, first)
     # A variable on several replicas has no `scatter_add`; each of them has.
     compat.own_copy(buffer).scatter_add(gradient)

@@ -98,6 +98,7 @@ def make_train_function(model, update):
             return model.make_train_function(force=True)(iterator)
         return function(iterator)
 
+    train_function = forgetting_failed_windows(model, train_function)
     return raising_schedule_errors(model, train_function)
 
 
@@ -265,6 +266,28 @@ def compile_for_replica(model, function):
         return function
     compiled = tf.function(function, jit_compile=True, reduce_retracing=True)
     return lambda *args: compiled(*args)
+
+
+def forgetting_failed_windows(model, function):
+    """Wraps `function`: if it fails on several replicas, the window is lost.
+
+    Some of them may have added their part of the micro-batch, others not, and
+    asking would cross replicas in every micro-batch. One replica adds last of
+    all, and goes on.
+    """
+    if not replicas.has_several(model.distribute_strategy):
+        return function
+
+    def wrapped(iterator):
+        try:
+            return function(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            raise
+        except BaseException:
+            model.reset_window()
+            raise
+
+    return wrapped
 
 
 def raising_schedule_errors(model, function):
