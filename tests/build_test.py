@@ -20,8 +20,8 @@ FOLDERS = (
 
 # Modules of keras_accum import those of the rows above theirs, and no others.
 LAYERS = (
-    {"compat"},
-    {"accumulator", "loss_tracker", "weighting", "window"},
+    {"compat", "replicas"},
+    {"accumulator", "loss_tracker", "microbatch", "weighting", "window"},
     {"epochs", "functional", "microbatching", "training"},
     {"saving"},
     {"model"},
