@@ -96,7 +96,10 @@ class WindowLoss(keras.metrics.Mean):
         """
         loss, rows = tf.cast(loss, self.dtype), tf.cast(rows, self.dtype)
         if loss.shape.rank != 0:
-            loss, weight = tf.reduce_mean(loss), rows
+            # Keras also leaves it so where it knows that there are no rows.
+            entries = tf.cast(tf.size(loss), self.dtype)
+            loss = tf.math.divide_no_nan(tf.reduce_sum(loss), entries)
+            weight = rows
         if weight is None:
             _, weight_so_far, _ = tf.unstack(self.window)
             summands = [loss, tf.ones_like(loss) - weight_so_far, rows]

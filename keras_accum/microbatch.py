@@ -25,6 +25,8 @@ class Microbatch:
 
     Attributes:
         has_accumulated: Whether gradients were added to the window.
+        loss_without_rows: The loss if there are no rows.
+        gradients_without_rows: Its gradients, or None if they are zeros.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class Microbatch:
         self.first = first
         self.has_rows = has_rows
         self.has_accumulated = False
+        self.loss_without_rows = tf.zeros(())
+        self.gradients_without_rows = None
 
     def __enter__(self) -> Self:
         self._token = _CURRENT.set(self)
@@ -59,22 +63,27 @@ class Microbatch:
         return self.value_or(value, tf.zeros_like(value))
 
     def gradients_or_nothing(self, gradients: Sequence) -> list:
-        """Gradients of any kind, or zeros if there are no rows."""
+        """Gradients of any kind, or those without rows if there are none."""
         if self.has_rows is None:
             return list(gradients)
-        tensors = [
-            gradient.values
-            if isinstance(gradient, tf.IndexedSlices)
-            else tf.convert_to_tensor(gradient)
-            for gradient in gradients
+        others = self.gradients_without_rows or [None] * len(gradients)
+        pairs = [
+            (values_of(gradient), other)
+            for gradient, other in zip(gradients, others, strict=True)
             if gradient is not None
         ]
+        tensors = [tensor for tensor, _ in pairs]
         # No pass over the memory, as `tf.where` would make.
         chosen = iter(
             tf.cond(
                 self.has_rows,
                 lambda: tensors,
-                lambda: [tf.zeros_like(tensor) for tensor in tensors],
+                lambda: [
+                    tf.zeros_like(tensor)
+                    if other is None
+                    else tf.cast(values_of(other), tensor.dtype)
+                    for tensor, other in pairs
+                ],
             )
             if tensors
             else []
@@ -107,6 +116,13 @@ def is_batched(leaf):
     """Whether a leaf of a batch has a first dimension."""
     shape = getattr(leaf, "shape", None)
     return shape is not None and len(shape) > 0
+
+
+def values_of(gradient):
+    """The values of a gradient, of all rows or of some."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return gradient.values
+    return tf.convert_to_tensor(gradient)
 
 
 def with_values(gradient, values):

@@ -150,9 +150,11 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
             scaled_loss = self.optimizer.scale_loss(loss)
         weight = self.microbatch_weight(x, y, y_pred, sample_weight)
         self._learn_whether_loss_is_sum(weight is None)
-        choose = microbatch.current(self).or_nothing
+        now = microbatch.current(self)
+        self._regularize_without_rows(now)
+        choose = now.or_nothing
         self._loss_tracker_of_windows().add(
-            choose(compat.unscale_loss(loss)),
+            now.value_or(compat.unscale_loss(loss), now.loss_without_rows),
             weight,
             weighting.number_of_rows(x),
         )
@@ -508,6 +510,26 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
     def _number_of_regularizers(self):
         """How many of `super().losses`, at their end, regularize weights."""
         return sum(v.regularizer is not None for v in self.trainable_weights)
+
+    def _regularize_without_rows(self, now):
+        """Notes the share of a replica without rows in the regularizers.
+
+        Weight regularizers of a sum count once a window, in its first
+        micro-batch, and each replica counts its part of them.
+        """
+        regularized = self._number_of_regularizers()
+        if now.has_rows is None or now.first is False:
+            return
+        if not regularized or not self._is_sum():
+            return
+        with tf.GradientTape() as tape:
+            loss = tf.add_n(self.losses[-regularized:])
+            share = loss / self.distribute_strategy.num_replicas_in_sync
+            scaled = self.optimizer.scale_loss(share)
+        now.loss_without_rows = loss
+        now.gradients_without_rows = tape.gradient(
+            scaled, self.trainable_weights
+        )
 
     def _is_sum(self):
         """Whether the loss is a sum over the rows, as far as is known."""

@@ -151,7 +151,8 @@ class TracingTest(test_utils.TestCase, parameterized.TestCase):
         update = training.make_update_function(model)
         step = training.make_step_function(model, update, set())
         x, y = test_utils.microbatches([8])[0]
-        graph = step.__wrapped__.get_concrete_function(
+        traced = tf.function(step, autograph=False)
+        graph = traced.get_concrete_function(
             (tf.constant(x), tf.constant(y))
         ).graph
         definition = graph.as_graph_def()

@@ -1,14 +1,76 @@
 """Models, micro-batches and the yardstick that the tests share."""
 
+import functools
+import os
 import re
 
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import flags
 
 import keras_accum
 
 FEATURES, CLASSES = 6, 3
+
+LOGICAL_CPUS = 8
+# TensorFlow splits a device once, before it runs anything.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * LOGICAL_CPUS,
+)
+
+
+def mirrored(replicas=None):
+    """`MirroredStrategy` on so many CPUs; None: all GPUs, or two CPUs."""
+    gpus = tf.config.list_logical_devices("GPU")
+    if replicas is None and gpus:
+        return tf.distribute.MirroredStrategy([gpu.name for gpu in gpus])
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{index}" for index in range(replicas or 2)]
+    )
+
+
+def tpu():
+    """`TPUStrategy` on the TPU of this machine."""
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver
+    return tf.distribute.TPUStrategy(resolver.connect("local"))
+
+
+# Name: how to make it. A process can have one number of replicas: collectives
+# of another would join the group of the first, and fail.
+STRATEGIES = {
+    "none": tf.distribute.get_strategy,
+    "one_device": lambda: tf.distribute.OneDeviceStrategy("CPU:0"),
+    "mirrored": mirrored,
+    "mirrored_2": lambda: mirrored(2),
+    "mirrored_4": lambda: mirrored(4),
+    "mirrored_8": lambda: mirrored(8),
+    "tpu": tpu,
+}
+
+# pytest has an option of this name instead; see `conftest.py`.
+STRATEGY = flags.DEFINE_enum(
+    "strategy",
+    os.environ.get("KERAS_ACCUM_STRATEGY", "mirrored"),
+    list(STRATEGIES),
+    "The strategy under which distribution is tested.",
+)
+
+
+@functools.cache
+def chosen_strategy():
+    """The strategy that the flag names, and None; or None, and why not."""
+    # Under pytest nobody parses flags.
+    name = flags.FLAGS["strategy"].value
+    try:
+        return STRATEGIES[name](), None
+    # Errors of TensorFlow, of Google's metadata server and of the network.
+    except Exception as error:
+        if name != "tpu":
+            raise
+        reason = str(error).partition("\n")[0]
+        return None, f"strategy {name}: there is no TPU here ({reason})"
 
 
 def mlp(cls=keras.Model, regularizer=None, dtype=None, **kwargs):
@@ -146,6 +208,15 @@ class TestCase(tf.test.TestCase):
             actual.accum_steps = len(window)
             train_on(actual, window)
             train_on(expected, [concatenate(window)])
+        self.assertSameTraining(
+            actual, expected, initial, tolerance, slots_tolerance
+        )
+        return actual, expected
+
+    def assertSameTraining(
+        self, actual, expected, initial, tolerance=1e-5, slots_tolerance=None
+    ):
+        """Compares weights and the optimizer's variables of two models."""
         self.assertSameWeights(
             actual.get_weights(), expected.get_weights(), initial, tolerance
         )
@@ -165,7 +236,6 @@ class TestCase(tf.test.TestCase):
                 atol=slots_tolerance or 10 * tolerance,
                 msg=mine.path,
             )
-        return actual, expected
 
 
 def unnumbered(name):

@@ -1,0 +1,18 @@
+"""What pytest is told on the command line."""
+
+import os
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--strategy",
+        help="The strategy under which distribution is tested: mirrored, tpu "
+        "or another of `tests/test_utils.py`.",
+    )
+
+
+def pytest_configure(config):
+    name = config.getoption("--strategy")
+    if name:
+        # Test modules are read later, and processes that they start, too.
+        os.environ["KERAS_ACCUM_STRATEGY"] = name

@@ -1,0 +1,42 @@
+"""Other numbers of replicas than two, each in a process of its own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import tensorflow as tf
+from absl.testing import parameterized
+
+from tests import replicas_test
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+# Claims that depend on how many replicas there are.
+CLAIMS = (
+    replicas_test.RowsTest,
+    replicas_test.StateTest,
+    replicas_test.PrecisionTest,
+)
+
+
+class ReplicaCountsTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters("one_device", "mirrored_4", "mirrored_8")
+    def test_in_a_process_of_its_own(self, strategy):
+        path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+        finished = subprocess.run(
+            [
+                sys.executable,
+                replicas_test.__file__,
+                f"--strategy={strategy}",
+                *(claim.__name__ for claim in CLAIMS),
+            ],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        self.assertEqual(finished.returncode, 0, finished.stderr)
+        self.assertRegex(finished.stderr, r"Ran \d\d tests")
+
+
+if __name__ == "__main__":
+    tf.test.main()
