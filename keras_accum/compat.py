@@ -17,6 +17,8 @@ from keras.src.losses import loss as loss_module
 from keras.src.models.functional import Functional
 from keras.src.utils import python_utils
 from keras.src.utils.tracking import DotNotTrackScope
+from tensorflow.python.data.experimental.ops import distribute as data_ops
+from tensorflow.python.data.ops import rebatch_op
 from tensorflow.python.distribute import input_lib
 
 
@@ -218,8 +220,26 @@ def number_of_batches(iterator) -> int:
     Returns:
         A negative number where that is not known, or there is no end.
     """
-    datasets = [part._dataset for part in iterator._iterators]
-    return min(int(dataset.cardinality()) for dataset in datasets)
+    return min(_number_of_steps(part._dataset) for part in iterator._iterators)
+
+
+def _number_of_steps(dataset):
+    """The length of a worker's dataset before it was cut into shares.
+
+    TensorFlow does not know how many shares there are. If each worker has its
+    share of each batch, if need be an empty one, there is a step per batch.
+    """
+    policy = dataset.options().experimental_distribute.auto_shard_policy
+    is_cut = (rebatch_op._RebatchDataset, data_ops._LegacyRebatchDataset)
+    uncut = dataset
+    while policy == tf.data.experimental.AutoShardPolicy.DATA:
+        inputs = uncut._inputs()
+        if len(inputs) != 1:
+            break
+        if isinstance(uncut, is_cut):
+            return int(inputs[0].cardinality())
+        uncut = inputs[0]
+    return int(dataset.cardinality())
 
 
 @contextlib.contextmanager
