@@ -111,8 +111,8 @@ class TrainingTest(test_utils.TestCase):
             name: re.findall(r"loss: [0-9.]+", ended.output)
             for name, ended in results.items()
         }
-        # One for each epoch, of all replicas.
-        self.assertLen(losses["one"], 2)
+        # One for each epoch, of all replicas, and one of held-out text.
+        self.assertLen(losses["one"], 3)
         self.assertEqual(losses["mirrored"], losses["one"])
         self.assertEqual(losses["multi_worker"], losses["one"])
         lines = results["multi_worker"].output.splitlines()

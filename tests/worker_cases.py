@@ -265,25 +265,26 @@ def float16(place):
     return told(model, place, history)
 
 
-def shares_of(place):
+def shares_of(place, multiple=1):
     """Each worker's own rows: not as many as the others have."""
-    return [
-        rows((4 + 3 * index) * ROWS // place.workers + index, seed=index)
-        for index in range(place.workers)
-    ]
+    shares = []
+    for index in range(place.workers):
+        number = (4 + 3 * index) * ROWS // place.workers + index
+        shares.append(rows(number // multiple * multiple, seed=index))
+    return shares
 
 
-def together(place):
+def together(place, shares):
     """The batches that one device would see of all workers' own rows."""
     each = ROWS // place.workers
-    return side_by_side([cut(share, each) for share in shares_of(place)])
+    return side_by_side([cut(share, each) for share in shares])
 
 
 def files(place):
     """A text file for each worker; some have more lines than others."""
     model = classifier(place, jit=False)
-    names = []
-    for index, (x, y, weight) in enumerate(shares_of(place)):
+    names, shares = [], shares_of(place)
+    for index, (x, y, weight) in enumerate(shares):
         names.append(str(place.folder / f"rows-{index}.csv"))
         if place.is_chief and not place.alone:
             table = np.column_stack([x, y, weight])
@@ -301,7 +302,7 @@ def files(place):
     dataset = tf.data.TextLineDataset(names).map(parse).batch(ROWS)
     dataset = with_policy(dataset, FILE)
     if place.alone:
-        dataset = of_unknown_length(together(place))
+        dataset = of_unknown_length(together(place, shares))
     losses = Losses()
     history = model.fit(dataset, epochs=2, verbose=0, callbacks=[losses])
     return told(model, place, history, losses)
@@ -309,10 +310,12 @@ def files(place):
 
 def own(place):
     """Each worker has its own rows, and none is shared out."""
-    model = classifier(place, jit=True, spe=ACCUM_STEPS)
-    dataset = of_unknown_length(together(place))
+    model = classifier(place, jit=False, spe=ACCUM_STEPS)
+    # TensorFlow cuts a short batch of a generator in a way of its own.
+    shares = shares_of(place, multiple=ROWS)
+    dataset = of_unknown_length(together(place, shares))
     if not place.alone:
-        share = shares_of(place)[place.index]
+        share = shares[place.index]
         dataset = with_policy(of_unknown_length(cut(share, ROWS)), OFF)
     history = model.fit(dataset, epochs=2, verbose=0)
     return told(model, place, history)
