@@ -95,35 +95,34 @@ class WorkersTestCase(test_utils.TestCase):
 
 
 class EquivalenceTest(WorkersTestCase):
-    def check(self, workers, replicas, names):
-        folder = self.run_cases(names, workers, replicas)
+    def check(self, workers, replicas, names, others=()):
+        folder = self.run_cases([*names, *others], workers, replicas)
         for name in names:
             with self.subTest(name):
                 self.assertAsAlone(folder, workers, name, ALIKE.get(name))
+        return folder
 
     def test_two_workers_with_one_replica(self):
         self.check(2, 1, ["arrays", "float16", "files", "own"])
 
     def test_two_workers_with_two_replicas(self):
-        self.check(2, 2, ["plain", "masks", "files"])
+        # Starting workers takes longer than most cases.
+        names = ["plain", "masks", "files"]
+        folder = self.check(2, 2, names, others=["collectives"])
+        for found in worker_processes.results(folder, 2, "collectives"):
+            with self.subTest("Reductions are at boundaries alone."):
+                # One for each of this worker's replicas, in one branch.
+                self.assertAllEqual(found["known/branches"], [2])
+                self.assertEmpty(found["known/others"])
+                # TensorFlow asks, once a step, whether anyone has data left.
+                self.assertAllEqual(found["unknown/branches"], [2])
+                self.assertAllEqual(found["unknown/others"], [1])
 
     def test_four_workers_with_one_replica(self):
         self.check(4, 1, ["masks", "own"])
 
     def test_four_workers_with_two_replicas(self):
         self.check(4, 2, ["undisturbed"])
-
-
-class CommunicationTest(WorkersTestCase):
-    def test_reduces_at_boundaries_alone(self):
-        folder = self.run_cases(["collectives"], workers=2, replicas=2)
-        for found in worker_processes.results(folder, 2, "collectives"):
-            # One for each of this worker's replicas, in one branch.
-            self.assertAllEqual(found["known/branches"], [2])
-            self.assertEmpty(found["known/others"])
-            # TensorFlow asks, once a step, whether anyone has data left.
-            self.assertAllEqual(found["unknown/branches"], [2])
-            self.assertAllEqual(found["unknown/others"], [1])
 
 
 class CheckpointTest(WorkersTestCase):
