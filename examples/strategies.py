@@ -53,6 +53,10 @@ def multi_worker(
 ) -> tf.distribute.Strategy:
     """Replicas on several machines: all GPUs of each, or its CPU.
 
+    When a worker is lost later, TensorFlow misses its heartbeats for some ten
+    seconds, and then ends what waits for it with an `UnavailableError` in all
+    others. They have to be started again, and go on from what was saved.
+
     Args:
         cluster_resolver: `"tf_config"` or `"slurm"`: who knows the workers.
         startup_timeout: Seconds that the workers have to come together.

@@ -1,0 +1,162 @@
+"""Training on several workers, beside one process with one device."""
+
+import pathlib
+import shutil
+import signal
+import tempfile
+
+import numpy as np
+import tensorflow as tf
+
+from tests import test_utils
+from tests import worker_cases
+from tests import worker_processes
+
+TEMP_DIR = tempfile.mkdtemp()
+# As for a window's gradient: float32 leaves about 100 of its units.
+TOLERANCE = 1e-5
+# Half precision has 11 bits, and each share of rows is rounded by itself.
+HALF_TOLERANCE = 2.0**-9
+# Seconds after which TensorFlow takes a worker without heartbeats for lost are
+# 10; it then ends what waits for that worker, and Python the process.
+SECONDS_TO_NOTICE = 40.0
+
+# What differs in how it is done, and not in what comes of it.
+ALIKE = {"arrays": "plain"}
+
+_alone = {}
+
+
+def tearDownModule():
+    shutil.rmtree(TEMP_DIR)
+
+
+def alone(name, workers):
+    """What a case returns in this process, on one device."""
+    case = worker_cases.CASES[name]
+    # Where each worker has rows of its own, their number matters.
+    key = name, workers if name in ("files", "own") else None
+    if key not in _alone:
+        _alone[key] = case(
+            worker_cases.Place(
+                strategy=tf.distribute.get_strategy(),
+                folder=pathlib.Path(TEMP_DIR),
+                index=0,
+                workers=workers,
+                alone=True,
+            )
+        )
+    return _alone[key]
+
+
+class WorkersTestCase(test_utils.TestCase):
+    def run_cases(self, names, workers, replicas=1, folder=None, **others):
+        """Runs cases to their end; returns where the results are."""
+        folder = folder or pathlib.Path(tempfile.mkdtemp(dir=TEMP_DIR))
+        for index, ended in enumerate(
+            worker_processes.run_cases(
+                names, folder, workers, replicas, **others
+            )
+        ):
+            self.assertEqual(
+                ended.status, 0, f"Worker {index}:\n{ended.output[-5000:]}"
+            )
+        return folder
+
+    def assertAsAlone(self, folder, workers, name, reference=None):
+        """Compares what each worker returned with one device."""
+        expected = alone(reference or name, workers)
+        everyone = worker_processes.results(folder, workers, name)
+        self.assertSameCopies(everyone, f"{name} on {workers} workers")
+        tolerance = HALF_TOLERANCE if name == "float16" else TOLERANCE
+        for key, value in expected.items():
+            if key.startswith("copy/"):
+                continue
+            scale = np.abs(value).max() + 1e-30
+            for actual in everyone:
+                self.assertAllClose(
+                    actual[key] / scale,
+                    value / scale,
+                    rtol=0,
+                    atol=tolerance,
+                    msg=f"{key} of {name} on {workers} workers",
+                )
+
+    def assertSameCopies(self, everyone, name):
+        """Compares all copies of all variables, to the bit."""
+        seen = {}
+        for actual in everyone:
+            for key, value in actual.items():
+                if key.startswith("copy/"):
+                    variable = key.split("/")[1]
+                    first = seen.setdefault(variable, value)
+                    self.assertAllEqual(value, first, f"{key} of {name}")
+        self.assertNotEmpty(seen)
+
+
+class EquivalenceTest(WorkersTestCase):
+    def check(self, workers, replicas, names, others=()):
+        folder = self.run_cases([*names, *others], workers, replicas)
+        for name in names:
+            with self.subTest(name):
+                self.assertAsAlone(folder, workers, name, ALIKE.get(name))
+        return folder
+
+    def test_two_workers_with_one_replica(self):
+        self.check(2, 1, ["arrays", "float16", "files", "own"])
+
+    def test_two_workers_with_two_replicas(self):
+        # Starting workers takes longer than most cases.
+        names = ["plain", "masks", "files"]
+        folder = self.check(2, 2, names, others=["collectives"])
+        for found in worker_processes.results(folder, 2, "collectives"):
+            with self.subTest("Reductions are at boundaries alone."):
+                # One for each of this worker's replicas, in one branch.
+                self.assertAllEqual(found["known/branches"], [2])
+                self.assertEmpty(found["known/others"])
+                # TensorFlow asks, once a step, whether anyone has data left.
+                self.assertAllEqual(found["unknown/branches"], [2])
+                self.assertAllEqual(found["unknown/others"], [1])
+
+    def test_four_workers_with_one_replica(self):
+        self.check(4, 1, ["masks", "own"])
+
+    def test_four_workers_with_two_replicas(self):
+        self.check(4, 2, ["undisturbed"])
+
+
+class CheckpointTest(WorkersTestCase):
+    def test_resumes(self):
+        names = ["tf_checkpoint", "model_checkpoint", "backup_and_restore"]
+        folder = self.run_cases(names, workers=2)
+        for name in names:
+            with self.subTest(name):
+                self.assertAsAlone(folder, 2, name, reference="undisturbed")
+        with self.subTest("What others than the chief saved is gone."):
+            self.assertEmpty(list(folder.glob("temporary-*")))
+        with self.subTest("The chief's are kept."):
+            kept = folder / "model-checkpoint"
+            self.assertCountEqual(
+                [path.name for path in kept.iterdir()], ["1.keras", "2.keras"]
+            )
+
+
+class FaultTest(WorkersTestCase):
+    def test_goes_on_after_a_worker_was_killed(self):
+        folder = pathlib.Path(tempfile.mkdtemp(dir=TEMP_DIR))
+        survivor, killed = worker_processes.run_cases(
+            ["killed"], folder, workers=2
+        )
+        self.assertEqual(killed.status, -signal.SIGKILL, killed.output[-5000:])
+        # It says who is lost, and does not wait for ever.
+        self.assertNotIn(survivor.status, (0, -signal.SIGKILL))
+        self.assertLess(survivor.seconds - killed.seconds, SECONDS_TO_NOTICE)
+        self.assertRegex(survivor.output, "UnavailableError")
+        self.run_cases(["restarted"], workers=2, folder=folder)
+        self.assertAsAlone(folder, 2, "restarted", reference="undisturbed")
+        for result in worker_processes.results(folder, 2, "restarted"):
+            self.assertEqual(result["done"], 2)
+
+
+if __name__ == "__main__":
+    tf.test.main()
