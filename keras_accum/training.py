@@ -40,7 +40,6 @@ def make_update_function(model):
     # XLA knows reductions on TPUs alone; else they come between two programs.
     splits = several and not replicas.on_tpu(strategy)
     # A program knows the buffers that there were when it was traced.
-    pack = compile_for_replica(model, lambda known: model._pack_sums())
     program = compile_for_replica(
         model, lambda known, sums=None: model._end_window(sums)
     )
@@ -48,7 +47,9 @@ def make_update_function(model):
     def update(known):
         args = (known,)
         if splits:
-            vector = strategy.run(pack, args=args)
+            # Not compiled: where TensorFlow copies one tensor after the other,
+            # XLA on a CPU looks up for each number where it comes from.
+            vector = strategy.run(model._pack_sums)
             where = model._accum_buffers.weight
             args += (replicas.reduce_across(strategy, vector, where),)
         logs = strategy.run(program, args=args)
