@@ -64,30 +64,47 @@ def multilayer_perceptron(cls: type[keras.Model], **kwargs) -> keras.Model:
     return cls(inputs, outputs, **kwargs)
 
 
-def compile_model(model: keras.Model, **optimizer_args) -> keras.Model:
+def compile_model(
+    model: keras.Model, jit_compile: bool | None = None, **optimizer_args
+) -> keras.Model:
     """Compiles `model` in place; the optimizer's variables are made."""
+    if jit_compile is None:
+        jit_compile = _JIT_COMPILE.value
     optimizer = keras.optimizers.Adam(1e-4, **optimizer_args)
     optimizer.build(model.trainable_variables)
     model.compile(
         optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=_JIT_COMPILE.value,
+        jit_compile=jit_compile,
     )
     return model
 
 
+def dataset(replicas: int = 1) -> tf.data.Dataset:
+    """One micro-batch again and again, with rows for so many replicas."""
+    rng = np.random.default_rng(0)
+    rows = _ROWS.value * replicas
+    x = rng.normal(size=(rows, FEATURES)).astype("float32")
+    y = rng.integers(0, CLASSES, rows)
+    return tf.data.Dataset.from_tensors((x, y)).cache().repeat()
+
+
 def batches() -> tf.data.Iterator:
     """An endless iterator over one micro-batch."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(_ROWS.value, FEATURES)).astype("float32")
-    y = rng.integers(0, CLASSES, _ROWS.value)
-    return iter(tf.data.Dataset.from_tensors((x, y)).cache().repeat())
+    return iter(dataset())
 
 
-def through_train_function(model: keras.Model) -> Callable[[], None]:
-    """Calls the train function k times, as `fit` does."""
+def through_train_function(
+    model: keras.Model, iterator: tf.data.Iterator | None = None
+) -> Callable[[], None]:
+    """Calls the train function k times, as `fit` does.
+
+    Args:
+        model: The model, compiled.
+        iterator: Where the batches come from; by default from `batches`.
+    """
     model.make_train_function()
-    iterator = batches()
+    iterator = batches() if iterator is None else iterator
 
     def run():
         for _ in range(_ACCUM_STEPS.value):
