@@ -33,6 +33,11 @@ class BoundaryMixin:
         if not compat.has_local_strategy(self):
             return
         if iterator is not None:
+            if replicas.has_several_workers(self.distribute_strategy):
+                replicas.check_same_length(
+                    self.distribute_strategy, iterator.num_batches
+                )
+                compat.note_number_of_batches(iterator)
             data_batch = compat.first_batch(iterator)
         with self.distribute_strategy.scope():
             compat.symbolic_build(self, data_batch)

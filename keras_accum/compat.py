@@ -220,10 +220,27 @@ def number_of_batches(iterator) -> int:
     Returns:
         A negative number where that is not known, or there is no end.
     """
-    return min(_number_of_steps(part._dataset) for part in iterator._iterators)
+    return min(
+        _number_of_steps(part._dataset, iterator._cardinality)
+        for part in iterator._iterators
+    )
 
 
-def _number_of_steps(dataset):
+def note_number_of_batches(epoch_iterator) -> None:
+    """Tells a distributed dataset what Keras knows of its length.
+
+    Keras makes the dataset of arrays in a way that hides it.
+    """
+    dataset, number = (
+        epoch_iterator._distributed_dataset,
+        epoch_iterator.num_batches,
+    )
+    is_unknown = dataset.cardinality == tf.data.UNKNOWN_CARDINALITY
+    if number is not None and is_unknown:
+        dataset._cardinality = number
+
+
+def _number_of_steps(dataset, uncut_length):
     """The length of a worker's dataset before it was cut into shares.
 
     TensorFlow does not know how many shares there are. If each worker has its
@@ -237,7 +254,7 @@ def _number_of_steps(dataset):
         if len(inputs) != 1:
             break
         if isinstance(uncut, is_cut):
-            return int(inputs[0].cardinality())
+            return int(uncut_length)
         uncut = inputs[0]
     return int(dataset.cardinality())
 

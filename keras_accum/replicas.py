@@ -184,11 +184,30 @@ def sum_over_replicas(values, destination: tf.Variable):
     return unpack(vector, values)
 
 
-def agree(strategy: tf.distribute.Strategy, number: int) -> bool:
-    """Whether all workers have the same number, which is not negative.
+def numbers_of_all(strategy: tf.distribute.Strategy, number: int) -> list[int]:
+    """The numbers that all replicas have.
 
-    All of them have to ask, in cross-replica context.
+    All workers have to ask, in cross-replica context.
     """
     own = strategy.run(lambda: tf.constant([number], tf.int64))
-    numbers = strategy.gather(own, axis=0)
-    return bool(tf.reduce_all(tf.equal(numbers, number))) and number >= 0
+    return strategy.gather(own, axis=0).numpy().tolist()
+
+
+def check_same_length(
+    strategy: tf.distribute.Strategy, batches: int | None
+) -> None:
+    """Raises a `ValueError` unless all workers will make as many steps.
+
+    Those that made more would wait for the others for ever.
+
+    Args:
+        strategy: The strategy.
+        batches: Batches in an epoch of this worker; None if it can't tell.
+    """
+    numbers = numbers_of_all(strategy, -1 if batches is None else batches)
+    if len(set(numbers)) > 1:
+        raise ValueError(
+            "All workers must make the same number of steps in an epoch. "
+            f"Received: {numbers} batches, replica by replica (-1: not known). "
+            "Give the same `steps_per_epoch` to all, and data that last."
+        )

@@ -202,7 +202,8 @@ def make_iterating_function(model, step):
             ):
                 last = weakref.ref(iterator)
                 number = compat.number_of_batches(iterator)
-                end_together = replicas.agree(strategy, number)
+                numbers = replicas.numbers_of_all(strategy, number)
+                end_together = number >= 0 and len(set(numbers)) == 1
             return steps(iterator, end_together)
         logs = None
         for data in itertools.islice(iterator, model.steps_per_execution):

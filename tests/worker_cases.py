@@ -462,11 +462,16 @@ def collectives(place):
     x, y, weight = rows(6 * ROWS)
     known = tf.data.Dataset.from_tensor_slices((x, y, weight)).batch(ROWS)
     unknown = of_unknown_length(cut((x, y, weight), ROWS))
+    arrays = {"x": x, "y": y, "sample_weight": weight, "batch_size": ROWS}
     found = {}
-    for name, dataset in (("known", known), ("unknown", unknown)):
+    for name, data in (
+        ("arrays", arrays),
+        ("known", {"x": with_policy(known, DATA)}),
+        ("unknown", {"x": with_policy(unknown, DATA)}),
+    ):
         before = set(context.context().list_function_names())
         model = classifier(place, jit=False)
-        model.fit(with_policy(dataset, DATA), verbose=0)
+        model.fit(**data, verbose=0)
         found[f"{name}/branches"], found[f"{name}/others"] = [], []
         for function in context.context().list_function_names():
             # Reductions that Python asked for are wrapped in such functions.

@@ -112,8 +112,9 @@ class EquivalenceTest(WorkersTestCase):
         for found in worker_processes.results(folder, 2, "collectives"):
             with self.subTest("Reductions are at boundaries alone."):
                 # One for each of this worker's replicas, in one branch.
-                self.assertAllEqual(found["known/branches"], [2])
-                self.assertEmpty(found["known/others"])
+                for name in ("arrays", "known"):
+                    self.assertAllEqual(found[f"{name}/branches"], [2])
+                    self.assertEmpty(found[f"{name}/others"])
                 # TensorFlow asks, once a step, whether anyone has data left.
                 self.assertAllEqual(found["unknown/branches"], [2])
                 self.assertAllEqual(found["unknown/others"], [1])
