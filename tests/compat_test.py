@@ -176,15 +176,23 @@ class NamesTest(test_utils.TestCase):
 
     def test_assigning_through_in_any_order(self):
         variable = keras.Variable(0.0)
-        one = compat.assigning_through(lambda _, value: value + 1)
-        two = compat.assigning_through(lambda _, value: value + 2)
-        one.__enter__()
-        two.__enter__()
-        one.__exit__(None, None, None)
-        two.__exit__(None, None, None)
-        # What the last one found was the first's, which is over in this case.
-        with compat.assigning_through(lambda _, value: value):
-            variable.assign(5.0)
+        entered, left = threading.Event(), threading.Event()
+
+        def other():
+            with compat.assigning_through(lambda _, value: value + 2):
+                entered.set()
+                left.wait()
+                variable.assign(5.0)
+
+        thread = threading.Thread(target=other)
+        with compat.assigning_through(lambda _, value: value + 1):
+            thread.start()
+            entered.wait()
+        left.set()
+        thread.join()
+        self.assertAllEqual(variable, 7.0)
+        # The last one to leave cleans up.
+        variable.assign(5.0)
         self.assertAllEqual(variable, 5.0)
 
     def test_without_communication(self):
