@@ -12,10 +12,11 @@ with the model and the flags of `benchmarks.window_time`, in the scope of a
 * plain: `keras.Model`, k reductions, k updates. XLA does not compile it, since
   `keras.Model` cannot be compiled under a strategy with several devices.
 
-Medians of 15 rounds, two devices on two cores, with TensorFlow 2.21.0 and Keras
-3.15.1: window / ideal 1.039 (0.981 to 1.120) and window / plain 0.511. While
-others kept the cores busy it was 1.208 (0.929 to 1.312) and 0.552: two replicas
-need both cores, so take figures from a quiet machine.
+Medians of two runs of 15 and 21 rounds, two devices on two cores, with
+TensorFlow 2.21.0 and Keras 3.15.1: window / ideal 1.039 (0.981 to 1.120) and
+1.057 (0.962 to 1.180), window / plain 0.511 and 0.589. While others kept the
+cores busy it was 1.208 (0.929 to 1.312) and 0.552: two replicas need both
+cores, so take figures from a quiet machine.
 
 What separates a window from its ideal is mostly what `window_time` says, the
 memory traffic of the buffers. The boundary adds a copy of the buffers, in one
