@@ -118,20 +118,21 @@ class BoundaryMixin:
         Returns:
             The logs of all replicas, or None if there is one.
         """
-        several = replicas.has_several(self.distribute_strategy)
+        if not replicas.has_several(self.distribute_strategy):
+            self.update_step()
+            return None
         own = self._boundary_sums()
-        if vector is not None:
-            self._accum_sums = replicas.unpack(vector, own)
-        elif several:
-            self._accum_sums = replicas.sum_over_replicas(
-                own, self._accum_buffers.weight
-            )
-        sums = self._accum_sums
+        if vector is None:
+            where = self._accum_buffers.weight
+            sums = replicas.sum_over_replicas(own, where)
+        else:
+            sums = replicas.unpack(vector, own)
+        self._accum_sums = sums
         try:
             self.update_step()
         finally:
             self._accum_sums = None
-        return self._logs_of_all(sums) if several else None
+        return self._logs_of_all(sums)
 
     def _logs_of_all(self, sums):
         """The metrics' results, from what the replicas' `sums` add up to."""
