@@ -86,16 +86,9 @@ def by_hand(
     strategy = model.distribute_strategy
     variables = model.trainable_variables
     destinations = [variable.value for variable in variables]
-    jit_compile = FLAGS.jit_compile or None
+    gradient = window_time.gradient_function(model)
 
-    @tf.function(jit_compile=jit_compile)
-    def gradient(x, y):
-        with tf.GradientTape() as tape:
-            y_pred = model(x, training=True)
-            loss = model.compute_loss(x, y, y_pred)
-        return tape.gradient(loss, variables)
-
-    @tf.function(jit_compile=jit_compile)
+    @tf.function(jit_compile=FLAGS.jit_compile or None)
     def apply(gradients):
         with compat.without_communication(model.optimizer, is_tpu=False):
             model.optimizer.apply(gradients, variables)

@@ -113,25 +113,31 @@ def through_train_function(
     return run
 
 
+def gradient_function(model: keras.Model) -> Callable:
+    """A program that only returns the gradient of a batch `x`, `y`."""
+
+    @tf.function(jit_compile=_JIT_COMPILE.value or None)
+    def gradient(x, y):
+        with tf.GradientTape() as tape:
+            y_pred = model(x, training=True)
+            loss = model.compute_loss(x, y, y_pred)
+        return tape.gradient(loss, model.trainable_variables)
+
+    return gradient
+
+
 def ideal() -> Callable[[], None]:
     """What is left when nothing is accumulated: the floor for a window."""
     model = compile_model(multilayer_perceptron(keras.Model))
     variables = model.trainable_variables
     iterator = batches()
-    jit_compile = _JIT_COMPILE.value or None
-
-    @tf.function(jit_compile=jit_compile)
-    def gradient(x, y):
-        with tf.GradientTape() as tape:
-            y_pred = model(x, training=True)
-            loss = model.compute_loss(x, y, y_pred)
-        return tape.gradient(loss, variables)
+    gradient = gradient_function(model)
 
     @tf.function
     def forward_and_backward(iterator):
         return gradient(*iterator.get_next())
 
-    @tf.function(jit_compile=jit_compile)
+    @tf.function(jit_compile=_JIT_COMPILE.value or None)
     def update(gradients):
         model.optimizer.apply(gradients, variables)
 
