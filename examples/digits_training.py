@@ -118,10 +118,11 @@ def train(settings: Settings, accumulate: bool) -> Run:
     if settings.precision == "float64":
         keras.config.set_floatx("float64")
     keras.config.set_dtype_policy(settings.precision)
-    keras.utils.set_random_seed(settings.seed)
     images, test_images, info = digits_dataset.open_dataset(
         settings.dataset, settings.data_dir
     )
+    # After the set was prepared, which draws random numbers the first time.
+    keras.utils.set_random_seed(settings.seed)
     model = build_model(info, settings.accum_steps if accumulate else None)
     model.compile(
         optimizer=keras.optimizers.Adam(settings.learning_rate),
