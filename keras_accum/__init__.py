@@ -9,6 +9,7 @@ if keras.backend.backend() != "tensorflow":
         "KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
+from keras_accum import schedules
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.model import GradientAccumulationMixin
 from keras_accum.model import GradientAccumulationModel
@@ -20,4 +21,5 @@ __all__ = [
     "GradientAccumulationModel",
     "GradientAccumulator",
     "__version__",
+    "schedules",
 ]
