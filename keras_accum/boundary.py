@@ -128,11 +128,14 @@ class BoundaryMixin:
         else:
             sums = replicas.unpack(vector, own)
         self._accum_sums = sums
-        try:
-            self.update_step()
-        finally:
-            self._accum_sums = None
-        return self._logs_of_all(sums)
+        # If there was no batch, nothing may change: not the number of updates
+        # either, which does not depend on the sums by itself.
+        with tf.control_dependencies(tf.nest.flatten(sums)[:1]):
+            try:
+                self.update_step()
+            finally:
+                self._accum_sums = None
+            return self._logs_of_all(sums)
 
     def _logs_of_all(self, sums):
         """The metrics' results, from what the replicas' `sums` add up to."""

@@ -15,11 +15,15 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
 from keras.src.losses import loss as loss_module
 from keras.src.models.functional import Functional
+from keras.src.random import seed_generator
+from keras.src.trainers.trainer import Trainer
 from keras.src.utils import python_utils
 from keras.src.utils.tracking import DotNotTrackScope
+from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.python.data.experimental.ops import distribute as data_ops
 from tensorflow.python.data.ops import rebatch_op
 from tensorflow.python.distribute import input_lib
+from tensorflow.python.ops import resource_variable_ops
 
 
 def functional_class() -> type[keras.Model]:
@@ -30,20 +34,31 @@ def functional_class() -> type[keras.Model]:
     return Functional
 
 
-def compute_loss(model, x, y, y_pred, sample_weight):
-    """`model.compute_loss` for training.
+def compute_loss(model, x, y, y_pred, sample_weight, training):
+    """`model.compute_loss`.
 
     Calls overrides that lack the argument `training`, as Keras 3.2 had it.
     """
     return model._compute_loss(
-        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
     )
 
 
-def has_custom_train_step(model, mixin) -> bool:
-    """Whether a class behind `mixin` replaces Keras's own `train_step`."""
-    behind = super(mixin, model).train_step
-    return behind.__func__ is not TensorFlowTrainer.train_step
+def has_custom_compute_loss(model) -> bool:
+    """Whether a class replaces Keras's own `compute_loss`."""
+    return type(model).compute_loss is not Trainer.compute_loss
+
+
+def has_custom_step(model, mixin, name) -> bool:
+    """Whether a class behind `mixin` replaces Keras's own step of a name.
+
+    Args:
+        model: The model.
+        mixin: A class of its, which has a step of that name.
+        name: "train_step" or "test_step".
+    """
+    behind = getattr(super(mixin, model), name)
+    return behind.__func__ is not getattr(TensorFlowTrainer, name)
 
 
 def takes_training_argument(model) -> bool:
@@ -107,6 +122,35 @@ def has_local_strategy(model) -> bool:
 def symbolic_build(model, data_batch) -> None:
     """Makes all variables that a batch needs, without running it."""
     model._symbolic_build(data_batch=data_batch)
+
+
+def global_seed_state() -> list[keras.Variable]:
+    """The state of the random generator that all layers without one share."""
+    return [seed_generator.global_seed_generator().state]
+
+
+def planned_bytes(program, *args) -> int:
+    """What a compiled `tf.function` allocates when it is called, at most.
+
+    XLA plans that when it compiles. No public name has it; the format is XLA's
+    `HloProto`.
+
+    Args:
+        program: The `tf.function`, with `jit_compile`.
+        *args: Its arguments: nested tensors, or flat `tf.TensorSpec`s.
+    """
+    hlo = hlo_pb2.HloProto.FromString(
+        program.experimental_get_compiler_ir(*args)(
+            stage="optimized_hlo_proto_serialized"
+        )
+    )
+    return sum(
+        allocation.size
+        for allocation in hlo.buffer_assignment.buffer_allocations
+        if not allocation.is_entry_computation_parameter
+        and not allocation.is_constant
+        and not allocation.is_thread_local
+    )
 
 
 def own_copy(variable):
@@ -212,6 +256,44 @@ def _assign_through(variable, value):
     if function is not None:
         value = function(variable, value)
     return _direct_assign(variable, value)
+
+
+@contextlib.contextmanager
+def computing_assignments() -> Iterator[None]:
+    """Lets `tf.Variable`s be assigned nothing: the values are only computed.
+
+    For tracing a function that is to need what another needs, and to change
+    nothing. Optimizers assign `tf.Variable`s, which `keras.StatelessScope` does
+    not know.
+    """
+
+    def compute(variable, value, *unused_args, **unused_kwargs):
+        # A stateful op, or TensorFlow would leave out what it is made of.
+        with tf.control_dependencies([tf.convert_to_tensor(value)]):
+            tf.raw_ops.Assert(condition=True, data=[0])
+        return variable
+
+    def add(variable, value, *unused_args, **unused_kwargs):
+        return compute(variable, variable + value)
+
+    methods = {
+        "assign": compute,
+        "assign_add": add,
+        "assign_sub": add,
+        "scatter_add": compute,
+        "scatter_sub": compute,
+        "scatter_update": compute,
+    }
+    with contextlib.ExitStack() as stack:
+        # Of the two that there are, either may have methods of its own.
+        for owner in (
+            resource_variable_ops.BaseResourceVariable,
+            resource_variable_ops.ResourceVariable,
+        ):
+            for name in methods.keys() & vars(owner).keys():
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, methods[name])
+        yield
 
 
 def number_of_batches(iterator) -> int:
@@ -331,6 +413,28 @@ def map_compiled_losses(compiled, function, y, y_pred, sample_weight):
     walker(y, y_pred, sample_weight)
 
 
+@contextlib.contextmanager
+def weighting_losses(compiled, factors) -> Iterator[None]:
+    """Multiplies the losses of `compile` by factors, for a while.
+
+    Args:
+        compiled: What `compiled_loss` returned, built.
+        factors: One scalar per loss; None to leave it as it is.
+    """
+    entries = [
+        entry
+        if factor is None
+        else entry._replace(
+            loss_weights=factor
+            if entry.loss_weights is None
+            else entry.loss_weights * factor
+        )
+        for entry, factor in zip(compiled._flat_losses, factors, strict=True)
+    ]
+    with _attribute(compiled, "_flat_losses", entries):
+        yield
+
+
 def build_compiled_losses(compiled, y, y_pred, sample_weight) -> None:
     """Lets `compiled` meet its first batch, and make its metrics, unrun."""
 
@@ -343,6 +447,11 @@ def build_compiled_losses(compiled, y, y_pred, sample_weight) -> None:
 
     batch = keras.tree.map_structure(symbolic, (y, y_pred, sample_weight))
     backend.compute_output_spec(compiled, *batch)
+
+
+def number_of_losses(compiled) -> int:
+    """How many losses `compile` was given; `compiled` is built."""
+    return len(compiled._flat_losses)
 
 
 def output_metrics(compiled) -> list[keras.Metric]:

@@ -14,6 +14,7 @@ class EndOfEpoch(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Forgets what was left over, unless it is to be carried on."""
+        self.model._accum_window.forget_solution()
         if self.model.partial_window == "carry":
             self.model._resume_window()
         else:

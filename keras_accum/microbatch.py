@@ -22,9 +22,13 @@ class Microbatch:
         first: Whether it is the first of its window; None if that is known on
             the device alone.
         has_rows: A bool tensor; None if there are rows for certain.
+        totals: What the rows and the denominators of the losses add up to in
+            the whole window, on all replicas: a float vector. None if they
+            are not known yet, or one weight for the micro-batch is exact.
 
     Attributes:
         has_accumulated: Whether gradients were added to the window.
+        row_share: With `totals`, how much a mean over the rows counts.
         loss_without_rows: The loss if there are no rows.
         gradients_without_rows: Its gradients, or None if they are zeros.
     """
@@ -34,11 +38,14 @@ class Microbatch:
         model: keras.Model,
         first: bool | None,
         has_rows: tf.Tensor | None,
+        totals: tf.Tensor | None = None,
     ) -> None:
         self.model = model
         self.first = first
         self.has_rows = has_rows
+        self.totals = totals
         self.has_accumulated = False
+        self.row_share = None
         self.loss_without_rows = tf.zeros(())
         self.gradients_without_rows = None
 

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
+from absl import logging
 
 from keras_accum import compat
 from keras_accum import epochs
+from keras_accum import fitting
 from keras_accum import functional
 from keras_accum import microbatch
+from keras_accum import microbatching
 from keras_accum import replicas
 from keras_accum import training
 from keras_accum import weighting
@@ -56,22 +59,33 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
     _accum_update = None
     # Whether the loss is a sum over the rows; None before the first of them.
     _accum_is_sum: bool | None = None
+    # Whether one weight per micro-batch was found not to fit all losses.
+    _accum_needs_totals = False
+    # Where sizes are found: the size that the last failure left, if any.
+    _microbatch_limit: int | None = None
 
     def __init__(
         self,
         *args,
         accum_steps: AccumSteps = 1,
+        microbatch_size: int | str | None = None,
+        effective_batch_size: int | None = None,
         partial_window: str = "flush",
         accumulator_dtype: str | None = None,
         **kwargs,
     ) -> None:
         if functional.is_functional_call(args, kwargs):
             self.__class__ = functional.functional_subclass(type(self))
-        if not is_one(accum_steps):
-            replicas.check_strategy()
+        check_one_way(accum_steps, microbatch_size, effective_batch_size)
         # First, since a model may compile itself in its constructor.
-        self._accum_window = Window(accum_steps)
-        self._accumulating = not is_one(accum_steps)
+        self._accum_window = Window(accum_steps, effective_batch_size)
+        self._microbatch_size = microbatching.check_microbatch_size(
+            microbatch_size
+        )
+        self._fits = microbatch_size == microbatching.AUTO
+        self._accumulating = self._accumulates()
+        if self._accumulating:
+            replicas.check_strategy()
         self._partial_window = check_partial_window(partial_window)
         self._accumulator_dtype = check_dtype(
             "accumulator_dtype", accumulator_dtype
@@ -89,17 +103,93 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
 
     @accum_steps.setter
     def accum_steps(self, value: AccumSteps) -> None:
-        was_function = callable(self._accum_window.accum_steps)
-        starts = not self._accumulating and not is_one(value)
-        if starts:
+        check_one_way(value, self.microbatch_size, None)
+        before = self._accum_window.kind
+        self._accum_window.accum_steps = value
+        # Between int and int there is nothing to trace.
+        self._start_accumulating(changed=before != self._accum_window.kind)
+
+    @property
+    def effective_batch_size(self) -> int | None:
+        """Rows per update, on all replicas together; or None."""
+        return self._accum_window.effective_batch_size
+
+    @effective_batch_size.setter
+    def effective_batch_size(self, value: int | None) -> None:
+        check_one_way(1, self.microbatch_size, value)
+        before = self._accum_window.kind
+        self._accum_window.effective_batch_size = value
+        self._start_accumulating(changed=before != self._accum_window.kind)
+
+    @property
+    def microbatch_size(self) -> int | str | None:
+        """Most rows of a micro-batch on each replica; may be set at any time.
+
+        None where each batch is a micro-batch. "auto" until the first batch
+        showed what fits, and from then on the size that was found.
+        """
+        return self._microbatch_size
+
+    @microbatch_size.setter
+    def microbatch_size(self, value: int | str | None) -> None:
+        value = microbatching.check_microbatch_size(value)
+        if value is not None:
+            check_one_way(self.accum_steps, value, self.effective_batch_size)
+            self.reset_window()
+        self._microbatch_size = value
+        self._fits = value == microbatching.AUTO
+        self._microbatch_limit = None
+        self._start_accumulating(changed=True)
+
+    def _size_to_try(self, rows):
+        """Rows at once, of a batch of so many, where sizes are found."""
+        return min(rows, self._microbatch_limit or rows)
+
+    def _note_size(self, size, fits):
+        """Notes that a size fits, or what to try next if another did not."""
+        if not fits:
+            self._microbatch_limit = size
+            return
+        before, limit = self._microbatch_size, self._microbatch_limit
+        # A short batch says nothing of longer ones.
+        known = 0 if before == microbatching.AUTO else before
+        found = max(size, known) if limit is None else limit
+        if found == before:
+            return
+        self._microbatch_size = found
+        self.test_function = self.predict_function = None
+        if known == 0 or limit is not None:
+            logging.warning(
+                'microbatch_size="auto": found that %d rows at once fit on '
+                "each replica.",
+                found,
+            )
+
+    def _known_microbatch_size(self):
+        """Rows to take at once; None for all, also if that is not known yet."""
+        size = self._microbatch_size
+        return None if size == microbatching.AUTO else size
+
+    def _accumulates(self):
+        """Whether an update may be of several micro-batches."""
+        return self._accum_window.accumulates or bool(self._microbatch_size)
+
+    def _start_accumulating(self, changed):
+        """Does what a change of the window's size asks for.
+
+        Args:
+            changed: Whether functions that were made do not fit any more.
+        """
+        if not self._accumulating and self._accumulates():
             check_optimizer(getattr(self, "optimizer", None))
             with self.distribute_strategy.scope():
                 replicas.check_strategy()
-        self._accum_window.accum_steps = value
-        self._accumulating = self._accumulating or starts
-        # Between int and int there is nothing to trace.
-        if (starts or callable(value) or was_function) and self.train_function:
+            self._accumulating = changed = True
+        if not changed:
+            return
+        if self.train_function:
             self.make_train_function(force=True)
+        self.test_function = self.predict_function = None
 
     @property
     def partial_window(self) -> str:
@@ -125,9 +215,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         Returns:
             The logs: a dict of scalars.
         """
-        if not self._accumulating or compat.has_custom_train_step(
-            self, GradientAccumulationMixin
-        ):
+        if not self._accumulating or self._has_custom_step("train_step"):
             return super().train_step(data)
         if microbatch.current(self) is None:
             with self._microbatch(data, first=None):
@@ -137,31 +225,13 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
     def _train_on_microbatch(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape:
-            if compat.takes_training_argument(self):
-                y_pred = self(x, training=True)
-            else:
-                y_pred = self(x)
-            outputs = self._output_trackers(y, y_pred, sample_weight)
-            with contextlib.ExitStack() as stack:
-                for tracker in outputs:
-                    stack.enter_context(tracker.held_back())
-                loss = compat.compute_loss(self, x, y, y_pred, sample_weight)
+            y_pred = self._forward(x, training=True)
+            loss = self._microbatch_loss(
+                x, y, y_pred, sample_weight, training=True
+            )
             self._build_optimizer()
             scaled_loss = self.optimizer.scale_loss(loss)
-        weight = self.microbatch_weight(x, y, y_pred, sample_weight)
-        self._learn_whether_loss_is_sum(weight is None)
-        now = microbatch.current(self)
-        self._regularize_without_rows(now)
-        choose = now.or_nothing
-        self._loss_tracker_of_windows().add(
-            now.value_or(compat.unscale_loss(loss), now.loss_without_rows),
-            weight,
-            weighting.number_of_rows(x),
-        )
-        if outputs:
-            denominators = self._denominators(x, y, y_pred, sample_weight)
-            for tracker, each in zip(outputs, denominators, strict=True):
-                tracker.add_held(each and each.value, self._is_first(), choose)
+        weight = self._count_loss(loss, x, y, y_pred, sample_weight)
         if self.trainable_weights:
             gradients = tape.gradient(scaled_loss, self.trainable_weights)
         else:
@@ -173,6 +243,70 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         if self.trainable_weights:
             self.accumulate(gradients, weight)
         return logs
+
+    def test_step(self, data) -> dict[str, tf.Tensor]:
+        """Evaluates one batch, or one of its micro-batches; as Keras's.
+
+        Args:
+            data: As for `train_step`.
+
+        Returns:
+            The logs: a dict of scalars.
+        """
+        is_whole = not self._microbatch_size or not microbatch.current(self)
+        if is_whole or self._has_custom_step("test_step"):
+            return super().test_step(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred = self._forward(x, training=False)
+        loss = self._microbatch_loss(
+            x, y, y_pred, sample_weight, training=False
+        )
+        self._count_loss(loss, x, y, y_pred, sample_weight)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _has_custom_step(self, name):
+        return compat.has_custom_step(self, GradientAccumulationMixin, name)
+
+    def _forward(self, x, training):
+        if compat.takes_training_argument(self):
+            return self(x, training=training)
+        return self(x)
+
+    def _microbatch_loss(self, x, y, y_pred, sample_weight, training):
+        """The loss of a micro-batch; what its outputs report is held back."""
+        now, compiled = microbatch.current(self), compat.compiled_loss(self)
+        with contextlib.ExitStack() as stack:
+            for tracker in self._output_trackers(y, y_pred, sample_weight):
+                stack.enter_context(tracker.held_back())
+            if now.totals is not None:
+                parts = self._denominators(x, y, y_pred, sample_weight)
+                factors = self._parts_of_window(now, x, parts)
+                stack.enter_context(compat.weighting_losses(compiled, factors))
+            return compat.compute_loss(
+                self, x, y, y_pred, sample_weight, training
+            )
+
+    def _count_loss(self, loss, x, y, y_pred, sample_weight):
+        """Adds the loss to what `fit` reports; returns the weight."""
+        now = microbatch.current(self)
+        weight = None
+        if now.totals is None:
+            weight = self.microbatch_weight(x, y, y_pred, sample_weight)
+        self._learn_whether_loss_is_sum(weight is None)
+        self._regularize_without_rows(now)
+        self._loss_tracker_of_windows().add(
+            now.value_or(compat.unscale_loss(loss), now.loss_without_rows),
+            weight,
+            weighting.number_of_rows(x),
+        )
+        outputs = self._output_trackers(y, y_pred, sample_weight)
+        if outputs:
+            denominators = self._denominators(x, y, y_pred, sample_weight)
+            for tracker, each in zip(outputs, denominators, strict=True):
+                tracker.add_held(
+                    each and each.value, self._is_first(), now.or_nothing
+                )
+        return weight
 
     def microbatch_weight(
         self, x, y, y_pred, sample_weight=None
@@ -189,7 +323,9 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         masks. It is not exact for outputs whose masks, or whose kinds of
         reduction, differ, nor for a masked loss together with `add_loss` or an
         activity regularizer, which are means over the rows. The weight is then
-        the sum of the denominators, and a warning says so, once.
+        the sum of the denominators, and a warning says so, once. With
+        `microbatch_size` the whole batch is known, each of these losses is
+        divided by its own denominator, and this method is not called.
 
         Args:
             x: Inputs of the micro-batch.
@@ -206,7 +342,12 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
             return weighting.as_weight(weighting.number_of_rows(x))
         denominators = self._denominators(x, y, y_pred, sample_weight)
         has_row_means = bool(compat.own_losses(self))
-        if not weighting.is_exact(denominators, has_row_means):
+        self._accum_needs_totals |= weighting.differ(
+            denominators, has_row_means
+        )
+        if not self._uses_totals() and not weighting.is_exact(
+            denominators, has_row_means
+        ):
             self._warn_once(
                 "One weight per micro-batch may not be exact for this model: "
                 "the masks or reductions of its losses differ, or a loss "
@@ -304,7 +445,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
 
     def _resume_window(self):
         """Goes on with what calls of `train_step` by hand have gathered."""
-        if self._accum_buffers is None:
+        if self._accum_buffers is None or self._microbatch_size:
             return
         count = int(self._accum_buffers.count.numpy())
         if count != int(self._accum_window.position):
@@ -334,8 +475,16 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         # Windows of one micro-batch, where Keras has no way.
         self._accumulating = True
         self._loss_tracker_of_windows()
+        if self._fits:
+            make_function = fitting.make_fitting_function
+        elif self._microbatch_size:
+            make_function = training.make_batch_function
+        else:
+            make_function = training.make_window_function
         update = training.make_update_function(self)
-        self.train_function = training.make_train_function(self, update)
+        self.train_function = training.make_train_function(
+            self, update, make_function
+        )
         self._accum_update = None
         return self.train_function
 
@@ -345,6 +494,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
             return self.test_function
         strategy = self.distribute_strategy
         is_ours = self._accumulating and replicas.has_several(strategy)
+        is_ours = is_ours or self._microbatch_size
         if not is_ours and not self._needs_own_functions():
             return super().make_test_function(force=force)
         self.test_function = training.make_test_function(self)
@@ -354,7 +504,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         """Makes `self.predict_function`, likewise."""
         if self.predict_function is not None and not force:
             return self.predict_function
-        if not self._needs_own_functions():
+        if not self._microbatch_size and not self._needs_own_functions():
             return super().make_predict_function(force=force)
         self.predict_function = training.make_predict_function(self)
         return self.predict_function
@@ -367,13 +517,16 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         weight regularizer counts once a window, and is left out after that.
         """
         losses = super().losses
-        if microbatch.current(self) is None or not self._is_sum():
+        now = microbatch.current(self)
+        if now is None or not self._is_sum():
             return losses
+        number = len(losses) - self._number_of_regularizers()
+        own, shared = losses[:number], losses[number:]
+        if now.row_share is not None:
+            own = [loss * tf.cast(now.row_share, loss.dtype) for loss in own]
         first = self._is_first()
-        regularized = self._number_of_regularizers()
-        if first is True or not regularized:
-            return losses
-        own, shared = losses[:-regularized], losses[-regularized:]
+        if first is True or not shared:
+            return own + shared
         if first is False:
             return own
         return own + [
@@ -387,18 +540,19 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
             # Gradients are scaled as the old optimizer wanted them.
             self.reset_window()
             self._accum_is_sum = None
+            self._accum_needs_totals = False
         super().__setattr__(name, value)
 
-    def _first_microbatch(self, data):
+    def _first_microbatch(self, data, *totals):
         """`train_step` for the first micro-batch of a window."""
-        return self._checked_train_step(data, first=True)
+        return self._checked_train_step(data, True, *totals)
 
-    def _next_microbatch(self, data):
+    def _next_microbatch(self, data, *totals):
         """`train_step` for the other micro-batches of a window."""
-        return self._checked_train_step(data, first=False)
+        return self._checked_train_step(data, False, *totals)
 
-    def _checked_train_step(self, data, first):
-        with self._microbatch(data, first) as now:
+    def _checked_train_step(self, data, first, *totals):
+        with self._microbatch(data, first, *totals) as now:
             logs = self.train_step(data)
         if self.trainable_weights and not now.has_accumulated:
             raise RuntimeError(
@@ -409,16 +563,26 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
             )
         return logs
 
-    def _test_on_rows(self, data):
-        """`test_step`, which leaves all as it was if there are no rows."""
-        with self._microbatch(data, first=False):
+    def _first_test(self, data, *totals):
+        """`test_step` for a batch, or for the first of its micro-batches.
+
+        It leaves all as it was if there are no rows.
+        """
+        with self._microbatch(data, True, *totals):
+            return self.test_step(data)
+
+    def _next_test(self, data, *totals):
+        """`test_step` for the other micro-batches of a batch."""
+        with self._microbatch(data, False, *totals):
             return self.test_step(data)
 
     @contextlib.contextmanager
-    def _microbatch(self, data, first) -> Iterator[microbatch.Microbatch]:
+    def _microbatch(
+        self, data, first, totals=None
+    ) -> Iterator[microbatch.Microbatch]:
         several = replicas.has_several(self.distribute_strategy)
         has_rows = microbatch.has_rows(data) if several else None
-        with microbatch.Microbatch(self, first, has_rows) as now:
+        with microbatch.Microbatch(self, first, has_rows, totals) as now:
             if not several:
                 yield now
                 return
@@ -457,14 +621,28 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         is_late = replicas.has_several(strategy) or isinstance(
             optimizer, keras.optimizers.LossScaleOptimizer
         )
-        if optimizer.built or not is_late:
-            return
+        if is_late and not optimizer.built:
+            replicas.on_each(strategy, self._build_optimizer_now)
 
-        def build():
-            with keras.name_scope(optimizer.name, caller=optimizer):
-                optimizer.build(self.trainable_weights)
+    def _build_optimizer_now(self):
+        with keras.name_scope(self.optimizer.name, caller=self.optimizer):
+            self.optimizer.build(self.trainable_weights)
 
-        replicas.on_each(strategy, build)
+    def _build_for(self, data):
+        """Makes all variables that training on a batch needs, unrun."""
+        strategy, compiled = (
+            self.distribute_strategy,
+            compat.compiled_loss(self),
+        )
+        own = tf.nest.map_structure(
+            lambda leaf: strategy.experimental_local_results(leaf)[0], data
+        )
+        with strategy.scope():
+            if self.built and not self.optimizer.built:
+                self._build_optimizer_now()
+            compat.symbolic_build(self, own)
+        if compiled is not None and compat.output_metrics(compiled):
+            self._trackers_of_outputs()
 
     def _loss_tracker_of_windows(self):
         if not isinstance(compat.loss_tracker(self), WindowLoss):
@@ -481,6 +659,10 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
             return []
         if not compat.is_built(compiled):
             compat.build_compiled_losses(compiled, y, y_pred, sample_weight)
+        return self._trackers_of_outputs()
+
+    def _trackers_of_outputs(self):
+        compiled = compat.compiled_loss(self)
         trackers = compat.output_metrics(compiled)
         if not all(isinstance(each, WindowLoss) for each in trackers):
             trackers = replicas.on_each(
@@ -506,6 +688,64 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
             sample_weight,
         )
         return denominators
+
+    def _uses_totals(self):
+        """Whether each loss of a batch is divided by its own denominator.
+
+        For that the batch must be known before its first micro-batch, and
+        what makes up the loss must be Keras's.
+        """
+        cls = type(self)
+        return (
+            bool(self._microbatch_size)
+            and self._accum_needs_totals
+            and not self._has_custom_step("train_step")
+            and not compat.has_custom_compute_loss(self)
+            and cls.microbatch_weight
+            is GradientAccumulationMixin.microbatch_weight
+        )
+
+    def _addends_of_totals(self, data):
+        """What a micro-batch adds to the totals; nothing is assigned."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        rows = weighting.as_weight(weighting.number_of_rows(x))
+        compiled = compat.compiled_loss(self)
+        if compiled is None:
+            return rows[None]
+        with keras.StatelessScope(collect_losses=True) as scope:
+            y_pred = self._forward(x, training=True)
+        if not compat.is_built(compiled):
+            compat.build_compiled_losses(compiled, y, y_pred, sample_weight)
+        parts = self._denominators(x, y, y_pred, sample_weight)
+        self._accum_needs_totals |= weighting.differ(
+            parts, has_row_means=bool(scope.losses)
+        )
+        return tf.stack(
+            [rows] + [0 * rows if d is None else d.value for d in parts]
+        )
+
+    def _parts_of_window(self, now, x, parts):
+        """How much the losses of a micro-batch count in their window's.
+
+        Args:
+            now: The micro-batch, with `totals`. Gets its `row_share`.
+            x: Its inputs.
+            parts: The `Denominator`s of its losses.
+
+        Returns:
+            A scalar per loss; None for a sum, of which all counts.
+        """
+        # Keras divides means by the number of replicas.
+        number = self.distribute_strategy.num_replicas_in_sync
+        scales = tf.math.divide_no_nan(
+            tf.cast(number, now.totals.dtype), now.totals
+        )
+        rows, *totals = tf.unstack(scales)
+        now.row_share = rows * weighting.as_weight(weighting.number_of_rows(x))
+        return [
+            None if part is None else part.value * total
+            for part, total in zip(parts, totals, strict=True)
+        ]
 
     def _number_of_regularizers(self):
         """How many of `super().losses`, at their end, regularize weights."""
@@ -533,6 +773,9 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
 
     def _is_sum(self):
         """Whether the loss is a sum over the rows, as far as is known."""
+        now = microbatch.current(self)
+        if now is not None and now.totals is not None:
+            return True
         if self._accum_is_sum is None:
             return weighting.is_sum(self.loss)
         return self._accum_is_sum
@@ -587,7 +830,19 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
         accum_steps: Micro-batches per window, k: a positive int, or a function
             that gets the number of updates so far, an int, and returns one. It
             is called on the host when a window begins. 1 is `keras.Model`
-            itself, without buffers. May be set at any time.
+            itself, without buffers. May be set at any time. Those of
+            `keras_accum.schedules` are saved with the model.
+        microbatch_size: In place of `accum_steps`: each batch that `fit` sees
+            makes one update, in micro-batches of at most so many rows on each
+            replica. The batch size, steps per epoch and callbacks are then
+            those of the large batch, and `evaluate` and `predict` take as many
+            rows at once. `"auto"` begins with the whole batch and takes less
+            where the device runs out of memory, until it fits; the same batch
+            is trained again, from the same state. The size found becomes the
+            value of `microbatch_size`, is logged, saved, and kept.
+        effective_batch_size: In place of `accum_steps`: rows per update, on all
+            replicas together. How many micro-batches that takes follows from
+            the first batch of each `fit`.
         partial_window: What becomes of a window that the epoch's end cuts
             short. `"flush"`: it makes an update, with its true weight, before
             validation. `"carry"`: the next epoch goes on with it, and so does
@@ -597,10 +852,14 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
         **kwargs: As for `keras.Model`.
 
     Raises:
-        TypeError: If `accum_steps` is neither an integer nor a function, or a
-            functional model gets an argument that it does not take.
-        ValueError: If `accum_steps` is less than 1, `partial_window` is
-            unknown, or `accumulator_dtype` is no float dtype.
+        TypeError: If `accum_steps` is neither an integer nor a function, a size
+            is no integer, or a functional model gets an argument that it does
+            not take.
+        ValueError: If `accum_steps` or a size is less than 1, more than one of
+            `accum_steps`, `microbatch_size` and `effective_batch_size` is
+            given, `partial_window` is unknown, or `accumulator_dtype` is no
+            float dtype. In `fit`: if `effective_batch_size` is no multiple of
+            the batch, or the batch cannot be cut along its first axis.
 
     Example:
 
@@ -622,6 +881,8 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
         self,
         *args,
         accum_steps: AccumSteps = 1,
+        microbatch_size: int | str | None = None,
+        effective_batch_size: int | None = None,
         partial_window: str = "flush",
         accumulator_dtype: str | None = None,
         **kwargs,
@@ -631,6 +892,8 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
         super().__init__(
             *args,
             accum_steps=accum_steps,
+            microbatch_size=microbatch_size,
+            effective_batch_size=effective_batch_size,
             partial_window=partial_window,
             accumulator_dtype=accumulator_dtype,
             **kwargs,
@@ -642,9 +905,24 @@ def same_objects(some, others):
     return list(map(id, some)) == list(map(id, others))
 
 
-def is_one(accum_steps):
-    """Whether every micro-batch is a window."""
-    return not callable(accum_steps) and accum_steps == 1
+def check_one_way(accum_steps, microbatch_size, effective_batch_size):
+    """Raises a `ValueError` if the size of a window is said twice."""
+    given = {
+        "accum_steps": (
+            accum_steps if callable(accum_steps) or accum_steps != 1 else None
+        ),
+        "microbatch_size": microbatch_size,
+        "effective_batch_size": effective_batch_size,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        received = ", ".join(
+            f"{name}={value!r}" for name, value in given.items()
+        )
+        raise ValueError(
+            "`accum_steps`, `microbatch_size` and `effective_batch_size` each "
+            f"say how large a window is; give one of them. Received: {received}"
+        )
 
 
 def check_optimizer(optimizer):

@@ -193,6 +193,53 @@ def numbers_of_all(strategy: tf.distribute.Strategy, number: int) -> list[int]:
     return strategy.gather(own, axis=0).numpy().tolist()
 
 
+def number_of_rows(strategy: tf.distribute.Strategy, data) -> tf.Tensor:
+    """Rows of a batch on all replicas, if all workers have as many as this.
+
+    Args:
+        strategy: The strategy.
+        data: Nested tensors, one per replica where there are several.
+    """
+    parts = local_rows(strategy, data)
+    workers = strategy.num_replicas_in_sync // len(parts)
+    return workers * tf.add_n(parts)
+
+
+def number_of_parts(
+    strategy: tf.distribute.Strategy, data, size: int
+) -> tf.Tensor | None:
+    """Into how many parts of `size` rows the replicas' batches can be cut.
+
+    All replicas of this worker then take as many steps, so that the state of
+    their random generators stays the same.
+
+    Args:
+        strategy: The strategy.
+        data: As for `number_of_rows`.
+        size: Most rows of a part.
+
+    Returns:
+        An integer scalar, or None if there is one replica.
+    """
+    if not has_several(strategy):
+        return None
+    return -(-tf.reduce_max(tf.stack(local_rows(strategy, data))) // size)
+
+
+def local_rows(strategy, data):
+    """Rows of a batch on each replica of this worker."""
+    leaf = next(leaf for leaf in tf.nest.flatten(data) if leaf is not None)
+    parts = strategy.experimental_local_results(leaf)
+    return [tf.shape(part)[0] for part in parts]
+
+
+def least_of_all(strategy: tf.distribute.Strategy, number: int) -> int:
+    """The least of the workers' numbers; they all have to ask."""
+    if not has_several_workers(strategy):
+        return number
+    return min(numbers_of_all(strategy, number))
+
+
 def check_same_length(
     strategy: tf.distribute.Strategy, batches: int | None
 ) -> None:

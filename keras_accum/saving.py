@@ -16,7 +16,13 @@ class SavingMixin:
         """The configuration; with this class's arguments if functional."""
         config = super().get_config()
         mine = {
-            "accum_steps": serialize_accum_steps(self.accum_steps),
+            "accum_steps": (
+                serialize_accum_steps(self.accum_steps)
+                if self.effective_batch_size is None
+                else 1
+            ),
+            "microbatch_size": self.microbatch_size,
+            "effective_batch_size": self.effective_batch_size,
             "partial_window": self.partial_window,
             "accumulator_dtype": self.accumulator_dtype,
         }
@@ -38,9 +44,8 @@ class SavingMixin:
             )
         model = super().from_config(config, *args, **kwargs)
         # A `from_config` behind this one may pass on what it knows alone.
-        for name in ("accum_steps", "partial_window"):
-            if name in config:
-                setattr(model, name, config[name])
+        for name, value in arguments_of_windows(config):
+            setattr(model, name, value)
         if "accumulator_dtype" in config:
             model._accumulator_dtype = config["accumulator_dtype"]
         return model
@@ -50,6 +55,25 @@ class SavingMixin:
         unpickle, *state = super().__reduce__()
         named = functional.named_class(type(self))
         return getattr(named, unpickle.__name__), *state
+
+
+def arguments_of_windows(config):
+    """The arguments in a configuration that may be set at any time.
+
+    Of those that say how large a window is, only the one that was given: the
+    others would undo it.
+    """
+    size = {"accum_steps": 1, "microbatch_size": None}
+    size["effective_batch_size"] = None
+    names = [
+        n for n, default in size.items() if config.get(n, default) != default
+    ]
+    names = names or ["accum_steps"]
+    return [
+        (name, config[name])
+        for name in [*names, "partial_window"]
+        if name in config
+    ]
 
 
 def serialize_accum_steps(accum_steps):

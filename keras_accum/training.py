@@ -22,6 +22,8 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import microbatching
+from keras_accum import programs
 from keras_accum import replicas
 
 
@@ -40,7 +42,7 @@ def make_update_function(model):
     # XLA knows reductions on TPUs alone; else they come between two programs.
     splits = several and not replicas.on_tpu(strategy)
     # A program knows the buffers that there were when it was traced.
-    program = compile_for_replica(
+    program = programs.compile_for_replica(
         model, lambda known, sums=None: model._end_window(sums)
     )
 
@@ -75,12 +77,14 @@ def make_flush_function(model):
     return lambda: traced(model._known_sums())
 
 
-def make_train_function(model, update):
+def make_train_function(model, update, make_function):
     """Returns what `model.train_function` is to be.
 
     Args:
         model: A `GradientAccumulationModel`.
         update: What `make_update_function` returned.
+        make_function: Makes, of `model`, `update` and a set as that of
+            `make_step_function`, the function that is called with iterators.
 
     Returns:
         A function of an iterator over batches, which trains on
@@ -88,8 +92,7 @@ def make_train_function(model, update):
         `tf.errors.OutOfRangeError` when there are none left.
     """
     traced = set()
-    step = make_step_function(model, update, traced)
-    function = make_iterating_function(model, step)
+    function = make_function(model, update, traced)
 
     def train_function(iterator):
         # A variable that had no gradient when the programs were traced may have
@@ -101,6 +104,18 @@ def make_train_function(model, update):
 
     train_function = forgetting_failed_windows(model, train_function)
     return raising_schedule_errors(model, train_function)
+
+
+def make_window_function(model, update, traced):
+    """Returns a function that trains on batches, each a micro-batch."""
+    step = make_step_function(model, update, traced)
+    return make_iterating_function(model, step)
+
+
+def make_batch_function(model, update, traced):
+    """Returns a function that trains on batches, each a window."""
+    step = make_batch_step_function(model, update, traced)
+    return make_iterating_function(model, step)
 
 
 def make_step_function(model, update, traced):
@@ -120,14 +135,17 @@ def make_step_function(model, update, traced):
 
     window = model._accum_window
     strategy = model.distribute_strategy
-    start = compile_for_replica(model, start_window)
-    proceed = compile_for_replica(model, model._next_microbatch)
+    start = programs.compile_for_replica(model, start_window)
+    proceed = programs.compile_for_replica(model, model._next_microbatch)
 
     def step(data):
         def first():
-            with tf.control_dependencies(
-                [window.begin(model.optimizer.iterations)]
-            ):
+            size = window.begin(
+                model.optimizer.iterations,
+                lambda: replicas.number_of_rows(strategy, data),
+                strategy.num_replicas_in_sync,
+            )
+            with tf.control_dependencies([size]):
                 logs = strategy.run(start, args=(data,))
             return first_replica(logs, strategy)
 
@@ -145,14 +163,74 @@ def make_step_function(model, update, traced):
     return step
 
 
-def make_test_function(model):
-    """Returns what `model.test_function` is to be, for several replicas.
+def make_batch_step_function(model, update, traced):
+    """Returns a function of one batch: its micro-batches, and the update.
 
-    Keras compiles around `strategy.run`, which XLA refuses where there are
-    several devices, and reduces all logs at every step.
+    Args:
+        model: A `GradientAccumulationModel` with a `microbatch_size`.
+        update: What `make_update_function` returned.
+        traced: As for `make_step_function`.
     """
     strategy = model.distribute_strategy
-    program = compile_for_replica(model, model._test_on_rows)
+    add_all = make_adding_function(model, traced)
+
+    position = model._accum_window.position
+
+    def step(data):
+        def add():
+            size = model.microbatch_size
+            number = replicas.number_of_parts(strategy, data, size)
+            logs = strategy.run(add_all, args=(data, size, number))
+            return first_replica(logs, strategy)
+
+        # An exhausted iterator stops what depends on its data, and no more; in
+        # a branch all does. There is one, since the position is always 0.
+        with tf.control_dependencies(tensors_in(data)):
+            logs = tf.switch_case(tf.cast(position, tf.int32), [add])
+        with tf.control_dependencies(tensors_in(logs)):
+            return newer(logs, update())
+
+    return step
+
+
+def make_adding_function(model, traced):
+    """Returns a function for `strategy.run`: a window of one batch.
+
+    Args:
+        model: A `GradientAccumulationModel` with a `microbatch_size`.
+        traced: As for `make_step_function`.
+    """
+
+    def start_window(*args):
+        logs = model._first_microbatch(*args)
+        traced.add(model._number_of_buffers())
+        return logs
+
+    return microbatching.EachMicrobatch(
+        model, start_window, model._next_microbatch
+    )
+
+
+def make_test_function(model):
+    """Returns what `model.test_function` is to be.
+
+    For several replicas: Keras compiles around `strategy.run`, which XLA
+    refuses where there are several devices, and reduces all logs at every step.
+    And for batches that are cut up.
+    """
+    strategy, size = model.distribute_strategy, model._known_microbatch_size()
+    if size is None:
+        program = programs.compile_for_replica(model, model._first_test)
+    else:
+        test_all = microbatching.EachMicrobatch(
+            model, model._first_test, model._next_test
+        )
+
+        def program(data):
+            logs = test_all(data, size)
+            with tf.control_dependencies(tensors_in(logs)):
+                model._close_trackers()
+            return logs
 
     def step(data):
         return first_replica(strategy.run(program, args=(data,)), strategy)
@@ -161,9 +239,14 @@ def make_test_function(model):
 
 
 def make_predict_function(model):
-    """Returns what `model.predict_function` is to be, for several replicas."""
-    strategy = model.distribute_strategy
-    program = compile_for_replica(model, model.predict_step)
+    """Returns what `model.predict_function` is to be, for the same cases."""
+    strategy, size = model.distribute_strategy, model._known_microbatch_size()
+    predict = programs.compile_for_replica(model, model.predict_step)
+
+    def program(data):
+        return microbatching.concatenated(data, size, predict)
+
+    program = tf.autograph.experimental.do_not_convert(program)
 
     def step(data):
         outputs = strategy.run(program, args=(data,))
@@ -182,10 +265,17 @@ def make_predict_function(model):
     return predict_function
 
 
-def make_iterating_function(model, step):
-    """Returns a function that makes steps on what it takes from an iterator."""
+def make_iterating_function(model, step, total=None):
+    """Returns a function that makes steps on what it takes from an iterator.
+
+    Args:
+        model: A `GradientAccumulationModel`.
+        step: A function of a batch.
+        total: How many steps; None for `model.steps_per_execution`.
+    """
+    total = model.steps_per_execution if total is None else total
     step = compat.optionals_to_none(model, step)
-    steps = make_steps_function(model, step)
+    steps = make_steps_function(model, step, total)
     if not model.run_eagerly:
         steps = tf.function(steps, autograph=False)
         step = tf.function(step, autograph=False, reduce_retracing=True)
@@ -206,14 +296,14 @@ def make_iterating_function(model, step):
                 end_together = number >= 0 and len(set(numbers)) == 1
             return steps(iterator, end_together)
         logs = None
-        for data in itertools.islice(iterator, model.steps_per_execution):
+        for data in itertools.islice(iterator, total):
             logs = step(data)
         return logs
 
     return function
 
 
-def make_steps_function(model, step):
+def make_steps_function(model, step, total):
     """Returns a function that takes batches from a `tf.data` iterator."""
 
     def steps(iterator, asks_nobody):
@@ -224,7 +314,6 @@ def make_steps_function(model, step):
 
     def several(iterator):
         logs = step(iterator.get_next())
-        total = model.steps_per_execution
         if total == 1:
             return logs
 
@@ -255,29 +344,16 @@ def make_steps_function(model, step):
     return steps
 
 
-def compile_for_replica(model, function):
-    """Returns `function` for `strategy.run`, compiled if the model is.
-
-    `strategy.run` would lift a `tf.function` around the whole of itself, and
-    XLA cannot compile one program for two devices; it leaves a plain function
-    around one alone. TPUs compile all that `strategy.run` is given.
-    """
-    function = tf.autograph.experimental.do_not_convert(function)
-    on_tpu = replicas.on_tpu(model.distribute_strategy)
-    if not model.jit_compile or model.run_eagerly or on_tpu:
-        return function
-    compiled = tf.function(function, jit_compile=True, reduce_retracing=True)
-    return lambda *args: compiled(*args)
-
-
 def forgetting_failed_windows(model, function):
-    """Wraps `function`: if it fails on several replicas, the window is lost.
+    """Wraps `function`: what it has added when it fails is forgotten.
 
-    Some of them may have added their part of the micro-batch, others not, and
-    asking would cross replicas in every micro-batch. One replica adds last of
-    all, and goes on.
+    With `microbatch_size`, the window was empty before. With `accum_steps`, one
+    replica adds last of all, and the window is as it was; of several replicas
+    some may have added their part of the micro-batch, and asking would cross
+    replicas in every micro-batch, so that the window is lost.
     """
-    if not replicas.has_several(model.distribute_strategy):
+    several = replicas.has_several(model.distribute_strategy)
+    if not several and not model.microbatch_size:
         return function
 
     def wrapped(iterator):

@@ -137,10 +137,24 @@ def is_exact(denominators, has_row_means) -> bool:
         has_row_means: Whether there are losses besides, such as activity
             regularizers and `add_loss`, that are means over the rows.
     """
-    sources = {None if d is None else d.source for d in denominators}
-    if has_row_means:
-        sources.add(ROWS)
+    sources = sources_of(denominators, has_row_means)
     return len(sources) <= 1 and GUESS not in sources
+
+
+def differ(denominators, has_row_means) -> bool:
+    """Whether the losses have denominators that are not proportional.
+
+    Args:
+        denominators: As for `is_exact`.
+        has_row_means: As for `is_exact`.
+    """
+    return len(sources_of(denominators, has_row_means)) > 1
+
+
+def sources_of(denominators, has_row_means):
+    """What the denominators of a micro-batch's losses follow from."""
+    sources = {None if d is None else d.source for d in denominators}
+    return sources | {ROWS} if has_row_means else sources
 
 
 def as_dtype(values, loss):

@@ -4,6 +4,7 @@ All of it lives on the host. A predicate that the device computed would make
 the host wait for the device at every micro-batch.
 """
 
+import contextlib
 from collections.abc import Callable
 from numbers import Integral
 
@@ -25,7 +26,7 @@ class Window:
 
     ```python
     if position == 0:
-        size = accum_steps  # or accum_steps(updates)
+        size = accum_steps  # or accum_steps(updates), or what is solved for
     position += 1
     if position >= size:
         position = 0
@@ -38,21 +39,31 @@ class Window:
     Args:
         accum_steps: Micro-batches per window: a positive int, or a function
             that gets the number of updates so far, an int, and returns one.
+        effective_batch_size: Rows per window, over all replicas; in place of
+            `accum_steps`, which follows from it and from the first batch.
 
     Attributes:
         position: Micro-batches in the window so far; an int64 scalar.
         size: Micro-batches that the current window was begun for; likewise.
         completed: Windows that were filled so far; likewise.
-        schedule_error: What `accum_steps`, a function, raised, if it did.
+        schedule_error: What was raised, on the host, by `accum_steps`, a
+            function, or because the effective batch size is no multiple.
     """
 
-    def __init__(self, accum_steps: AccumSteps) -> None:
+    def __init__(
+        self,
+        accum_steps: AccumSteps,
+        effective_batch_size: int | None = None,
+    ) -> None:
         names = ("position", "size", "completed", "next_size")
         self.position, self.size, self.completed, self._next_size = (
             replicas.on_host(lambda: [host_counter(name) for name in names])
         )
         self.schedule_error: Exception | None = None
+        self._effective_batch_size: int | None = None
         self.accum_steps = accum_steps
+        if effective_batch_size is not None:
+            self.effective_batch_size = effective_batch_size
 
     @property
     def accum_steps(self) -> AccumSteps:
@@ -62,20 +73,63 @@ class Window:
     @accum_steps.setter
     def accum_steps(self, value: AccumSteps) -> None:
         self._accum_steps = check_accum_steps(value)
+        self._effective_batch_size = None
         if not callable(value):
             self._next_size.assign(int(value))
 
-    def begin(self, updates: tf.Tensor) -> tf.Tensor:
+    @property
+    def effective_batch_size(self) -> int | None:
+        """Rows per window, over all replicas; None if `accum_steps` is given.
+
+        Until a batch was seen, `accum_steps` is 1.
+        """
+        return self._effective_batch_size
+
+    @effective_batch_size.setter
+    def effective_batch_size(self, value: int | None) -> None:
+        value = check_effective_batch_size(value)
+        self.accum_steps = 1
+        self._effective_batch_size = value
+        self.forget_solution()
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a window may have more than one micro-batch."""
+        return self.kind != "size" or self._accum_steps != 1
+
+    @property
+    def kind(self) -> str:
+        """What a traced `begin` goes by."""
+        if self._effective_batch_size is not None:
+            return "rows"
+        return "schedule" if callable(self._accum_steps) else "size"
+
+    def forget_solution(self) -> None:
+        """Lets the next batch decide how many make an effective batch."""
+        self._is_solved = False
+
+    def begin(
+        self,
+        updates: tf.Tensor,
+        rows: Callable[[], tf.Tensor] | None = None,
+        replicas: int = 1,
+    ) -> tf.Tensor:
         """Fixes the size of the window that begins, and returns it.
 
         Args:
             updates: Number of updates so far; an integer scalar.
+            rows: Returns the rows of the batch, on all replicas together; an
+                integer scalar. Needed with `effective_batch_size`.
+            replicas: How many replicas these are on.
         """
-        if callable(self._accum_steps):
-            size = tf.numpy_function(self._scheduled, [updates], tf.int64)
-            size = tf.ensure_shape(size, ())
-        else:
+        if self.kind == "size":
             size = self._next_size
+        elif self.kind == "schedule":
+            size = on_host_python(self._scheduled, updates)
+        else:
+            size = on_host_python(
+                lambda rows: self._solved(int(rows), replicas), rows()
+            )
         return tf.identity(self.size.assign(size))
 
     def advance(self) -> tf.Tensor:
@@ -93,10 +147,25 @@ class Window:
         self.position.assign(0)
 
     def _scheduled(self, updates):
-        # TensorFlow would make the error one of its own, with this as text.
-        try:
+        with self._keeping_errors():
             size = self._accum_steps(int(updates))
             return check_scheduled(size, int(updates))
+
+    def _solved(self, rows, replicas):
+        # The epoch's last batch may be short; the first one is not.
+        with self._keeping_errors():
+            if not self._is_solved:
+                self._accum_steps = solve(
+                    self._effective_batch_size, rows, replicas
+                )
+                self._is_solved = True
+            return np.int64(self._accum_steps)
+
+    @contextlib.contextmanager
+    def _keeping_errors(self):
+        # TensorFlow would make the error one of its own, with this as text.
+        try:
+            yield
         except Exception as error:
             self.schedule_error = error
             raise
@@ -105,6 +174,41 @@ class Window:
 def host_counter(name):
     """An int64 scalar variable that starts at 0."""
     return tf.Variable(0, dtype=tf.int64, trainable=False, name=name)
+
+
+def on_host_python(function, value):
+    """Calls a Python function with an integer, for an int64 scalar."""
+    return tf.ensure_shape(tf.numpy_function(function, [value], tf.int64), ())
+
+
+def solve(effective_batch_size, rows, replicas):
+    """How many batches of so many rows make an effective batch.
+
+    Raises:
+        ValueError: If no whole number of them does.
+    """
+    accum_steps, rest = divmod(effective_batch_size, rows)
+    if rest or not accum_steps:
+        raise ValueError(
+            "`effective_batch_size` must be a multiple of the rows that a "
+            "micro-batch has on each replica, times the replicas. Received: "
+            f"effective_batch_size={effective_batch_size}, with "
+            f"{rows / replicas:g} rows on each of {replicas} replicas, "
+            f"{rows} together. Choose a multiple of {rows}, or another "
+            "`batch_size` in `fit`."
+        )
+    return accum_steps
+
+
+def check_effective_batch_size(value):
+    """Returns `value`, or raises unless it is None or a positive int."""
+    if value is not None:
+        check_positive_int(
+            value,
+            "`effective_batch_size` must be a positive integer or None. "
+            f"Received: effective_batch_size={value!r}",
+        )
+    return value
 
 
 def check_accum_steps(value):

@@ -20,10 +20,18 @@ FOLDERS = (
 
 # Modules of keras_accum import those of the rows above theirs, and no others.
 LAYERS = (
-    {"compat", "replicas"},
-    {"accumulator", "loss_tracker", "microbatch", "weighting", "window"},
-    {"boundary", "epochs", "functional", "microbatching", "training"},
-    {"saving"},
+    {"compat", "forecast", "replicas"},
+    {
+        "accumulator",
+        "loss_tracker",
+        "microbatch",
+        "programs",
+        "weighting",
+        "window",
+    },
+    {"boundary", "epochs", "functional", "microbatching", "schedules"},
+    {"saving", "training"},
+    {"fitting"},
     {"model"},
     {"__init__"},
 )

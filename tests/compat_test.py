@@ -17,7 +17,7 @@ class NamesTest(test_utils.TestCase):
         self.assertIs(type(test_utils.mlp()), compat.functional_class())
         self.assertTrue(issubclass(compat.functional_class(), keras.Model))
 
-    def test_train_step(self):
+    def test_custom_steps(self):
         class Plain(keras.Model):
             pass
 
@@ -25,14 +25,82 @@ class NamesTest(test_utils.TestCase):
             def train_step(self, data):
                 return {}
 
+            def compute_loss(self, *args, **kwargs):
+                return 0.0
+
         class Mixin:
             def train_step(self, data):
                 raise NotImplementedError
 
+            test_step = train_step
+
         plain = type("PlainWithMixin", (Mixin, Plain), {})()
         custom = type("CustomWithMixin", (Mixin, Custom), {})()
-        self.assertFalse(compat.has_custom_train_step(plain, Mixin))
-        self.assertTrue(compat.has_custom_train_step(custom, Mixin))
+        self.assertFalse(compat.has_custom_step(plain, Mixin, "train_step"))
+        self.assertTrue(compat.has_custom_step(custom, Mixin, "train_step"))
+        self.assertFalse(compat.has_custom_step(custom, Mixin, "test_step"))
+        self.assertFalse(compat.has_custom_compute_loss(plain))
+        self.assertTrue(compat.has_custom_compute_loss(custom))
+
+    def test_losses_are_weighted(self):
+        inputs = keras.Input((2,))
+        model = keras.Model(inputs, [inputs, 3 * inputs])
+        model.compile("sgd", loss=["mse", "mse"], loss_weights=[1.0, 2.0])
+        x = np.ones((4, 2), "float32")
+        y = [np.zeros((4, 2), "float32")] * 2
+        compiled = compat.compiled_loss(model)
+        # 1 + 2 * 9
+        self.assertAllClose(compiled(y, model(x)), 19.0)
+        self.assertEqual(compat.number_of_losses(compiled), 2)
+        with compat.weighting_losses(compiled, [None, tf.constant(0.5)]):
+            self.assertAllClose(compiled(y, model(x)), 10.0)
+        self.assertAllClose(compiled(y, model(x)), 19.0)
+
+    def test_global_seed_state(self):
+        (state,) = compat.global_seed_state()
+        before = state.numpy()
+        keras.random.normal((1,))
+        self.assertNotAllEqual(before, state.numpy())
+
+    def test_planned_bytes(self):
+        @tf.function(jit_compile=True)
+        def function(x):
+            return tf.sort(tf.cos(x) @ tf.sin(x), axis=0)
+
+        few, many = (
+            compat.planned_bytes(function, tf.zeros((n, n))) for n in (64, 256)
+        )
+        # The output at least, and the two that are multiplied.
+        self.assertGreaterEqual(few, 4 * 64**2)
+        self.assertGreaterEqual(many, 10 * few)
+        self.assertLessEqual(many, 10 * 4 * 256**2)
+
+    def test_computing_assignments(self):
+        variable = tf.Variable([1.0, 2.0])
+
+        @tf.function
+        def assign():
+            with compat.computing_assignments():
+                variable.assign([3.0, 3.0])
+                variable.assign_add([3.0, 3.0])
+                variable.assign_sub([3.0, 3.0])
+                variable.scatter_add(tf.IndexedSlices([1.0], [0], [2]))
+
+        assign()
+        self.assertAllEqual(variable, [1.0, 2.0])
+        variable.assign_add([1.0, 1.0])
+        self.assertAllEqual(variable, [2.0, 3.0])
+
+    def test_computed_assignments_may_fail(self):
+        variable = tf.Variable(1.0)
+
+        @tf.function
+        def assign(value):
+            with compat.computing_assignments():
+                variable.assign(tf.debugging.check_numerics(value, "NaN"))
+
+        with self.assertRaises(tf.errors.InvalidArgumentError):
+            assign(np.nan)
 
     def test_training_argument(self):
         class Takes(keras.Model):
@@ -247,7 +315,7 @@ class NamesTest(test_utils.TestCase):
         model = test_utils.mlp()
         model.compile("sgd", loss=test_utils.crossentropy())
         ((x, y),) = test_utils.microbatches([4])
-        loss = compat.compute_loss(model, x, y, model(x), None)
+        loss = compat.compute_loss(model, x, y, model(x), None, True)
         self.assertAllClose(loss, model.test_on_batch(x, y))
 
     def test_automatic_config(self):

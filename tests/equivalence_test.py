@@ -516,13 +516,16 @@ def tagger(cls, **kwargs):
     return cls(tokens, keras.layers.Dense(5)(hidden), **kwargs)
 
 
-def masked_and_not(cls, **kwargs):
+def masked_and_not(cls, regularizer=None, **kwargs):
     """Two outputs, one with a mask."""
     keras.utils.set_random_seed(7)
     tokens = keras.Input((None,), dtype="int32")
     hidden = keras.layers.Embedding(9, 4, mask_zero=True)(tokens)
     pooled = keras.layers.GlobalAveragePooling1D()(hidden)
-    outputs = [keras.layers.Dense(5)(hidden), keras.layers.Dense(5)(pooled)]
+    outputs = [
+        keras.layers.Dense(5, kernel_regularizer=regularizer)(hidden),
+        keras.layers.Dense(5)(pooled),
+    ]
     return cls(tokens, outputs, **kwargs)
 
 
@@ -556,6 +559,24 @@ def with_added_losses(cls, loss_on_outputs=False, **kwargs):
     if loss_on_outputs:
         outputs = AddsLoss()(outputs)
     return cls(inputs, outputs, **kwargs)
+
+
+class OptimizerInPiecesTest(OptimizerTest):
+    """The same, where the whole batch is given and cut up."""
+
+    microbatch_size = 3
+
+
+class LossInPiecesTest(LossTest):
+    """Likewise."""
+
+    microbatch_size = 3
+
+
+class PrecisionInPiecesTest(PrecisionTest):
+    """Likewise."""
+
+    microbatch_size = 3
 
 
 if __name__ == "__main__":

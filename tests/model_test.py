@@ -110,6 +110,7 @@ class NameTest(test_utils.TestCase):
                 "GradientAccumulationModel",
                 "GradientAccumulator",
                 "__version__",
+                "schedules",
             ],
         )
         for name in keras_accum.__all__:

@@ -128,10 +128,15 @@ class TestCase(test_utils.TestCase, parameterized.TestCase):
         expected.optimizer.build(expected.trainable_variables)
         large = [test_utils.concatenate(window) for window in windows]
         expected.fit(test_utils.dataset(large, True), verbose=0)
-        kwargs = {"accum_steps": len(windows[0])} | kwargs
-        actual = self.on_replicas(build, compile_args, **kwargs)
+        if self.microbatch_size:
+            size = {"accum_steps": 1, "microbatch_size": self.microbatch_size}
+            batches = large
+        else:
+            size = {"accum_steps": len(windows[0])}
+            batches = flat(windows)
+        actual = self.on_replicas(build, compile_args, **size | kwargs)
         self.assertAllClose(initial, actual.get_weights(), 0, 0)
-        actual.fit(test_utils.dataset(flat(windows)), verbose=0)
+        actual.fit(test_utils.dataset(batches), verbose=0)
         self.assertSameTraining(
             actual, expected, initial, tolerance, slots_tolerance
         )
@@ -322,6 +327,43 @@ class RowsTest(TestCase):
 
     def test_uneven_windows(self):
         self.assertTrainsAlike(test_utils.mlp, compile_args(), windows())
+
+
+class OptimizerInPiecesTest(OptimizerTest):
+    """The same, where the whole batch is given and cut up on each replica."""
+
+    microbatch_size = 3
+
+
+class LossInPiecesTest(LossTest):
+    """Likewise."""
+
+    microbatch_size = 3
+
+    @parameterized.parameters("graph", "xla")
+    def test_outputs_with_different_masks(self, mode):
+        rng = np.random.default_rng(0)
+        windows = []
+        for rows in (7, 4, 1):
+            tokens = rng.integers(1, 9, (rows, 12))
+            lengths = np.linspace(12, 1, rows).astype(int)
+            tokens *= np.arange(12) < lengths[:, None]
+            weights = np.ones((rows, 12)), rng.uniform(0, 2, rows)
+            labels = tokens % 5, tokens[:, 0] % 5
+            windows.append([(tokens, labels, weights)])
+        actual, _ = self.assertTrainsAlike(
+            equivalence_test.masked_and_not,
+            compile_args(
+                "sgd",
+                [
+                    test_utils.crossentropy(),
+                    test_utils.crossentropy(reduction="sum"),
+                ],
+                **MODES[mode],
+            ),
+            windows,
+        )
+        self.assertTrue(actual._uses_totals())
 
 
 class WindowTest(TestCase):

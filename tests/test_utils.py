@@ -167,7 +167,14 @@ def counting_traces():
 
 
 class TestCase(tf.test.TestCase):
-    """Compares a model with one trained on the concatenated batches."""
+    """Compares a model with one trained on the concatenated batches.
+
+    Attributes:
+        microbatch_size: None to train with `accum_steps`, on micro-batches. A
+            number to train on whole batches, with this `microbatch_size`.
+    """
+
+    microbatch_size = None
 
     def assertSameWeights(self, actual, expected, initial, tolerance=1e-5):
         """Compares weights, in units of how far they moved.
@@ -199,14 +206,19 @@ class TestCase(tf.test.TestCase):
             slots_tolerance: Relative, for the optimizer's variables.
             **kwargs: For `GradientAccumulationModel`.
         """
-        expected, actual = build(keras.Model), accumulating(build, **kwargs)
+        expected = build(keras.Model)
+        kwargs["microbatch_size"] = self.microbatch_size
+        actual = accumulating(build, 1 if self.microbatch_size else 4, **kwargs)
         initial = [w.astype("float64") for w in expected.get_weights()]
         self.assertAllClose(initial, actual.get_weights(), 0, 0)
         expected.compile(**compile_args())
         actual.compile(**compile_args())
         for window in windows:
-            actual.accum_steps = len(window)
-            train_on(actual, window)
+            if self.microbatch_size:
+                train_on(actual, [concatenate(window)])
+            else:
+                actual.accum_steps = len(window)
+                train_on(actual, window)
             train_on(expected, [concatenate(window)])
         self.assertSameTraining(
             actual, expected, initial, tolerance, slots_tolerance

@@ -7,12 +7,15 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import keras
 import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
+from keras_accum import replicas
+from keras_accum import training
 from tests import test_utils
 
 TOOL = pathlib.Path(__file__).absolute().parent.parent / "tools/hlo_report.py"
@@ -76,6 +79,8 @@ MODELS = {
 # Variables that the optimizer has for each weight.
 SLOTS = {"convolutional": 1, "decoder": 2}
 WINDOW = ("first", "further", "update")
+# Micro-batches of a batch that is cut within the program, by model.
+CUT = {"decoder": (4, 32)}
 
 
 def trained(build, batch, cls, **kwargs):
@@ -103,7 +108,18 @@ def steps(build, batch, rows):
         "update": (model.update_step, ()),
         "plain": (lambda *data: plain.train_step(data), batch(rows)),
         "large": (lambda *data: plain.train_step(data), batch(STEPS * rows)),
+        **{
+            f"cut_{times}": (whole_window(model, rows), batch(times * rows))
+            for times in CUT.get(build.__name__, ())
+        },
     }
+
+
+def whole_window(model, rows):
+    """A window of one batch, as it is in a program for TPUs: with its loop."""
+    with mock.patch.object(replicas, "on_tpu", return_value=True):
+        add_all = training.make_adding_function(model, set())
+    return lambda *data: add_all(data, rows)
 
 
 def lower(function, batch):
@@ -233,6 +249,14 @@ class TpuTest(JaxTestCase, parameterized.TestCase):
         large = scratch_bytes(self.reports[name, "large"])
         # Activations are k times larger, and nearly all of it.
         self.assertLess(window, large / STEPS * 1.5)
+
+    @parameterized.parameters(*CUT["decoder"])
+    def test_scratch_does_not_grow_with_a_batch_that_is_cut(self, times):
+        report = self.reports["decoder", f"cut_{times}"]
+        plain = self.reports["decoder", "plain"]
+        self.assertLessEqual(scratch_bytes(report), 1.1 * scratch_bytes(plain))
+        # The buffers, in place.
+        self.assertLessEqual(new_bytes(report), 2 * SCALAR)
 
     @parameterized.product(name=tuple(MODELS), step=("first", "further"))
     def test_micro_batches_do_not_read_the_optimizer(self, name, step):

@@ -1,0 +1,268 @@
+"""What a step will need of a CPU's memory, and what there is.
+
+A GPU that has no memory left says so, and nothing else happens. A CPU's
+allocator says so as well; but then other threads, XLA's compiler and the
+kernels' libraries ask for a little more, get nothing, and end the process. So a
+CPU is not asked for what it is known not to have.
+
+A compiled step says how much it needs: XLA plans that. Of one that is not
+compiled, TensorFlow counts what it took. So steps on few rows come first, and
+what those on more rows need follows from these: it is a number, and another
+for each row.
+"""
+
+import contextlib
+import mmap
+import pathlib
+import resource
+from collections.abc import Callable
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+# What a forecast leaves free, for what is not counted: threads, their heaps,
+# and the kernels' own libraries. `tests/fitting_test.py` tries many limits.
+MARGIN = 64 * 2**20
+# What tracing steps for other numbers of rows may take.
+TRACING = 32 * 2**20
+# How close to the best number of rows is near enough.
+NEARLY = 1.2
+# What TensorFlow's allocator gets from the system, over what it is asked for.
+OVERSHOOT = 1.1
+# Bytes of a tensor that stands for a part of what a step needs.
+TENSOR = 4 * 2**20
+# What a compilation leaves behind, at least, and the first one besides.
+COMPILATION = 32 * 2**20
+FIRST_COMPILATION = 64 * 2**20
+# How far peaks of more rows may lie above the line through those of few.
+UNEVENNESS = 1.25
+# Rows of one step on trial, over rows of the one before.
+GROWTH = 4
+
+
+def free_bytes() -> int:
+    """How much this process may still allocate, as far as the system says."""
+    free = [2**62]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        free.append(limit - address_space())
+    for name, of_text in (
+        ("/proc/meminfo", available_of),
+        ("/sys/fs/cgroup/memory.max", room_of_group),
+    ):
+        try:
+            free.append(of_text(pathlib.Path(name).read_text()))
+        except (OSError, ValueError, IndexError):
+            # Another system, or no limit.
+            continue
+    return min(free)
+
+
+def available_of(meminfo: str) -> int:
+    """The bytes that Linux says are available without swapping."""
+    return 1024 * int(meminfo.partition("MemAvailable:")[2].split()[0])
+
+
+def room_of_group(limit: str) -> int:
+    """What is left of the limit of the control group; raises if there is none.
+
+    Args:
+        limit: Text of the file with the limit; "max" if there is none.
+    """
+    used = pathlib.Path("/sys/fs/cgroup/memory.current").read_text()
+    return int(limit) - int(used)
+
+
+class Forecast:
+    """What steps on so many rows need, for batches of one shape.
+
+    Args:
+        needed: Function of a batch and a number of rows: the bytes for a step.
+        reserve: Where TensorFlow's allocator is to get them from.
+    """
+
+    def __init__(self, needed: Callable, reserve: "Reserve") -> None:
+        self._needed = needed
+        self._reserve = reserve
+        self._known: dict[int, int] = {}
+
+    def most_rows(self, data, size: int, margin: int) -> int:
+        """How many rows there is room for, but not more than `size`.
+
+        Args:
+            data: A batch.
+            size: Most rows of a step that are asked for.
+            margin: Bytes to leave free: for the next batch, a copy of it, and
+                what is not counted.
+
+        Returns:
+            A number from 0 to `size`.
+        """
+        raise NotImplementedError
+
+    def _measure(self, data, rows):
+        if rows not in self._known:
+            self._known[rows] = self._needed(data, rows)
+        return self._known[rows]
+
+
+class Counted(Forecast):
+    """For steps whose need is known once they were made."""
+
+    def most_rows(self, data, size: int, margin: int) -> int:
+        """Makes steps on more and more rows, as long as there is room."""
+        rows = 1
+        while rows == 1 or rows * GROWTH <= size:
+            needed = bytes_for(self._known, rows)
+            if not self._reserve.grow(needed, self._free(margin)):
+                break
+            self._measure(data, rows)
+            rows *= GROWTH
+        free = self._free(margin)
+        size = largest(size, lambda rows: bytes_for(self._known, rows) <= free)
+        self._reserve.grow(bytes_for(self._known, size), free)
+        return size
+
+    def _free(self, margin):
+        free = (free_bytes() - margin - TRACING) / OVERSHOOT
+        return int(free) + self._reserve.size
+
+
+class Planned(Forecast):
+    """For compiled steps, whose need is known before they are run."""
+
+    def __init__(self, needed: Callable, reserve: "Reserve") -> None:
+        super().__init__(needed, reserve)
+        self._compiling = COMPILATION
+
+    def most_rows(self, data, size: int, margin: int) -> int:
+        """Compiles steps, on as many rows as may fit, until they do."""
+        found, most = 0, size
+        while self._free(margin) > 0:
+            # Of those that are known to need too much, none is compiled.
+            rows = largest(
+                most,
+                lambda rows: bytes_for(self._known, rows) <= self._free(margin),
+            )
+            if rows <= NEARLY * found:
+                break
+            if self._measure(data, rows) <= self._free(margin):
+                found = rows
+            else:
+                most = rows - 1
+        # The scratch memory of a program is one tensor.
+        needed = self._known.get(found, 0)
+        self._reserve.grow(needed, self._free(margin), needed)
+        return found
+
+    def _free(self, margin):
+        # Three programs are yet to be compiled, when they are run: two kinds of
+        # steps, and the update.
+        free = free_bytes() - margin - 3 * self._compiling
+        return max(int(free / OVERSHOOT), self._reserve.size)
+
+    def _measure(self, data, rows):
+        before = address_space() + (0 if self._known else FIRST_COMPILATION)
+        needed = super()._measure(data, rows)
+        self._compiling = max(self._compiling, address_space() - before)
+        return needed
+
+
+class Reserve:
+    """What TensorFlow's allocator for the CPU has at hand for steps.
+
+    It asks the system for regions, each twice as large as the one before, and
+    keeps them. Where addresses are limited it would take nearly all that is
+    left for one tensor, and leave nothing for anyone else. So it is made to
+    ask for what a step will need when nobody else is at work, and cannot get
+    much more.
+
+    Attributes:
+        size: Bytes that it has been made to get.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def grow(self, needed: int, free: int, tensor: int = TENSOR) -> bool:
+        """Gets what a step will need, if that much is free.
+
+        Args:
+            needed: Bytes of its tensors, all together.
+            free: Bytes that may be used.
+            tensor: Bytes of one of them.
+        """
+        if needed > free:
+            return False
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if needed > self.size and limit != resource.RLIM_INFINITY:
+            more = needed - self.size if tensor < needed else needed
+            number = -(-needed // tensor)
+            rest = limit - address_space() - int(OVERSHOOT * more)
+            with ballast(rest - TENSOR):
+                with tf.device("CPU:0"):
+                    # All at once: what there is, and what is added.
+                    held = [
+                        tf.raw_ops.Empty(shape=[tensor], dtype=tf.uint8)
+                        for _ in range(number)
+                    ]
+                del held
+            self.size = needed
+        return True
+
+
+@contextlib.contextmanager
+def ballast(size: int) -> Iterator[None]:
+    """Keeps addresses from others for a while."""
+    if size <= 0:
+        yield
+        return
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
+        yield
+
+
+def largest(size: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `size` that fits, where all smaller ones do."""
+    if fits(size):
+        return size
+    low, high = 0, size
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    # Kernels like their rows in eights.
+    return low - low % 8 if low > 8 else low
+
+
+def bytes_for(known: dict[int, int], rows: int) -> int:
+    """What so many rows need, from what others did."""
+    if rows in known:
+        return known[rows]
+    if not known:
+        return 0
+    # Of one number of rows it is not known what they need besides.
+    few, many = sorted([0, *known])[-2:]
+    if few == 0:
+        known = {0: 0, **known}
+    per_row = max(0, known[many] - known[few]) / (many - few)
+    return int(UNEVENNESS * (known[many] + per_row * (rows - many)))
+
+
+def address_space() -> int:
+    """Bytes of this process's address space; 0 where that is not known."""
+    try:
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[0]
+        return int(pages) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def counted_bytes(function: Callable, *args) -> int:
+    """The most memory that a call took on the CPU, beyond what it found.
+
+    Raises:
+        ValueError: If TensorFlow does not count.
+    """
+    tf.config.experimental.reset_memory_stats("CPU:0")
+    before = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    function(*args)
+    return tf.config.experimental.get_memory_info("CPU:0")["peak"] - before

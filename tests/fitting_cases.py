@@ -1,0 +1,111 @@
+"""One training in a process whose address space is limited, for a test.
+
+    python -m tests.fitting_cases --limit_mib=500 --jit_compile
+
+Prints what came of it, as JSON: the size, the weights, the error.
+"""
+
+import json
+import pathlib
+import resource
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app
+from absl import flags
+
+import keras_accum
+
+_LIMIT = flags.DEFINE_integer(
+    "limit_mib", None, "What may be allocated beyond what there is before."
+)
+_ROWS = flags.DEFINE_integer("rows", 256, "Rows of a batch.")
+_SIZE = flags.DEFINE_string("size", "auto", "The `microbatch_size`.")
+_JIT_COMPILE = flags.DEFINE_bool("jit_compile", False, "Whether XLA compiles.")
+_LENGTH = flags.DEFINE_list("length", ["512"], "Lengths of the batches' rows.")
+_LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the model.")
+
+
+def build(layers):
+    """A model of few weights and many activations: about 2 MB for 512 steps."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((None, 16))
+    hidden = keras.layers.Dropout(0.1, seed=1)(inputs)
+    for _ in range(layers):
+        hidden = keras.layers.Dense(16, activation="tanh")(hidden)
+    hidden = keras.layers.BatchNormalization()(hidden)
+    hidden = keras.layers.GlobalAveragePooling1D()(hidden)
+    outputs = keras.layers.Dense(3)(hidden)
+    return keras_accum.GradientAccumulationModel(
+        inputs,
+        outputs,
+        microbatch_size=int(_SIZE.value)
+        if _SIZE.value.isdigit()
+        else _SIZE.value,
+    )
+
+
+def batches():
+    """Two batches of each length."""
+    rng = np.random.default_rng(0)
+    for length in map(int, _LENGTH.value):
+        for _ in range(2):
+            yield (
+                rng.normal(size=(_ROWS.value, length, 16)).astype("float32"),
+                rng.integers(0, 3, _ROWS.value),
+            )
+
+
+def address_space():
+    """Bytes of this process's address space."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * (
+        resource.getpagesize()
+    )
+
+
+def main(argv):
+    """Trains, and prints the outcome."""
+    del argv
+    data = list(batches())
+    model = build(_LAYERS.value)
+    model.compile(
+        keras.optimizers.Adam(0.01),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=_JIT_COMPILE.value,
+    )
+    model.optimizer.build(model.trainable_variables)
+    # Threads, with their stacks, are made on first use.
+    small = tf.ones((2, 64, 64)) @ tf.ones((2, 64, 64))
+    tf.function(lambda x: tf.reduce_sum(x), jit_compile=True)(small)
+    model.predict_on_batch(data[0][0][:1])
+    variables = [
+        *model.variables,
+        *model.metrics_variables,
+        *model.optimizer.variables,
+    ]
+    before = [v.numpy() for v in variables]
+    if _LIMIT.value is not None:
+        limit = address_space() + _LIMIT.value * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    outcome = {"error": None, "losses": []}
+    try:
+        for x, y in data:
+            outcome["losses"].append(float(model.train_on_batch(x, y)[0]))
+    except tf.errors.ResourceExhaustedError as error:
+        outcome["error"] = error.message
+    outcome["size"] = model.microbatch_size
+    outcome["updates"] = int(model.optimizer.iterations)
+    outcome["is_untouched"] = all(
+        np.array_equal(v.numpy(), b)
+        for v, b in zip(variables, before, strict=True)
+    )
+    outcome["weights"] = [w.tolist() for w in model.get_weights()]
+    json.dump(outcome, sys.stdout)
+    print()
+
+
+if __name__ == "__main__":
+    app.run(main)

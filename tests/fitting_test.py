@@ -1,0 +1,308 @@
+"""The size that fits is found, and a failed attempt leaves nothing behind."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+import keras_accum
+from keras_accum import fitting
+from keras_accum import forecast
+from tests import equivalence_test
+from tests import microbatching_test
+from tests import test_utils
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+# Under Bazel the interpreter alone does not know the way.
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+MODES = microbatching_test.MODES
+# Entries of an input that the model below has memory for.
+ROOM = 5 * test_utils.FEATURES
+
+
+@keras.saving.register_keras_serializable("tests")
+class Limited(keras.layers.Layer):
+    """Has not enough memory for large inputs, in the middle of a step."""
+
+    def call(self, inputs):
+        def check(size):
+            if size > ROOM:
+                raise MemoryError(f"No room for {size} numbers.")
+            return np.int32(0)
+
+        zero = tf.numpy_function(check, [tf.size(inputs)], tf.int32)
+        zero.set_shape(())
+        return inputs + tf.cast(zero, inputs.dtype)
+
+
+def limited(cls, constraint=None, **kwargs):
+    """A model with all kinds of state, whose steps assign some and fail."""
+    keras.utils.set_random_seed(7)
+    inputs = keras.Input((None, test_utils.FEATURES))
+    hidden = keras.layers.Dropout(0.2, seed=3)(inputs)
+    hidden = keras.layers.BatchNormalization()(hidden)
+    hidden = Limited()(hidden)
+    hidden = keras.layers.Dense(4, kernel_constraint=constraint)(hidden)
+    hidden = keras.layers.BatchNormalization()(hidden)
+    hidden = keras.layers.GlobalAveragePooling1D()(hidden)
+    outputs = [keras.layers.Dense(3, name=name)(hidden) for name in "ab"]
+    return cls(inputs, outputs, **kwargs)
+
+
+def compiled(size, mode="graph", strategy=None, **kwargs):
+    """`limited`, with a `microbatch_size`."""
+    with (strategy or tf.distribute.get_strategy()).scope():
+        model = limited(
+            keras_accum.GradientAccumulationModel,
+            microbatch_size=size,
+            **kwargs,
+        )
+        model.compile(
+            keras.optimizers.Adam(0.01),
+            loss=[test_utils.crossentropy(), test_utils.crossentropy()],
+            metrics=[["accuracy"], ["accuracy"]],
+            **MODES[mode],
+        )
+    return model
+
+
+def batches(sizes, lengths):
+    rng = np.random.default_rng(0)
+    for rows, length in zip(sizes, lengths, strict=True):
+        x = rng.normal(size=(rows, length, test_utils.FEATURES))
+        y = rng.integers(0, 3, rows)
+        yield x.astype("float32"), (y, y)
+
+
+def state_of(model):
+    """All variables there are."""
+    variables = [
+        *model.variables,
+        *model.metrics_variables,
+        *model.optimizer.variables,
+        *(each.window for each in model._window_trackers()),
+    ]
+    return [v.numpy() for v in variables]
+
+
+class FindingTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.parameters("graph", "eager")
+    def test_trains_as_with_the_size_that_it_finds(self, mode):
+        found, given = compiled("auto", mode), compiled(4, mode)
+        # 16, 8 and 4 rows are tried. The last batch is short.
+        data = list(batches([16, 16, 7], [1, 1, 1]))
+        with self.assertLogs("absl", "WARNING") as logs:
+            found.fit(test_utils.dataset(data), epochs=2, verbose=0)
+        given.fit(test_utils.dataset(data), epochs=2, verbose=0)
+        self.assertEqual(found.microbatch_size, 4)
+        self.assertLen([line for line in logs.output if "found" in line], 1)
+        self.assertAllClose(state_of(found), state_of(given), 0, 0)
+        self.assertEqual(found.get_config()["microbatch_size"], 4)
+        self.assertAllEqual(
+            found.evaluate(*data[0], verbose=0),
+            given.evaluate(*data[0], batch_size=16, verbose=0),
+        )
+
+    def test_a_longer_batch_makes_it_smaller(self):
+        found = compiled("auto")
+        sizes = []
+        for data in batches([8, 8, 8], [1, 2, 1]):
+            found.train_on_batch(*data)
+            sizes.append(found.microbatch_size)
+        # Two rows of two steps fit, and the size is kept.
+        self.assertEqual(sizes, [4, 2, 2])
+
+    def test_grows_until_something_fails(self):
+        found = compiled("auto")
+        sizes = []
+        for data in batches([2, 5, 3, 8, 5], [1] * 5):
+            found.train_on_batch(*data)
+            sizes.append(found.microbatch_size)
+        self.assertEqual(sizes, [2, 5, 5, 4, 4])
+
+    def test_the_next_fit_goes_on_with_it(self):
+        found = compiled("auto")
+        (data,) = batches([16], [1])
+        found.train_on_batch(*data)
+        found.compile("sgd", loss=found.loss)
+        tried = []
+        found._size_to_try = lambda rows: tried.append(rows) or 4
+        found.fit(*data, batch_size=16, verbose=0)
+        self.assertEqual(tried, [16])
+        self.assertEqual(found.microbatch_size, 4)
+
+    def test_replicas_take_the_same_size(self):
+        strategy, missing = test_utils.chosen_strategy()
+        if missing:
+            self.skipTest(missing)
+        rows = 16 * strategy.num_replicas_in_sync
+        data = list(batches([rows, rows], [1, 1]))
+        found = compiled("auto", strategy=strategy)
+        given = compiled(4, strategy=strategy)
+        for model in (found, given):
+            model.fit(test_utils.dataset(data), verbose=0)
+        self.assertEqual(found.microbatch_size, 4)
+        self.assertAllClose(found.get_weights(), given.get_weights(), 0, 0)
+
+
+class FailureTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.parameters("graph", "eager")
+    def test_a_row_that_does_not_fit(self, mode):
+        model = compiled("auto", mode)
+        fits, too_long = batches([4, 4], [1, 6])
+        model.train_on_batch(*fits)
+        before = state_of(model)
+        iterator = iter([too_long])
+        with self.assertRaisesRegex(
+            tf.errors.ResourceExhaustedError, "One row does not fit"
+        ):
+            model.train_function(iterator)
+        self.assertAllClose(before, state_of(model), 0, 0)
+        # And it goes on.
+        model.train_on_batch(*fits)
+        self.assertEqual(int(model.optimizer.iterations), 2)
+
+    def test_an_update_that_does_not_fit(self):
+        def constraint(weight):
+            def fail(weight):
+                raise MemoryError("No room for an update.")
+
+            checked = tf.numpy_function(fail, [weight], tf.float32)
+            return tf.ensure_shape(checked, weight.shape)
+
+        model = compiled("auto", constraint=constraint)
+        (data,) = batches([4], [1])
+        train_function = model.make_train_function()
+        model._build_for(tf.nest.map_structure(tf.constant, data))
+        before = state_of(model)
+        with self.assertRaisesRegex(
+            tf.errors.ResourceExhaustedError, "update does not fit"
+        ):
+            train_function(iter([data]))
+        self.assertAllClose(before, state_of(model), 0, 0)
+
+    @parameterized.named_parameters(
+        (name, name) for name in equivalence_test.OPTIMIZERS
+    )
+    def test_a_rehearsal_assigns_nothing(self, name):
+        model = microbatching_test.in_pieces()
+        model.compile(
+            equivalence_test.OPTIMIZERS[name](
+                use_ema=True, weight_decay=0.1, global_clipnorm=1.0
+            ),
+            loss=test_utils.crossentropy(),
+        )
+        batch, other = test_utils.microbatches([8, 8])
+        model.train_on_batch(*batch)
+        model.train_step(other)
+        before = test_utils.all_state(model)
+        fitting.make_rehearsal(model)()
+        self.assertAllClose(before, test_utils.all_state(model), 0, 0)
+
+    def test_other_errors_are_raised_as_they_are(self):
+        model = compiled("auto")
+        (x, _), *_ = batches([4], [1])
+        with self.assertRaisesRegex(ValueError, "Dimensions must be equal"):
+            model.train_on_batch(x, (np.zeros(3, int), np.zeros(3, int)))
+
+    def test_what_is_out_of_memory(self):
+        for error, expected in (
+            (MemoryError(), True),
+            (tf.errors.ResourceExhaustedError(None, None, ""), True),
+            (tf.errors.InternalError(None, None, "CUDA: out of memory"), True),
+            (tf.errors.InternalError(None, None, "BLOOM failed"), False),
+        ):
+            self.assertEqual(fitting.is_out_of_memory(error), expected)
+
+
+class ForecastTest(tf.test.TestCase):
+    def test_takes_a_line_through_what_is_known(self):
+        known = {4: 400, 16: 1000}
+        # 50 for each of the rows beyond 16, and the unevenness.
+        self.assertEqual(
+            forecast.bytes_for(known, 32), int(forecast.UNEVENNESS * 1800)
+        )
+        self.assertEqual(forecast.bytes_for(known, 16), 1000)
+        self.assertEqual(
+            forecast.bytes_for({4: 400}, 8), int(forecast.UNEVENNESS * 800)
+        )
+
+    def test_largest(self):
+        for limit, expected in ((100, 64), (63, 56), (5, 5), (0, 0)):
+            self.assertEqual(
+                forecast.largest(64, lambda n, most=limit: n <= most), expected
+            )
+
+    def test_reads_what_linux_says(self):
+        text = "MemTotal:  9 kB\nMemAvailable:      2048 kB\nBuffers: 1 kB\n"
+        self.assertEqual(forecast.available_of(text), 2**21)
+
+
+class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
+    """Processes that run out of addresses for real."""
+
+    ROWS = 256
+
+    def outcome(self, limit, jit_compile, size="auto", rows=ROWS):
+        flags = [
+            *([] if limit is None else [f"--limit_mib={limit}"]),
+            f"--jit_compile={jit_compile}",
+            f"--size={size}",
+            f"--rows={rows}",
+            "--length=1024",
+        ]
+        run = subprocess.run(
+            [sys.executable, "-m", "tests.fitting_cases", *flags],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": PYTHONPATH},
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode:
+            return None, run.stderr[-2000:]
+        return json.loads(run.stdout.splitlines()[-1]), None
+
+    @parameterized.product(
+        limit=(800, 650, 550, 500, 450, 400), jit_compile=(False, True)
+    )
+    def test_never_dies(self, limit, jit_compile):
+        outcome, died = self.outcome(limit, jit_compile)
+        self.assertIsNone(died)
+        if outcome["error"]:
+            self.assertIn("does not fit", outcome["error"])
+            self.assertTrue(outcome["is_untouched"])
+            self.assertEqual(outcome["updates"], 0)
+        else:
+            self.assertEqual(outcome["updates"], 2)
+            self.assertBetween(outcome["size"], 1, self.ROWS)
+
+    # The margin beside a compiled step is larger, for the compiler: where it is
+    # more than a third of what there is, it costs more than half.
+    @parameterized.parameters((350, False, 256), (900, True, 1024))
+    def test_finds_half_of_what_fits_and_trains_as_with_it(
+        self, limit, jit_compile, rows
+    ):
+        found, died = self.outcome(limit, jit_compile, rows=rows)
+        self.assertIsNone(died)
+        self.assertLess(found["size"], rows / 2)
+        given, _ = self.outcome(None, jit_compile, found["size"], rows)
+        for mine, theirs in zip(
+            found["weights"], given["weights"], strict=True
+        ):
+            # Threads add in any order, and Adam amplifies: of 0.02 that a
+            # weight moves in two updates, 1 in 100.
+            self.assertAllClose(mine, theirs, rtol=0, atol=2e-4)
+        # More than twice as many are too many.
+        too_many = 2 * found["size"] + 1
+        large, died = self.outcome(limit, jit_compile, too_many, rows)
+        self.assertTrue(died or large["error"])
+
+
+if __name__ == "__main__":
+    tf.test.main()

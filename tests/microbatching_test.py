@@ -1,0 +1,521 @@
+"""A batch that is cut into micro-batches trains as if it were not."""
+
+import functools
+import os
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+import keras_accum
+from keras_accum import microbatching
+from keras_accum import training
+from tests import equivalence_test
+from tests import test_utils
+
+MODES = {
+    "graph": {"jit_compile": False},
+    "xla": {"jit_compile": True},
+    "eager": {"jit_compile": False, "run_eagerly": True},
+}
+
+
+def in_pieces(build=test_utils.mlp, microbatch_size=3, **kwargs):
+    """`build` with `GradientAccumulationModel` and a `microbatch_size`."""
+    return build(
+        keras_accum.GradientAccumulationModel,
+        microbatch_size=microbatch_size,
+        **kwargs,
+    )
+
+
+def masked_tokens(rows, seed=0):
+    """Tokens of which each row has fewer than the one before."""
+    tokens = np.random.default_rng(seed).integers(1, 9, (rows, 12))
+    lengths = np.linspace(12, 1, rows).astype(int)
+    return tokens * (np.arange(12) < lengths[:, None])
+
+
+def sizes_of(data, size):
+    """Rows of the micro-batches that `fold` makes of a batch."""
+    return microbatching.fold(
+        data,
+        size,
+        lambda piece: tf.nest.flatten(piece)[0].shape[:1],
+        lambda sizes, piece: tf.concat(
+            [sizes, tf.nest.flatten(piece)[0].shape[:1]], axis=0
+        ),
+    )
+
+
+class FoldTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.parameters(
+        (100, 32, [32, 32, 32, 4]),
+        (64, 32, [32, 32]),
+        (32, 32, [32]),
+        (5, 32, [5]),
+        (3, 1, [1, 1, 1]),
+        (0, 4, [0]),
+        (7, None, [7]),
+    )
+    def test_takes_rows_in_their_order(self, rows, size, expected):
+        x = tf.reshape(tf.range(rows * 2), (rows, 2))
+
+        def sizes_and_rows(data):
+            pieces = []
+            microbatching.fold(
+                data,
+                size,
+                lambda piece: pieces.append(piece) or tf.constant(0),
+                lambda result, piece: pieces.append(piece) or result,
+            )
+            return pieces
+
+        pieces = sizes_and_rows({"a": x, "b": None})
+        self.assertEqual([len(piece["a"]) for piece in pieces], expected)
+        self.assertAllEqual(tf.concat([p["a"] for p in pieces], 0), x)
+        self.assertTrue(all(piece["b"] is None for piece in pieces))
+
+    @parameterized.product(known=(False, True), rows=(0, 1, 6, 7, 9))
+    def test_in_a_graph(self, known, rows):
+        @tf.function(
+            input_signature=[tf.TensorSpec((rows if known else None, 2))]
+        )
+        def squares(x):
+            def square(piece):
+                if known and rows:
+                    self.assertIsNotNone(piece.shape[0])
+                tf.debugging.assert_less_equal(tf.shape(piece)[0], 3)
+                return piece**2
+
+            return microbatching.concatenated(x, 3, square)
+
+        x = np.random.default_rng(0).normal(size=(rows, 2)).astype("float32")
+        self.assertAllClose(squares(x), x**2)
+
+    @parameterized.parameters(False, True)
+    def test_sparse_and_ragged_rows(self, is_ragged):
+        rows = [[1, 0, 2], [0, 3, 0], [4, 5, 6], [0, 0, 7], [8, 0, 0]]
+        if is_ragged:
+            data = tf.ragged.constant(rows)
+        else:
+            data = tf.sparse.from_dense(rows)
+
+        @tf.function
+        def sums(data):
+            def sum_of(piece):
+                if is_ragged:
+                    return tf.reduce_sum(piece.to_tensor(), axis=1)
+                return tf.sparse.reduce_sum(piece, axis=1)
+
+            return microbatching.concatenated(
+                data, 2, lambda piece: tf.ensure_shape(sum_of(piece), [None])
+            )
+
+        self.assertAllEqual(sums(data), [3, 3, 15, 7, 8])
+
+
+class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
+    """Losses with denominators of their own; one weight would not be exact."""
+
+    microbatch_size = 3
+
+    @parameterized.product(
+        mode=tuple(MODES),
+        reductions=(
+            ("sum_over_batch_size", "sum_over_batch_size"),
+            ("mean_with_sample_weight", "sum"),
+        ),
+    )
+    def test_outputs_with_different_masks_and_weights(self, mode, reductions):
+        rng = np.random.default_rng(0)
+        windows = []
+        for seed in range(3):
+            tokens = masked_tokens(8, seed)
+            weights = [
+                rng.uniform(0, 2, (8, 12)).astype("float32"),
+                rng.uniform(0, 2, 8).astype("float32"),
+            ]
+            windows.append([(tokens, [tokens % 5, tokens[:, 0] % 5], weights)])
+        actual, _ = self.assertTrainsAlike(
+            functools.partial(
+                equivalence_test.masked_and_not, regularizer="l2"
+            ),
+            lambda: {
+                "optimizer": keras.optimizers.SGD(0.1),
+                "loss": [
+                    test_utils.crossentropy(reduction=reduction)
+                    for reduction in reductions
+                ],
+                "loss_weights": [0.3, 2.0],
+                **MODES[mode],
+            },
+            windows,
+        )
+        self.assertTrue(actual._uses_totals())
+
+    @parameterized.parameters(*MODES)
+    def test_masks_with_added_losses(self, mode):
+        def build(cls, **kwargs):
+            keras.utils.set_random_seed(7)
+            tokens = keras.Input((None,), dtype="int32")
+            hidden = keras.layers.Embedding(9, 4, mask_zero=True)(tokens)
+            hidden = keras.layers.Dense(
+                5, activity_regularizer="l2", kernel_regularizer="l1"
+            )(hidden)
+            return cls(tokens, hidden, **kwargs)
+
+        windows = [
+            [(masked_tokens(8, seed), masked_tokens(8, seed + 9) % 5)]
+            for seed in range(3)
+        ]
+        actual, _ = self.assertTrainsAlike(
+            build,
+            lambda: {
+                "optimizer": keras.optimizers.SGD(0.1),
+                "loss": test_utils.crossentropy(),
+                **MODES[mode],
+            },
+            windows,
+        )
+        self.assertTrue(actual._uses_totals())
+
+    def test_reported_losses(self):
+        tokens = masked_tokens(8)
+        batch = (tokens, [tokens % 5, tokens[:, 0] % 5])
+        reported = []
+        for model in (
+            equivalence_test.masked_and_not(keras.Model),
+            in_pieces(equivalence_test.masked_and_not),
+        ):
+            model.compile(
+                "sgd",
+                loss=[test_utils.crossentropy(), test_utils.crossentropy()],
+                metrics=[["accuracy"], ["accuracy"]],
+            )
+            logs = [model.train_on_batch(*batch), model.test_on_batch(*batch)]
+            reported.append(logs)
+        self.assertAllClose(*reported)
+
+
+class FitTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.product(mode=tuple(MODES), known=(False, True))
+    def test_fit_evaluate_and_predict(self, mode, known):
+        # The last batch is shorter than a micro-batch.
+        batches = test_utils.microbatches([10, 10, 2])
+        x, y = test_utils.concatenate(batches)
+        expected, actual = test_utils.mlp(), in_pieces()
+        initial = expected.get_weights()
+        reported = []
+        for model in (expected, actual):
+            model.compile(
+                "adam",
+                loss=test_utils.crossentropy(),
+                metrics=["accuracy"],
+                **MODES[mode],
+            )
+            history = model.fit(
+                test_utils.dataset(batches, True)
+                if known
+                else tf.data.Dataset.from_tensor_slices((x, y)).batch(11),
+                epochs=2,
+                verbose=0,
+                validation_data=(x, y),
+                validation_batch_size=10,
+            )
+            reported.append(
+                [
+                    *history.history.values(),
+                    model.evaluate(x, y, batch_size=22, verbose=0),
+                    model.predict(x, batch_size=22, verbose=0),
+                    model.predict_on_batch(x[:4]),
+                ]
+            )
+        self.assertSameTraining(actual, expected, initial)
+        for mine, theirs in zip(*reported, strict=True):
+            self.assertAllClose(mine, theirs, rtol=1e-5)
+
+    def test_predict_puts_nested_outputs_together(self):
+        inputs = keras.Input((2,), name="in")
+        model = keras_accum.GradientAccumulationModel(
+            {"in": inputs},
+            {"a": inputs + 1, "b": [inputs * 2]},
+            microbatch_size=3,
+        )
+        x = np.arange(14.0, dtype="float32").reshape(7, 2)
+        outputs = model.predict({"in": x}, batch_size=7, verbose=0)
+        self.assertAllClose(outputs["a"], x + 1)
+        self.assertAllClose(outputs["b"][0], x * 2)
+
+    def test_steps_per_execution(self):
+        batches = test_utils.microbatches([8, 7, 5, 3, 4])
+        expected, actual = test_utils.mlp(), in_pieces()
+        initial = expected.get_weights()
+        for model in (expected, actual):
+            model.compile(
+                "adam", loss=test_utils.crossentropy(), steps_per_execution=2
+            )
+            model.fit(test_utils.dataset(batches, True), verbose=0)
+        self.assertSameTraining(actual, expected, initial)
+
+    def test_random_generators_advance_with_micro_batches(self):
+        inputs = keras.Input((64,))
+        dropped = keras.layers.Dropout(0.5, seed=1)(inputs)
+        masks = []
+
+        class Masks(keras_accum.GradientAccumulationModel):
+            def compute_loss(self, x, y, y_pred, sample_weight, training):
+                tf.numpy_function(
+                    lambda pred: masks.append(pred != 0), [y_pred], []
+                )
+                return keras.ops.mean(y_pred * keras.ops.mean(self.scale))
+
+        model = Masks(inputs, dropped, microbatch_size=1)
+        model.scale = model.add_weight(name="scale")
+        model.compile("sgd", jit_compile=False)
+        model.fit(np.ones((4, 64)), batch_size=4, epochs=2, verbose=0)
+        self.assertLen({mask.tobytes() for mask in masks}, 8)
+
+    def test_a_data_set_that_ends_changes_nothing(self):
+        # Of unknown length: its end is seen when one more is asked for.
+        batches = test_utils.microbatches([7, 7])
+        inputs = keras.Input((test_utils.FEATURES,))
+        hidden = keras.layers.Dropout(0.5, seed=1)(inputs)
+        model = keras_accum.GradientAccumulationModel(
+            inputs, keras.layers.Dense(3)(hidden), microbatch_size=3
+        )
+        model.compile("adam", loss=test_utils.crossentropy())
+        states = []
+        for known in (True, False):
+            model.fit(test_utils.dataset(batches, known), verbose=0)
+            (seed,) = [v for v in model.variables if "seed" in v.path]
+            states.append((int(model.optimizer.iterations), int(seed[1])))
+        # Two updates, of three micro-batches each.
+        self.assertEqual(states, [(2, 6), (4, 12)])
+
+    @parameterized.parameters(False, True)
+    def test_sparse_and_ragged_inputs(self, is_ragged):
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(7, 6)).astype("float32") * (
+            rng.uniform(size=(7, 6)) < 0.5
+        )
+        y = rng.normal(size=(7, 1)).astype("float32")
+        data = tf.RaggedTensor.from_tensor(x) if is_ragged else None
+        trained = []
+        for cls, kwargs in (
+            (keras.Model, {}),
+            (keras_accum.GradientAccumulationModel, {"microbatch_size": 3}),
+        ):
+            keras.utils.set_random_seed(0)
+
+            class Linear(cls):
+                def __init__(self, **kwargs):
+                    super().__init__(**kwargs)
+                    self.dense = keras.layers.Dense(1)
+                    self.dense.build((None, 6))
+
+                def call(self, inputs):
+                    if isinstance(inputs, tf.RaggedTensor):
+                        inputs = inputs.to_tensor(shape=(None, 6))
+                    return self.dense(inputs)
+
+            model = Linear(**kwargs)
+            model.compile("sgd", loss="mse", jit_compile=False)
+            inputs = data if is_ragged else tf.sparse.from_dense(x)
+            dataset = tf.data.Dataset.from_tensors((inputs, y))
+            model.fit(dataset, verbose=0)
+            trained.append(model.get_weights())
+        self.assertAllClose(*trained)
+
+    def test_changing_the_size(self):
+        batches = test_utils.microbatches([8, 8, 8, 8])
+        expected, actual = (
+            test_utils.mlp(),
+            test_utils.accumulating(accum_steps=1),
+        )
+        initial = expected.get_weights()
+        for model in (expected, actual):
+            model.compile("adam", loss=test_utils.crossentropy())
+        for batch, size in zip(batches, (None, 3, 5, None), strict=True):
+            actual.microbatch_size = size
+            self.assertEqual(actual.microbatch_size, size)
+            for model in (expected, actual):
+                model.train_on_batch(*batch)
+        self.assertSameTraining(actual, expected, initial)
+
+    def test_a_step_that_fails_leaves_no_window(self):
+        expected, actual = test_utils.mlp(), in_pieces()
+        initial = expected.get_weights()
+        (x, y), other = test_utils.microbatches([8, 8])
+        for model in (expected, actual):
+            model.compile("adam", loss=test_utils.crossentropy())
+            model.train_on_batch(x, y)
+        # The labels of the last micro-batch do not exist.
+        wrong = np.where(np.arange(8) < 7, y, 99)
+        actual.compile("adam", loss=checked_crossentropy)
+        before = actual.get_weights()
+        with self.assertRaises(tf.errors.InvalidArgumentError):
+            actual.train_on_batch(x, wrong)
+        self.assertAllClose(before, actual.get_weights(), 0, 0)
+        self.assertEqual(int(actual._accum_buffers.count), 0)
+        for model in (expected, actual):
+            model.compile("adam", loss=test_utils.crossentropy())
+            model.train_on_batch(*other)
+        self.assertSameTraining(actual, expected, initial)
+
+
+def checked_crossentropy(y_true, y_pred):
+    tf.debugging.assert_less(y_true, tf.cast(3, y_true.dtype))
+    return keras.losses.sparse_categorical_crossentropy(
+        y_true, y_pred, from_logits=True
+    )
+
+
+class ProgramTest(test_utils.TestCase):
+    def graph_size(self, rows):
+        model = in_pieces()
+        model.compile("adam", loss=test_utils.crossentropy())
+        update = training.make_update_function(model)
+        step = training.make_batch_step_function(model, update, set())
+        batch = test_utils.microbatches([rows])[0]
+        graph = (
+            tf.function(step, autograph=False)
+            .get_concrete_function(tf.nest.map_structure(tf.constant, batch))
+            .graph.as_graph_def()
+        )
+        functions = graph.library.function
+        return len(graph.node) + sum(len(f.node_def) for f in functions)
+
+    def test_does_not_grow_with_the_batch(self):
+        self.assertEqual(self.graph_size(12), self.graph_size(96))
+
+    def test_batches_of_other_sizes_are_not_traced_again(self):
+        counted, traces = test_utils.counting_traces()
+        model = test_utils.mlp(counted, microbatch_size=3)
+        model.compile("adam", loss=test_utils.crossentropy())
+        model.fit(
+            test_utils.dataset(test_utils.microbatches([7, 30, 2, 300])),
+            verbose=0,
+        )
+        # A first micro-batch, and a further one.
+        self.assertLen(traces, 2)
+
+
+class SavingTest(test_utils.TestCase):
+    def test_round_trip(self):
+        path = os.path.join(self.get_temp_dir(), "model.keras")
+        for name, value in (
+            ("microbatch_size", 5),
+            ("microbatch_size", "auto"),
+            ("effective_batch_size", 24),
+        ):
+            model = test_utils.mlp(
+                keras_accum.GradientAccumulationModel, **{name: value}
+            )
+            model.save(path)
+            loaded = keras.saving.load_model(path)
+            self.assertEqual(getattr(loaded, name), value)
+            self.assertEqual(loaded.accum_steps, 1)
+
+
+class EffectiveBatchSizeTest(test_utils.TestCase, parameterized.TestCase):
+    def model(self, size):
+        model = test_utils.mlp(
+            keras_accum.GradientAccumulationModel, effective_batch_size=size
+        )
+        model.compile("adam", loss=test_utils.crossentropy())
+        return model
+
+    def test_counts_the_batches_of_the_first_ones_size(self):
+        x, y = test_utils.concatenate(test_utils.microbatches([22]))
+        expected, actual = test_utils.mlp(), self.model(12)
+        initial = expected.get_weights()
+        expected.compile("adam", loss=test_utils.crossentropy())
+        for size, k in ((4, 3), (6, 2), (12, 1)):
+            actual.fit(x, y, batch_size=size, shuffle=False, verbose=0)
+            self.assertEqual(actual.accum_steps, k)
+            expected.fit(x, y, batch_size=12, shuffle=False, verbose=0)
+        self.assertSameTraining(actual, expected, initial)
+
+    @parameterized.parameters((12, 5), (4, 8))
+    def test_must_be_a_multiple(self, size, rows):
+        model = self.model(size)
+        batch = test_utils.microbatches([rows])[0]
+        with self.assertRaisesRegex(
+            ValueError,
+            f"effective_batch_size={size}, with {rows} rows on each of 1 repl",
+        ):
+            model.fit(*batch, batch_size=rows, verbose=0)
+
+    def test_replicas_count(self):
+        strategy, missing = test_utils.chosen_strategy()
+        if missing:
+            self.skipTest(missing)
+        number = strategy.num_replicas_in_sync
+        with strategy.scope():
+            model = self.model(12 * number)
+        batches = test_utils.microbatches([4 * number] * 6)
+        model.fit(test_utils.dataset(batches), verbose=0)
+        self.assertEqual(model.accum_steps, 3)
+        self.assertEqual(model.optimizer.iterations.numpy(), 2)
+
+
+class ErrorsTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.parameters(
+        (0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)
+    )
+    def test_sizes(self, value, error):
+        for name in ("microbatch_size", "effective_batch_size"):
+            with self.assertRaisesRegex(
+                error, f"`{name}` must be a positive int.*{name}={value}"
+            ):
+                test_utils.mlp(
+                    keras_accum.GradientAccumulationModel, **{name: value}
+                )
+
+    def test_unknown_word(self):
+        with self.assertRaisesRegex(TypeError, "microbatch_size='most'"):
+            in_pieces(microbatch_size="most")
+
+    def test_one_of_them(self):
+        with self.assertRaisesRegex(
+            ValueError, "give one of them. Received: accum_steps=2, micro"
+        ):
+            in_pieces(accum_steps=2)
+        model = in_pieces()
+        with self.assertRaisesRegex(ValueError, "give one of them"):
+            model.accum_steps = 2
+        model.microbatch_size = None
+        model.accum_steps = 2
+        with self.assertRaisesRegex(ValueError, "give one of them"):
+            model.microbatch_size = 3
+
+    @parameterized.parameters(*MODES)
+    def test_batches_that_are_not_cut_along_their_first_axis(self, mode):
+        model = in_pieces()
+        model.compile("sgd", loss="mse", **MODES[mode])
+        x = np.zeros((8, test_utils.FEATURES))
+        with self.assertRaisesRegex(ValueError, "cut along the first axis"):
+            model.train_on_batch(x, np.zeros((7, 3)))
+
+    def test_lengths_that_are_known_later(self):
+        @tf.function(
+            input_signature=[tf.TensorSpec((None, 2)), tf.TensorSpec((None,))]
+        )
+        def rows(x, y):
+            return microbatching.check_rows((x, y))
+
+        self.assertEqual(int(rows(np.zeros((3, 2)), np.zeros(3))), 3)
+        with self.assertRaisesRegex(
+            tf.errors.InvalidArgumentError, "cut along the first axis"
+        ):
+            rows(np.zeros((3, 2)), np.zeros(4))
+
+    def test_scalars(self):
+        with self.assertRaisesRegex(ValueError, "cut along the first axis"):
+            microbatching.check_rows([tf.zeros((3, 2)), tf.zeros(())])
+
+
+if __name__ == "__main__":
+    tf.test.main()
