@@ -2,10 +2,16 @@
 
 Both trainings begin with the same weights and see the same images in the same
 order. One updates with `--batch_size` images at once, the other accumulates
-`--accum_steps` micro-batches for every update. A table at the end compares
-them, and a picture shows the loss of each update in both.
+micro-batches for every update. A table at the end compares them, and a picture
+shows the loss of each update in both.
 
     python -m examples.digits --accum_steps=8
+    python -m examples.digits --microbatch_size=100
+
+The first gives `fit` the micro-batches, `--accum_steps` for an update. The
+second gives `fit` the same batches as the other training, and the model takes
+`--microbatch_size` images at once, and what is left over. With `auto` it takes
+as many as fit in the memory.
 
 Each training has a process of its own, whose peak memory the table shows: it
 includes the Python interpreter and TensorFlow, about 650 MiB together, and what
@@ -17,13 +23,11 @@ classification set of TensorFlow Datasets instead, such as `mnist`.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import multiprocessing
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 from absl import app
@@ -34,25 +38,12 @@ from matplotlib import figure
 if not __package__:  # `python examples/digits.py`
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent.parent))
 
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Hides what anything in this process writes to the standard error."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
+from examples import silence
 
 # TensorFlow describes the machine when it is imported and when it looks for
 # devices first; `TF_CPP_MIN_LOG_LEVEL` stops only what it says later.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-with _silent_stderr():
+with silence.silent_stderr():
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -64,13 +55,25 @@ with _silent_stderr():
 # Not bfloat16 alone: Adam's `beta_2` of 0.999 is 1 in it, and nothing learns.
 _PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
+# Micro-batches per update if no flag says how the batch is cut.
+_ACCUM_STEPS = 8
+
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("dataset", "digits", "Image classification set of TFDS.")
 flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared sets.")
 flags.DEFINE_integer("batch_size", 512, "Images per update.", lower_bound=1)
 flags.DEFINE_integer(
-    "accum_steps", 8, "Micro-batches per update.", lower_bound=1
+    "accum_steps",
+    None,
+    f"Micro-batches per update; {_ACCUM_STEPS} unless there is"
+    " --microbatch_size.",
+    lower_bound=1,
+)
+flags.DEFINE_string(
+    "microbatch_size",
+    None,
+    "Most images at once, instead of --accum_steps; or auto, for what fits.",
 )
 flags.DEFINE_integer("epochs", 20, "Passes over the images.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 0.006, "Adam's.", lower_bound=0.0)
@@ -87,12 +90,35 @@ flags.DEFINE_string("picture", "digits.png", "The PNG file to write.")
 
 
 @flags.multi_flags_validator(
-    ["batch_size", "accum_steps"],
-    message="--batch_size must be a multiple of --accum_steps, so that all"
-    " micro-batches have one size.",
+    ["accum_steps", "microbatch_size"],
+    message="--accum_steps and --microbatch_size both say how the batch is cut;"
+    " give one of them.",
 )
-def _divides(values: dict[str, int]) -> bool:
-    return values["batch_size"] % values["accum_steps"] == 0
+def _is_said_once(values: dict[str, int | str | None]) -> bool:
+    return None in values.values()
+
+
+@flags.validator(
+    "microbatch_size",
+    message="--microbatch_size must be a positive integer or auto.",
+)
+def _is_size(text: str | None) -> bool:
+    if text in (None, "auto"):
+        return True
+    return text.isdecimal() and int(text) > 0
+
+
+@flags.multi_flags_validator(
+    ["batch_size", "accum_steps", "microbatch_size"],
+    message="--batch_size must be a multiple of --accum_steps"
+    f" ({_ACCUM_STEPS} by default), so that all micro-batches have one size."
+    " --microbatch_size takes any.",
+)
+def _divides(values: dict[str, int | str | None]) -> bool:
+    if values["microbatch_size"] is not None:
+        return True
+    steps = values["accum_steps"] or _ACCUM_STEPS
+    return values["batch_size"] % steps == 0
 
 
 @flags.validator(
@@ -108,6 +134,34 @@ def _is_writable_png(name: str) -> bool:
         and not path.is_dir()
         and os.access(written_to, os.W_OK)
     )
+
+
+def settings_from_flags() -> digits_training.Settings:
+    """Each field from the flag of its name."""
+    values = {
+        field.name: FLAGS[field.name].value
+        for field in dataclasses.fields(digits_training.Settings)
+    }
+    if values["microbatch_size"] is None:
+        values["accum_steps"] = values["accum_steps"] or _ACCUM_STEPS
+    elif values["microbatch_size"] != "auto":
+        values["microbatch_size"] = int(values["microbatch_size"])
+    return digits_training.Settings(**values)
+
+
+def heading(settings: digits_training.Settings) -> str:
+    """How the accumulated training takes the images of an update."""
+    if settings.accum_steps is not None:
+        return (
+            f"{settings.accum_steps} micro-batches of {settings.step_size}"
+            " images per update"
+        )
+    at_once = (
+        "as many as fit"
+        if settings.microbatch_size == "auto"
+        else f"at most {settings.microbatch_size}"
+    )
+    return f"{settings.batch_size} images per update, {at_once} at once"
 
 
 def train_in_own_process(
@@ -167,20 +221,11 @@ def main(argv: list[str]) -> None:
     # TFDS warns that what it is about to prepare has not been prepared.
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()
-    settings = digits_training.Settings(
-        **{
-            field.name: FLAGS[field.name].value
-            for field in dataclasses.fields(digits_training.Settings)
-        }
-    )
+    settings = settings_from_flags()
     digits_dataset.open_dataset(settings.dataset, settings.data_dir)
     print(f"\nLarge batch: {settings.batch_size} images per update", flush=True)
     large = train_in_own_process(settings, accumulate=False)
-    print(
-        f"\nAccumulated: {settings.accum_steps} micro-batches of"
-        f" {settings.microbatch_size} images per update",
-        flush=True,
-    )
+    print(f"\nAccumulated: {heading(settings)}", flush=True)
     accumulated = train_in_own_process(settings, accumulate=True)
     draw_losses(large, accumulated, FLAGS.picture)
     print(f"\n{table(large, accumulated)}\n\nLoss curves: {FLAGS.picture}")

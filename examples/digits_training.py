@@ -18,12 +18,16 @@ _SHUFFLE_BUFFER = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What both trainings share; each field is the flag of its name."""
+    """What both trainings share; each field is the flag of its name.
+
+    Either `accum_steps` or `microbatch_size` is None.
+    """
 
     dataset: str
     data_dir: str | None
     batch_size: int
-    accum_steps: int
+    accum_steps: int | None
+    microbatch_size: int | str | None
     epochs: int
     learning_rate: float
     precision: str
@@ -31,9 +35,16 @@ class Settings:
     seed: int
 
     @property
-    def microbatch_size(self) -> int:
-        """Images per forward and backward pass where there is accumulation."""
-        return self.batch_size // self.accum_steps
+    def step_size(self) -> int:
+        """Images per step of `fit` where there is accumulation."""
+        return self.batch_size // (self.accum_steps or 1)
+
+    @property
+    def test_size(self) -> int:
+        """Images per step of `evaluate`."""
+        if isinstance(self.microbatch_size, int):
+            return self.microbatch_size
+        return self.step_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +93,14 @@ class UpdateLosses(keras.callbacks.Callback):
 
 
 def build_model(
-    info: tfds.core.DatasetInfo, accum_steps: int | None
+    info: tfds.core.DatasetInfo, settings: Settings, accumulate: bool
 ) -> keras.Model:
     """Returns a small convolutional classifier.
 
     Args:
         info: What a builder says about its images and labels.
-        accum_steps: Micro-batches per update; None for a plain `keras.Model`.
+        settings: How an update is cut into micro-batches.
+        accumulate: Whether it is; if not, the model is a plain `keras.Model`.
     """
     image = info.features["image"]
     inputs = keras.Input(image.shape, dtype=image.np_dtype)
@@ -101,10 +113,13 @@ def build_model(
     x = keras.layers.Conv2D(64, 3, padding="same", activation="gelu")(x)
     x = keras.layers.Flatten()(x)
     outputs = keras.layers.Dense(info.features["label"].num_classes)(x)
-    if accum_steps is None:
+    if not accumulate:
         return keras.Model(inputs, outputs)
     return keras_accum.GradientAccumulationModel(
-        inputs, outputs, accum_steps=accum_steps
+        inputs,
+        outputs,
+        accum_steps=settings.accum_steps or 1,
+        microbatch_size=settings.microbatch_size,
     )
 
 
@@ -123,7 +138,7 @@ def train(settings: Settings, accumulate: bool) -> Run:
     )
     # After the set was prepared, which draws random numbers the first time.
     keras.utils.set_random_seed(settings.seed)
-    model = build_model(info, settings.accum_steps if accumulate else None)
+    model = build_model(info, settings, accumulate)
     model.compile(
         optimizer=keras.optimizers.Adam(settings.learning_rate),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -132,7 +147,7 @@ def train(settings: Settings, accumulate: bool) -> Run:
     )
     # Shuffled before they are batched, so that the micro-batches of a window
     # are the images of the large batch. The epoch's last batch may be short.
-    step_size = settings.microbatch_size if accumulate else settings.batch_size
+    step_size = settings.step_size if accumulate else settings.batch_size
     batches = (
         images.cache()
         .shuffle(_SHUFFLE_BUFFER, seed=settings.seed)
@@ -147,7 +162,7 @@ def train(settings: Settings, accumulate: bool) -> Run:
     )
     seconds = time.perf_counter() - start
     # In micro-batches in both trainings: the peak is then that of training.
-    test_batches = test_images.batch(settings.microbatch_size)
+    test_batches = test_images.batch(settings.test_size)
     tested = model.evaluate(test_batches, return_dict=True, verbose=0)
     return Run(
         updates=int(model.optimizer.iterations),

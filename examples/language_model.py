@@ -21,12 +21,10 @@ bytes taken one by one, and shows a text that the model makes up. In a training
 on several machines only the chief prints, logs and keeps what is saved.
 """
 
-import contextlib
 import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
 
 from absl import app
 from absl import flags
@@ -34,25 +32,12 @@ from absl import flags
 if not __package__:  # `python examples/language_model.py`
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent.parent))
 
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Hides what anything in this process writes to the standard error."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
+from examples import silence
 
 # TensorFlow describes the machine when it is imported and when it looks for
 # devices first; `TF_CPP_MIN_LOG_LEVEL` stops only what it says later.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-with _silent_stderr():
+with silence.silent_stderr():
     import keras
     import tensorflow as tf
 

@@ -61,6 +61,7 @@ def settings(**changes):
         "data_dir": os.path.join(TEMP_DIR, "datasets"),
         "batch_size": BATCH_SIZE,
         "accum_steps": ACCUM_STEPS,
+        "microbatch_size": None,
         "epochs": 1,
         "learning_rate": LEARNING_RATE,
         "precision": "float32",
@@ -138,7 +139,7 @@ class DatasetErrorsTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEndsWith(caught.exception.code, "`digits` needs no network.")
 
 
-class TrainingTest(tf.test.TestCase):
+class TrainingTest(tf.test.TestCase, parameterized.TestCase):
     def setUp(self):
         super().setUp()
         self.addCleanup(keras.config.set_floatx, keras.config.floatx())
@@ -159,6 +160,21 @@ class TrainingTest(tf.test.TestCase):
 
     def test_gives_the_weights_of_the_large_batch(self):
         float64 = settings(precision="float64")
+        self.assert_same_training(
+            digits_training.train(float64, accumulate=False),
+            digits_training.train(float64, accumulate=True),
+            UPDATES,
+            FLOAT64_BOUND,
+        )
+
+    @parameterized.named_parameters(
+        ("that_divides_the_batch", 200),
+        ("that_does_not", 250),
+    )
+    def test_gives_the_same_weights_by_a_size(self, size):
+        float64 = settings(
+            precision="float64", accum_steps=None, microbatch_size=size
+        )
         self.assert_same_training(
             digits_training.train(float64, accumulate=False),
             digits_training.train(float64, accumulate=True),
@@ -231,6 +247,11 @@ class FlagsTest(tf.test.TestCase, parameterized.TestCase):
         ("--accum_steps=0", "positive integer"),
         ("--accum_steps=2.5", "--accum_steps"),
         ("--accum_steps=5", "must be a multiple of --accum_steps"),
+        ("--batch_size=100", "must be a multiple of --accum_steps"),
+        ("--microbatch_size=0", "must be a positive integer or auto"),
+        ("--microbatch_size=-8", "must be a positive integer or auto"),
+        ("--microbatch_size=2.5", "must be a positive integer or auto"),
+        ("--microbatch_size=large", "must be a positive integer or auto"),
         ("--batch_size=-512", "positive integer"),
         ("--epochs=0", "positive integer"),
         ("--learning_rate=-1", "non-negative number"),
@@ -244,12 +265,48 @@ class FlagsTest(tf.test.TestCase, parameterized.TestCase):
         with self.assertRaisesRegex(flags.IllegalFlagValueError, message):
             values(["digits", argument])
 
+    # Also with the value that it has by default.
+    @parameterized.parameters("--accum_steps=4", "--accum_steps=8")
+    def test_takes_one_way_to_cut_the_batch(self, argument):
+        values = copy.deepcopy(digits.FLAGS)
+        with self.assertRaisesRegex(
+            flags.IllegalFlagValueError, "give one of them"
+        ):
+            values(["digits", argument, "--microbatch_size=64"])
+
     def test_says_what_to_do_about_a_forgotten_dash(self):
         with self.assertRaisesRegex(SystemExit, "Received: epochs=3"):
             digits.main(["digits", "epochs=3"])
 
-    def test_takes_its_defaults(self):
-        copy.deepcopy(digits.FLAGS)(["digits"])
+    @parameterized.parameters(
+        ([], 8, None, "8 micro-batches of 64 images per update"),
+        (
+            ["--accum_steps=2"],
+            2,
+            None,
+            "2 micro-batches of 256 images per update",
+        ),
+        (
+            ["--microbatch_size=100"],
+            None,
+            100,
+            "512 images per update, at most 100 at once",
+        ),
+        (
+            ["--microbatch_size=auto"],
+            None,
+            "auto",
+            "512 images per update, as many as fit at once",
+        ),
+    )
+    def test_takes(self, arguments, accum_steps, microbatch_size, heading):
+        values = copy.deepcopy(digits.FLAGS)
+        values(["digits", *arguments])
+        with mock.patch.object(digits, "FLAGS", values):
+            found = digits.settings_from_flags()
+        self.assertEqual(found.accum_steps, accum_steps)
+        self.assertEqual(found.microbatch_size, microbatch_size)
+        self.assertEqual(digits.heading(found), heading)
 
 
 class ProgramTest(tf.test.TestCase, parameterized.TestCase):
