@@ -13,13 +13,16 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 
 class ReadmeTest(test_utils.TestCase):
     def test_examples(self):
-        one, several = re.findall(
+        one, whole, several = re.findall(
             r"```python\n(.*?)```", README.read_text(), re.DOTALL
         )
         names = {}
         self.run_code(one, names)
         # 1024 rows make 8 updates of 8 x 16 rows, in each of two epochs.
         self.assertEqual(names["model"].optimizer.iterations.numpy(), 16)
+        self.run_code(whole, names)
+        # 1024 rows make 4 updates of 256.
+        self.assertEqual(names["model"].optimizer.iterations.numpy(), 4)
         # By itself it takes all devices. Collectives of a second strategy would
         # be mistaken for those of the first one of a process.
         strategy, missing = test_utils.chosen_strategy()
