@@ -192,6 +192,10 @@ def make_attempt(model, traced):
                 allowed[shapes] = forecasts[shapes].most_rows(
                     data, size, forecast.MARGIN + 2 * bytes_of(strategy, data)
                 )
+                if forecast.address_limit() is None:
+                    # Nothing ends the process, and memory may be had by
+                    # swapping, or be free again.
+                    allowed[shapes] = max(1, allowed[shapes])
                 if allowed[shapes] < size:
                     return None, allowed[shapes]
         return add_by(size)(data), None

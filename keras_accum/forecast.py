@@ -43,34 +43,47 @@ GROWTH = 4
 def free_bytes() -> int:
     """How much this process may still allocate, as far as the system says."""
     free = [2**62]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
+    limit = address_limit()
+    if limit is not None:
         free.append(limit - address_space())
-    for name, of_text in (
-        ("/proc/meminfo", available_of),
-        ("/sys/fs/cgroup/memory.max", room_of_group),
-    ):
+    for room in room_of_machine, room_of_group:
         try:
-            free.append(of_text(pathlib.Path(name).read_text()))
+            free.append(room())
         except (OSError, ValueError, IndexError):
             # Another system, or no limit.
             continue
     return min(free)
 
 
-def available_of(meminfo: str) -> int:
+def address_limit() -> int | None:
+    """The most bytes of address space that the process may have, if limited."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def room_of_machine() -> int:
     """The bytes that Linux says are available without swapping."""
-    return 1024 * int(meminfo.partition("MemAvailable:")[2].split()[0])
+    meminfo = pathlib.Path("/proc/meminfo").read_text()
+    return 1024 * number_after("MemAvailable:", meminfo)
 
 
-def room_of_group(limit: str) -> int:
-    """What is left of the limit of the control group; raises if there is none.
+def room_of_group(folder: str = "/sys/fs/cgroup") -> int:
+    """What is left of the limit of a container; raises if there is none.
 
     Args:
-        limit: Text of the file with the limit; "max" if there is none.
+        folder: Of the control group. What it has in memory of files that were
+            read counts as used there, and can be had again.
     """
-    used = pathlib.Path("/sys/fs/cgroup/memory.current").read_text()
-    return int(limit) - int(used)
+    group = pathlib.Path(folder)
+    limit = int(group.joinpath("memory.max").read_text())
+    used = int(group.joinpath("memory.current").read_text())
+    statistics = group.joinpath("memory.stat").read_text()
+    return limit - used + number_after("inactive_file", statistics)
+
+
+def number_after(name: str, text: str) -> int:
+    """The number behind a name, in a file of the kernel's."""
+    return int(text.partition(name)[2].split()[0])
 
 
 class Forecast:
@@ -194,8 +207,8 @@ class Reserve:
         """
         if needed > free:
             return False
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if needed > self.size and limit != resource.RLIM_INFINITY:
+        limit = address_limit()
+        if needed > self.size and limit is not None:
             more = needed - self.size if tensor < needed else needed
             number = -(-needed // tensor)
             rest = limit - address_space() - int(OVERSHOOT * more)
