@@ -217,7 +217,9 @@ def make_forecast(model, add_all, add_by, reserve):
     def count(data, rows):
         snapshot = Snapshot(strategy, assigned_variables(model))
         try:
-            part = strategy.run(few, args=(data, rows))
+            # Two micro-batches: the steps for both kinds are then traced,
+            # while there is room for that.
+            part = strategy.run(few, args=(data, 2 * rows))
             return forecast.counted_bytes(add_by(rows), part)
         except ValueError:
             # TensorFlow counts where it uses oneDNN, and not elsewhere.

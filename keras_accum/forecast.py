@@ -23,7 +23,7 @@ import tensorflow as tf
 # What a forecast leaves free, for what is not counted: threads, their heaps,
 # and the kernels' own libraries. `tests/fitting_test.py` tries many limits.
 MARGIN = 64 * 2**20
-# What tracing steps for other numbers of rows may take.
+# What tracing a step takes at least.
 TRACING = 32 * 2**20
 # How close to the best number of rows is near enough.
 NEARLY = 1.2
@@ -122,6 +122,10 @@ class Forecast:
 class Counted(Forecast):
     """For steps whose need is known once they were made."""
 
+    def __init__(self, needed: Callable, reserve: "Reserve") -> None:
+        super().__init__(needed, reserve)
+        self._tracing = TRACING
+
     def most_rows(self, data, size: int, margin: int) -> int:
         """Makes steps on more and more rows, as long as there is room."""
         rows = 1
@@ -137,8 +141,16 @@ class Counted(Forecast):
         return size
 
     def _free(self, margin):
-        free = (free_bytes() - margin - TRACING) / OVERSHOOT
+        # The update is yet to be traced, with about half of the operations.
+        free = (free_bytes() - margin - self._tracing) / OVERSHOOT
         return int(free) + self._reserve.size
+
+    def _measure(self, data, rows):
+        before = address_space()
+        needed = super()._measure(data, rows)
+        tracing = address_space() - before - needed
+        self._tracing = max(self._tracing, tracing // 2)
+        return needed
 
 
 class Planned(Forecast):
