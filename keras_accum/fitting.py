@@ -125,10 +125,11 @@ def make_fitting_step(model, update, traced):
 
     def step(data):
         model._build_for(data)
-        rows = max(replicas.local_rows(strategy, data)).numpy()
+        # A worker may get no rows, of a last batch that is short.
+        rows = max(1, *(int(r) for r in replicas.local_rows(strategy, data)))
         limit = model._microbatch_limit
         while True:
-            size = model._size_to_try(int(rows))
+            size = model._size_to_try(rows)
             snapshot = Snapshot(strategy, assigned_variables(model))
             (logs, smaller), failure = catching(attempt, data, size)
             if failure:

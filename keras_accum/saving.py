@@ -63,15 +63,11 @@ def arguments_of_windows(config):
     Of those that say how large a window is, only the one that was given: the
     others would undo it.
     """
-    size = {"accum_steps": 1, "microbatch_size": None}
-    size["effective_batch_size"] = None
-    names = [
-        n for n, default in size.items() if config.get(n, default) != default
-    ]
-    names = names or ["accum_steps"]
+    others = ("microbatch_size", "effective_batch_size")
+    given = [name for name in others if config.get(name) is not None]
     return [
         (name, config[name])
-        for name in [*names, "partial_window"]
+        for name in [*(given or ["accum_steps"]), "partial_window"]
         if name in config
     ]
 
