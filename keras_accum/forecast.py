@@ -223,6 +223,7 @@ class Reserve:
         if needed > self.size and limit is not None:
             more = needed - self.size if tensor < needed else needed
             number = -(-needed // tensor)
+            keep_heap(needed // 64 + 2 * TENSOR)
             rest = limit - address_space() - int(OVERSHOOT * more)
             with ballast(rest - TENSOR):
                 with tf.device("CPU:0"):
@@ -234,6 +235,18 @@ class Reserve:
                 del held
             self.size = needed
         return True
+
+
+def keep_heap(size: int) -> None:
+    """Has the C library keep so many bytes that it need not ask for.
+
+    TensorFlow's allocator keeps books on each region, of a 64th of its size,
+    and makes them when the region is there and addresses may be gone. What is
+    freed twice is kept: the first time, the library learns that blocks of this
+    size come and go, and from then on takes them from its heap.
+    """
+    for _ in range(2):
+        bytearray(min(size, 30 * 2**20))
 
 
 @contextlib.contextmanager
