@@ -30,7 +30,7 @@ import keras_accum
 
 SAMPLES, UNITS, LAYERS, CLASSES = 512, 16, 24, 10
 # Updates, all on the same batch; the first, which may compile, is not timed.
-UPDATES = 3
+UPDATES = 5
 WARM_UP_ROWS = 2
 
 
