@@ -123,8 +123,13 @@ def make_fitting_step(model, update, traced):
     if replicas.has_several(strategy) and not model.run_eagerly:
         finish = tf.function(finish, autograph=False)
 
+    is_built = False
+
     def step(data):
-        model._build_for(data)
+        nonlocal is_built
+        if not is_built:
+            model._build_for(data)
+            is_built = True
         # A worker may get no rows, of a last batch that is short.
         rows = max(1, *(int(r) for r in replicas.local_rows(strategy, data)))
         limit = model._microbatch_limit
@@ -169,9 +174,7 @@ def make_attempt(model, traced):
     forecasts, allowed, reserve = {}, {}, forecast.Reserve()
 
     def add(data, size):
-        number = replicas.number_of_parts(strategy, data, size)
-        logs = strategy.run(add_all, args=(data, size, number))
-        return training.first_replica(logs, strategy)
+        return training.add_batch(strategy, add_all, data, size)
 
     @functools.cache
     def add_by(size):

@@ -279,9 +279,7 @@ def bytes_for(known: dict[int, int], rows: int) -> int:
         return 0
     # Of one number of rows it is not known what they need besides.
     few, many = sorted([0, *known])[-2:]
-    if few == 0:
-        known = {0: 0, **known}
-    per_row = max(0, known[many] - known[few]) / (many - few)
+    per_row = max(0, known[many] - known.get(few, 0)) / (many - few)
     return int(UNEVENNESS * (known[many] + per_row * (rows - many)))
 
 

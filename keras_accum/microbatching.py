@@ -98,10 +98,8 @@ class EachMicrobatch:
         """
         model, steps = self._model, self._without_totals
         strategy = model.distribute_strategy
-        own = tf.nest.map_structure(
-            lambda leaf: strategy.experimental_local_results(leaf)[0], data
-        )
-        args = [first_of(as_tensors(own), size)]
+        own = as_tensors(replicas.first_part(strategy, data))
+        args = [first_of(own, size)]
         if model._uses_totals():
             steps = self._with_totals
             losses = compat.number_of_losses(compat.compiled_loss(model))

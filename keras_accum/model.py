@@ -630,13 +630,9 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
 
     def _build_for(self, data):
         """Makes all variables that training on a batch needs, unrun."""
-        strategy, compiled = (
-            self.distribute_strategy,
-            compat.compiled_loss(self),
-        )
-        own = tf.nest.map_structure(
-            lambda leaf: strategy.experimental_local_results(leaf)[0], data
-        )
+        strategy = self.distribute_strategy
+        compiled = compat.compiled_loss(self)
+        own = replicas.first_part(strategy, data)
         with strategy.scope():
             if self.built and not self.optimizer.built:
                 self._build_optimizer_now()

@@ -226,6 +226,13 @@ def number_of_parts(
     return -(-tf.reduce_max(tf.stack(local_rows(strategy, data))) // size)
 
 
+def first_part(strategy: tf.distribute.Strategy, data):
+    """What the first of this worker's replicas gets of a batch."""
+    return tf.nest.map_structure(
+        lambda leaf: strategy.experimental_local_results(leaf)[0], data
+    )
+
+
 def local_rows(strategy, data):
     """Rows of a batch on each replica of this worker."""
     leaf = next(leaf for leaf in tf.nest.flatten(data) if leaf is not None)

@@ -178,10 +178,7 @@ def make_batch_step_function(model, update, traced):
 
     def step(data):
         def add():
-            size = model.microbatch_size
-            number = replicas.number_of_parts(strategy, data, size)
-            logs = strategy.run(add_all, args=(data, size, number))
-            return first_replica(logs, strategy)
+            return add_batch(strategy, add_all, data, model.microbatch_size)
 
         # An exhausted iterator stops what depends on its data, and no more; in
         # a branch all does. There is one, since the position is always 0.
@@ -191,6 +188,20 @@ def make_batch_step_function(model, update, traced):
             return newer(logs, update())
 
     return step
+
+
+def add_batch(strategy, add_all, data, size):
+    """Adds a batch on all replicas; returns the logs of the first.
+
+    Args:
+        strategy: The strategy.
+        add_all: What `make_adding_function` returned.
+        data: The batch.
+        size: Most rows of a micro-batch on each replica.
+    """
+    number = replicas.number_of_parts(strategy, data, size)
+    logs = strategy.run(add_all, args=(data, size, number))
+    return first_replica(logs, strategy)
 
 
 def make_adding_function(model, traced):
