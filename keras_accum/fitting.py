@@ -132,9 +132,10 @@ def make_fitting_step(model, update, traced):
             is_built = True
         # A worker may get no rows, of a last batch that is short.
         rows = max(1, *(int(r) for r in replicas.local_rows(strategy, data)))
-        limit = model._microbatch_limit
+        sizes = model._accum_size
+        limit = sizes.limit
         while True:
-            size = model._size_to_try(rows)
+            size = sizes.to_try(rows)
             snapshot = Snapshot(strategy, assigned_variables(model))
             (logs, smaller), failure = catching(attempt, data, size)
             if failure:
@@ -147,16 +148,17 @@ def make_fitting_step(model, update, traced):
                 strategy, size if logs is not None else smaller
             )
             if smaller == 0:
-                model._microbatch_limit = limit
+                sizes.limit = limit
                 raise does_not_fit("One row", failure)
-            model._note_size(smaller, fits=False)
+            sizes.limit = smaller
         _, failure = catching(rehearse)
         if failed_anywhere(strategy, failure is not None):
             snapshot.restore()
             raise does_not_fit("The optimizer's update", failure)
         # An update works in place where nobody else holds on to a value.
         del snapshot
-        model._note_size(replicas.least_of_all(strategy, size), fits=True)
+        if sizes.note_fit(replicas.least_of_all(strategy, size)):
+            model.test_function = model.predict_function = None
         return finish(model._known_sums(), logs)
 
     return step

@@ -23,19 +23,18 @@ import tensorflow as tf
 # What a forecast leaves free, for what is not counted: threads, their heaps,
 # and the kernels' own libraries. `tests/fitting_test.py` tries many limits.
 MARGIN = 64 * 2**20
-# What tracing a step takes at least.
-TRACING = 32 * 2**20
+# What tracing the update takes at least.
+TRACING = 16 * 2**20
 # How close to the best number of rows is near enough.
 NEARLY = 1.2
 # What TensorFlow's allocator gets from the system, over what it is asked for.
-OVERSHOOT = 1.1
+OVERSHOOT = 1.15
 # Bytes of a tensor that stands for a part of what a step needs.
 TENSOR = 4 * 2**20
-# What a compilation leaves behind, at least, and the first one besides.
-COMPILATION = 32 * 2**20
-FIRST_COMPILATION = 64 * 2**20
+# What compiling takes at least, and the first time besides.
+COMPILATION = 64 * 2**20
 # How far peaks of more rows may lie above the line through those of few.
-UNEVENNESS = 1.25
+UNEVENNESS = 1.15
 # Rows of one step on trial, over rows of the one before.
 GROWTH = 4
 
@@ -141,15 +140,18 @@ class Counted(Forecast):
         return size
 
     def _free(self, margin):
-        # The update is yet to be traced, with about half of the operations.
+        # The update is yet to be traced, with a fraction of the operations.
         free = (free_bytes() - margin - self._tracing) / OVERSHOOT
+        if free < 0:
+            # What the reserve has, it has.
+            return self._reserve.size or int(free)
         return int(free) + self._reserve.size
 
     def _measure(self, data, rows):
         before = address_space()
         needed = super()._measure(data, rows)
         tracing = address_space() - before - needed
-        self._tracing = max(self._tracing, tracing // 2)
+        self._tracing = max(self._tracing, tracing // 4)
         return needed
 
 
@@ -181,13 +183,13 @@ class Planned(Forecast):
         return found
 
     def _free(self, margin):
-        # Three programs are yet to be compiled, when they are run: two kinds of
-        # steps, and the update.
-        free = free_bytes() - margin - 3 * self._compiling
+        # The steps and the update are compiled when they are run. Most of what
+        # that takes is there, from the compilations before.
+        free = free_bytes() - margin - self._compiling
         return max(int(free / OVERSHOOT), self._reserve.size)
 
     def _measure(self, data, rows):
-        before = address_space() + (0 if self._known else FIRST_COMPILATION)
+        before = address_space() + (0 if self._known else COMPILATION)
         needed = super()._measure(data, rows)
         self._compiling = max(self._compiling, address_space() - before)
         return needed
@@ -223,10 +225,10 @@ class Reserve:
         if needed > self.size and limit is not None:
             more = needed - self.size if tensor < needed else needed
             number = -(-needed // tensor)
-            keep_heap(needed // 64 + 2 * TENSOR)
-            rest = limit - address_space() - int(OVERSHOOT * more)
-            with ballast(rest - TENSOR):
-                with tf.device("CPU:0"):
+            region = int(OVERSHOOT * more) + TENSOR
+            with kept_heap(region // 32 + TENSOR):
+                rest = limit - address_space() - region
+                with ballast(rest), tf.device("CPU:0"):
                     # All at once: what there is, and what is added.
                     held = [
                         tf.raw_ops.Empty(shape=[tensor], dtype=tf.uint8)
@@ -237,16 +239,21 @@ class Reserve:
         return True
 
 
-def keep_heap(size: int) -> None:
-    """Has the C library keep so many bytes that it need not ask for.
+@contextlib.contextmanager
+def kept_heap(size: int) -> Iterator[None]:
+    """Has the C library keep so many bytes, in one piece, for who asks next.
 
-    TensorFlow's allocator keeps books on each region, of a 64th of its size,
-    and makes them when the region is there and addresses may be gone. What is
-    freed twice is kept: the first time, the library learns that blocks of this
-    size come and go, and from then on takes them from its heap.
+    TensorFlow's allocator keeps books on each region, of a 32nd of its size,
+    and makes them when the region is there and addresses may be gone.
     """
-    for _ in range(2):
-        bytearray(min(size, 30 * 2**20))
+    # Once a block as large as this was freed, smaller ones are of the heap.
+    bytearray(30 * 2**20)
+    blocks = [bytearray(TENSOR) for _ in range(-(-size // TENSOR))]
+    # The heap does not shrink as long as there is something at its end.
+    end = bytearray(TENSOR)
+    del blocks
+    yield
+    del end
 
 
 @contextlib.contextmanager
@@ -280,7 +287,9 @@ def bytes_for(known: dict[int, int], rows: int) -> int:
     # Of one number of rows it is not known what they need besides.
     few, many = sorted([0, *known])[-2:]
     per_row = max(0, known[many] - known.get(few, 0)) / (many - few)
-    return int(UNEVENNESS * (known[many] + per_row * (rows - many)))
+    if rows > many:
+        per_row *= UNEVENNESS
+    return int(known[many] + per_row * (rows - many))
 
 
 def address_space() -> int:

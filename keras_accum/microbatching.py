@@ -19,6 +19,7 @@ replicas.
 from collections.abc import Callable
 
 import tensorflow as tf
+from absl import logging
 
 from keras_accum import compat
 from keras_accum import programs
@@ -29,16 +30,53 @@ from keras_accum.window import check_positive_int
 AUTO = "auto"
 
 
-def check_microbatch_size(value):
-    """Returns `value`, or raises unless it is None, "auto" or a size."""
-    if value is None or (isinstance(value, str) and value == AUTO):
-        return value
-    check_positive_int(
-        value,
-        '`microbatch_size` must be a positive integer, "auto" or None. '
-        f"Received: microbatch_size={value!r}",
-    )
-    return int(value)
+class MicrobatchSize:
+    """Most rows of a micro-batch: given, or found by trying.
+
+    Args:
+        value: A positive int; "auto" to find it; None for all rows of a batch.
+
+    Attributes:
+        value: As above; once a size was found, that.
+        limit: Where it is sought, the size that the last failure left, or None.
+    """
+
+    def __init__(self, value: int | str | None) -> None:
+        self.is_sought = isinstance(value, str) and value == AUTO
+        if value is not None and not self.is_sought:
+            check_positive_int(
+                value,
+                "`microbatch_size` must be a positive integer, "
+                f'"auto" or None. Received: microbatch_size={value!r}',
+            )
+            value = int(value)
+        self.value = value
+        self.limit: int | None = None
+
+    @property
+    def known(self) -> int | None:
+        """Rows to take at once; None for all, also if it is yet to be found."""
+        return None if self.value == AUTO else self.value
+
+    def to_try(self, rows: int) -> int:
+        """Rows to take at once of a batch of so many, where it is sought."""
+        return min(rows, self.limit or rows)
+
+    def note_fit(self, size: int) -> bool:
+        """Notes that a size fits; returns whether the value is another now."""
+        # A short batch says nothing of longer ones.
+        known = self.known or 0
+        found = max(size, known) if self.limit is None else self.limit
+        if found == self.value:
+            return False
+        self.value = found
+        if known == 0 or self.limit is not None:
+            logging.warning(
+                'microbatch_size="auto": found that %d rows at once fit on '
+                "each replica.",
+                found,
+            )
+        return True
 
 
 class EachMicrobatch:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
-from absl import logging
 
 from keras_accum import compat
 from keras_accum import epochs
@@ -24,21 +23,19 @@ from keras_accum import microbatch
 from keras_accum import microbatching
 from keras_accum import replicas
 from keras_accum import training
-from keras_accum import weighting
 from keras_accum.accumulator import Gradient
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.accumulator import check_dtype
 from keras_accum.accumulator import check_lengths
-from keras_accum.accumulator import keep_unless
 from keras_accum.boundary import BoundaryMixin
-from keras_accum.loss_tracker import WindowLoss
+from keras_accum.losses import LossMixin
 from keras_accum.saving import SavingMixin
 from keras_accum.window import AccumSteps
 from keras_accum.window import Window
 from keras_accum.window import check_partial_window
 
 
-class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
+class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
     """Puts gradient accumulation in front of any model class.
 
     ```python
@@ -57,12 +54,6 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
     _accumulating = False
     _accum_buffers: GradientAccumulator | None = None
     _accum_update = None
-    # Whether the loss is a sum over the rows; None before the first of them.
-    _accum_is_sum: bool | None = None
-    # Whether one weight per micro-batch was found not to fit all losses.
-    _accum_needs_totals = False
-    # Where sizes are found: the size that the last failure left, if any.
-    _microbatch_limit: int | None = None
 
     def __init__(
         self,
@@ -79,10 +70,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         check_one_way(accum_steps, microbatch_size, effective_batch_size)
         # First, since a model may compile itself in its constructor.
         self._accum_window = Window(accum_steps, effective_batch_size)
-        self._microbatch_size = microbatching.check_microbatch_size(
-            microbatch_size
-        )
-        self._fits = microbatch_size == microbatching.AUTO
+        self._accum_size = microbatching.MicrobatchSize(microbatch_size)
         self._accumulating = self._accumulates()
         if self._accumulating:
             replicas.check_strategy()
@@ -90,7 +78,6 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         self._accumulator_dtype = check_dtype(
             "accumulator_dtype", accumulator_dtype
         )
-        self._accum_warned = ()
         super().__init__(*args, **kwargs)
 
     @property
@@ -128,51 +115,20 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         None where each batch is a micro-batch. "auto" until the first batch
         showed what fits, and from then on the size that was found.
         """
-        return self._microbatch_size
+        return self._accum_size.value
 
     @microbatch_size.setter
     def microbatch_size(self, value: int | str | None) -> None:
-        value = microbatching.check_microbatch_size(value)
+        size = microbatching.MicrobatchSize(value)
         if value is not None:
             check_one_way(self.accum_steps, value, self.effective_batch_size)
             self.reset_window()
-        self._microbatch_size = value
-        self._fits = value == microbatching.AUTO
-        self._microbatch_limit = None
+        self._accum_size = size
         self._start_accumulating(changed=True)
-
-    def _size_to_try(self, rows):
-        """Rows at once, of a batch of so many, where sizes are found."""
-        return min(rows, self._microbatch_limit or rows)
-
-    def _note_size(self, size, fits):
-        """Notes that a size fits, or what to try next if another did not."""
-        if not fits:
-            self._microbatch_limit = size
-            return
-        before, limit = self._microbatch_size, self._microbatch_limit
-        # A short batch says nothing of longer ones.
-        known = 0 if before == microbatching.AUTO else before
-        found = max(size, known) if limit is None else limit
-        if found == before:
-            return
-        self._microbatch_size = found
-        self.test_function = self.predict_function = None
-        if known == 0 or limit is not None:
-            logging.warning(
-                'microbatch_size="auto": found that %d rows at once fit on '
-                "each replica.",
-                found,
-            )
-
-    def _known_microbatch_size(self):
-        """Rows to take at once; None for all, also if that is not known yet."""
-        size = self._microbatch_size
-        return None if size == microbatching.AUTO else size
 
     def _accumulates(self):
         """Whether an update may be of several micro-batches."""
-        return self._accum_window.accumulates or bool(self._microbatch_size)
+        return self._accum_window.accumulates or bool(self.microbatch_size)
 
     def _start_accumulating(self, changed):
         """Does what a change of the window's size asks for.
@@ -253,7 +209,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         Returns:
             The logs: a dict of scalars.
         """
-        is_whole = not self._microbatch_size or not microbatch.current(self)
+        is_whole = not self.microbatch_size or not microbatch.current(self)
         if is_whole or self._has_custom_step("test_step"):
             return super().test_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -271,90 +227,6 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         if compat.takes_training_argument(self):
             return self(x, training=training)
         return self(x)
-
-    def _microbatch_loss(self, x, y, y_pred, sample_weight, training):
-        """The loss of a micro-batch; what its outputs report is held back."""
-        now, compiled = microbatch.current(self), compat.compiled_loss(self)
-        with contextlib.ExitStack() as stack:
-            for tracker in self._output_trackers(y, y_pred, sample_weight):
-                stack.enter_context(tracker.held_back())
-            if now.totals is not None:
-                parts = self._denominators(x, y, y_pred, sample_weight)
-                factors = self._parts_of_window(now, x, parts)
-                stack.enter_context(compat.weighting_losses(compiled, factors))
-            return compat.compute_loss(
-                self, x, y, y_pred, sample_weight, training
-            )
-
-    def _count_loss(self, loss, x, y, y_pred, sample_weight):
-        """Adds the loss to what `fit` reports; returns the weight."""
-        now = microbatch.current(self)
-        weight = None
-        if now.totals is None:
-            weight = self.microbatch_weight(x, y, y_pred, sample_weight)
-        self._learn_whether_loss_is_sum(weight is None)
-        self._regularize_without_rows(now)
-        self._loss_tracker_of_windows().add(
-            now.value_or(compat.unscale_loss(loss), now.loss_without_rows),
-            weight,
-            weighting.number_of_rows(x),
-        )
-        outputs = self._output_trackers(y, y_pred, sample_weight)
-        if outputs:
-            denominators = self._denominators(x, y, y_pred, sample_weight)
-            for tracker, each in zip(outputs, denominators, strict=True):
-                tracker.add_held(
-                    each and each.value, self._is_first(), now.or_nothing
-                )
-        return weight
-
-    def microbatch_weight(
-        self, x, y, y_pred, sample_weight=None
-    ) -> tf.Tensor | None:
-        """How much a micro-batch counts: the denominator of its loss.
-
-        The default takes it from the losses given to `compile`: the number of
-        entries, without masked ones, or what else the loss's `reduction`
-        divides by. Without such a loss it is the number of rows, which is right
-        for a mean over the batch. Override it for a loss of your own.
-
-        There is one weight for all losses of a micro-batch. That is exact where
-        their denominators are proportional to each other, as they are without
-        masks. It is not exact for outputs whose masks, or whose kinds of
-        reduction, differ, nor for a masked loss together with `add_loss` or an
-        activity regularizer, which are means over the rows. The weight is then
-        the sum of the denominators, and a warning says so, once. With
-        `microbatch_size` the whole batch is known, each of these losses is
-        divided by its own denominator, and this method is not called.
-
-        Args:
-            x: Inputs of the micro-batch.
-            y: Its labels, or None.
-            y_pred: The model's outputs.
-            sample_weight: Its sample weights, or None.
-
-        Returns:
-            A float scalar, or None where the loss is a sum and not a mean, so
-            that gradients just add up.
-        """
-        compiled = compat.compiled_loss(self)
-        if compiled is None or not compat.is_built(compiled):
-            return weighting.as_weight(weighting.number_of_rows(x))
-        denominators = self._denominators(x, y, y_pred, sample_weight)
-        has_row_means = bool(compat.own_losses(self))
-        self._accum_needs_totals |= weighting.differ(
-            denominators, has_row_means
-        )
-        if not self._uses_totals() and not weighting.is_exact(
-            denominators, has_row_means
-        ):
-            self._warn_once(
-                "One weight per micro-batch may not be exact for this model: "
-                "the masks or reductions of its losses differ, or a loss "
-                "returns a scalar that its `reduction` or the sample weights "
-                "do not fit. See `microbatch_weight`."
-            )
-        return weighting.total_weight(denominators)
 
     def accumulate(
         self,
@@ -445,7 +317,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
 
     def _resume_window(self):
         """Goes on with what calls of `train_step` by hand have gathered."""
-        if self._accum_buffers is None or self._microbatch_size:
+        if self._accum_buffers is None or self.microbatch_size:
             return
         count = int(self._accum_buffers.count.numpy())
         if count != int(self._accum_window.position):
@@ -475,9 +347,9 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         # Windows of one micro-batch, where Keras has no way.
         self._accumulating = True
         self._loss_tracker_of_windows()
-        if self._fits:
+        if self._accum_size.is_sought:
             make_function = fitting.make_fitting_function
-        elif self._microbatch_size:
+        elif self.microbatch_size:
             make_function = training.make_batch_function
         else:
             make_function = training.make_window_function
@@ -494,7 +366,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
             return self.test_function
         strategy = self.distribute_strategy
         is_ours = self._accumulating and replicas.has_several(strategy)
-        is_ours = is_ours or self._microbatch_size
+        is_ours = is_ours or self.microbatch_size
         if not is_ours and not self._needs_own_functions():
             return super().make_test_function(force=force)
         self.test_function = training.make_test_function(self)
@@ -504,34 +376,10 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
         """Makes `self.predict_function`, likewise."""
         if self.predict_function is not None and not force:
             return self.predict_function
-        if not self._microbatch_size and not self._needs_own_functions():
+        if not self.microbatch_size and not self._needs_own_functions():
             return super().make_predict_function(force=force)
         self.predict_function = training.make_predict_function(self)
         return self.predict_function
-
-    @property
-    def losses(self) -> list[tf.Tensor]:
-        """Losses from `add_loss` and regularizers, as in `keras.Model`.
-
-        If the loss is a sum over the window, so are these in a train step. A
-        weight regularizer counts once a window, and is left out after that.
-        """
-        losses = super().losses
-        now = microbatch.current(self)
-        if now is None or not self._is_sum():
-            return losses
-        number = len(losses) - self._number_of_regularizers()
-        own, shared = losses[:number], losses[number:]
-        if now.row_share is not None:
-            own = [loss * tf.cast(now.row_share, loss.dtype) for loss in own]
-        first = self._is_first()
-        if first is True or not shared:
-            return own + shared
-        if first is False:
-            return own
-        return own + [
-            keep_unless(tf.logical_not(first), loss) for loss in shared
-        ]
 
     def __setattr__(self, name, value):
         # Here, since an overridden `compile` is not called when loading.
@@ -539,8 +387,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
             check_optimizer(value)
             # Gradients are scaled as the old optimizer wanted them.
             self.reset_window()
-            self._accum_is_sum = None
-            self._accum_needs_totals = False
+            self._forget_kind_of_loss()
         super().__setattr__(name, value)
 
     def _first_microbatch(self, data, *totals):
@@ -639,161 +486,6 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin):
             compat.symbolic_build(self, own)
         if compiled is not None and compat.output_metrics(compiled):
             self._trackers_of_outputs()
-
-    def _loss_tracker_of_windows(self):
-        if not isinstance(compat.loss_tracker(self), WindowLoss):
-            made = replicas.on_each(self.distribute_strategy, WindowLoss)
-            compat.set_loss_tracker(self, made)
-            # It may have been traced with the other one.
-            self.test_function = None
-        return compat.loss_tracker(self)
-
-    def _output_trackers(self, y, y_pred, sample_weight):
-        """The metrics behind the losses of single outputs, of windows each."""
-        compiled = compat.compiled_loss(self)
-        if compiled is None or not keras.tree.is_nested(y_pred):
-            return []
-        if not compat.is_built(compiled):
-            compat.build_compiled_losses(compiled, y, y_pred, sample_weight)
-        return self._trackers_of_outputs()
-
-    def _trackers_of_outputs(self):
-        compiled = compat.compiled_loss(self)
-        trackers = compat.output_metrics(compiled)
-        if not all(isinstance(each, WindowLoss) for each in trackers):
-            trackers = replicas.on_each(
-                self.distribute_strategy,
-                lambda: compat.replace_output_metrics(
-                    compiled, lambda metric: WindowLoss(metric.name)
-                ),
-            )
-            self.test_function = None
-        return trackers
-
-    def _denominators(self, x, y, y_pred, sample_weight):
-        """The `Denominator`s of the losses given to `compile`."""
-        rows = weighting.number_of_rows(x)
-        denominators = []
-        compat.map_compiled_losses(
-            compat.compiled_loss(self),
-            lambda *loss_and_data: denominators.append(
-                weighting.loss_denominator(*loss_and_data, rows)
-            ),
-            y,
-            y_pred,
-            sample_weight,
-        )
-        return denominators
-
-    def _uses_totals(self):
-        """Whether each loss of a batch is divided by its own denominator.
-
-        For that the batch must be known before its first micro-batch, and
-        what makes up the loss must be Keras's.
-        """
-        cls = type(self)
-        return (
-            bool(self._microbatch_size)
-            and self._accum_needs_totals
-            and not self._has_custom_step("train_step")
-            and not compat.has_custom_compute_loss(self)
-            and cls.microbatch_weight
-            is GradientAccumulationMixin.microbatch_weight
-        )
-
-    def _addends_of_totals(self, data):
-        """What a micro-batch adds to the totals; nothing is assigned."""
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        rows = weighting.as_weight(weighting.number_of_rows(x))
-        compiled = compat.compiled_loss(self)
-        if compiled is None:
-            return rows[None]
-        with keras.StatelessScope(collect_losses=True) as scope:
-            y_pred = self._forward(x, training=True)
-        if not compat.is_built(compiled):
-            compat.build_compiled_losses(compiled, y, y_pred, sample_weight)
-        parts = self._denominators(x, y, y_pred, sample_weight)
-        self._accum_needs_totals |= weighting.differ(
-            parts, has_row_means=bool(scope.losses)
-        )
-        return tf.stack(
-            [rows] + [0 * rows if d is None else d.value for d in parts]
-        )
-
-    def _parts_of_window(self, now, x, parts):
-        """How much the losses of a micro-batch count in their window's.
-
-        Args:
-            now: The micro-batch, with `totals`. Gets its `row_share`.
-            x: Its inputs.
-            parts: The `Denominator`s of its losses.
-
-        Returns:
-            A scalar per loss; None for a sum, of which all counts.
-        """
-        # Keras divides means by the number of replicas.
-        number = self.distribute_strategy.num_replicas_in_sync
-        scales = tf.math.divide_no_nan(
-            tf.cast(number, now.totals.dtype), now.totals
-        )
-        rows, *totals = tf.unstack(scales)
-        now.row_share = rows * weighting.as_weight(weighting.number_of_rows(x))
-        return [
-            None if part is None else part.value * total
-            for part, total in zip(parts, totals, strict=True)
-        ]
-
-    def _number_of_regularizers(self):
-        """How many of `super().losses`, at their end, regularize weights."""
-        return sum(v.regularizer is not None for v in self.trainable_weights)
-
-    def _regularize_without_rows(self, now):
-        """Notes the share of a replica without rows in the regularizers.
-
-        Weight regularizers of a sum count once a window, in its first
-        micro-batch, and each replica counts its part of them.
-        """
-        regularized = self._number_of_regularizers()
-        if now.has_rows is None or now.first is False:
-            return
-        if not regularized or not self._is_sum():
-            return
-        with tf.GradientTape() as tape:
-            loss = tf.add_n(self.losses[-regularized:])
-            share = loss / self.distribute_strategy.num_replicas_in_sync
-            scaled = self.optimizer.scale_loss(share)
-        now.loss_without_rows = loss
-        now.gradients_without_rows = tape.gradient(
-            scaled, self.trainable_weights
-        )
-
-    def _is_sum(self):
-        """Whether the loss is a sum over the rows, as far as is known."""
-        now = microbatch.current(self)
-        if now is not None and now.totals is not None:
-            return True
-        if self._accum_is_sum is None:
-            return weighting.is_sum(self.loss)
-        return self._accum_is_sum
-
-    def _learn_whether_loss_is_sum(self, is_sum):
-        """Notes what `microbatch_weight` said, which comes after the loss."""
-        if (
-            is_sum != self._is_sum()
-            and self._is_first() is not True
-            and self._number_of_regularizers()
-        ):
-            self._warn_once(
-                "`microbatch_weight` does not agree with the `reduction` of "
-                "the loss given to `compile` on whether it is a sum: weight "
-                "regularizers may count more than once in this window."
-            )
-        self._accum_is_sum = is_sum
-
-    def _warn_once(self, message):
-        if message not in self._accum_warned:
-            self._accum_warned = (*self._accum_warned, message)
-            warnings.warn(message, stacklevel=3)
 
 
 class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):

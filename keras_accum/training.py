@@ -229,7 +229,7 @@ def make_test_function(model):
     refuses where there are several devices, and reduces all logs at every step.
     And for batches that are cut up.
     """
-    strategy, size = model.distribute_strategy, model._known_microbatch_size()
+    strategy, size = model.distribute_strategy, model._accum_size.known
     if size is None:
         program = programs.compile_for_replica(model, model._first_test)
     else:
@@ -251,7 +251,7 @@ def make_test_function(model):
 
 def make_predict_function(model):
     """Returns what `model.predict_function` is to be, for the same cases."""
-    strategy, size = model.distribute_strategy, model._known_microbatch_size()
+    strategy, size = model.distribute_strategy, model._accum_size.known
     predict = programs.compile_for_replica(model, model.predict_step)
 
     def program(data):

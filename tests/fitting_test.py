@@ -133,7 +133,7 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
         found.train_on_batch(*data)
         found.compile("sgd", loss=found.loss)
         tried = []
-        found._size_to_try = lambda rows: tried.append(rows) or 4
+        found._accum_size.to_try = lambda rows: tried.append(rows) or 4
         found.fit(*data, batch_size=16, verbose=0)
         self.assertEqual(tried, [16])
         self.assertEqual(found.microbatch_size, 4)
@@ -226,12 +226,14 @@ class ForecastTest(tf.test.TestCase):
     def test_takes_a_line_through_what_is_known(self):
         known = {4: 400, 16: 1000}
         # 50 for each of the rows beyond 16, and the unevenness.
+        unevenness = forecast.UNEVENNESS
         self.assertEqual(
-            forecast.bytes_for(known, 32), int(forecast.UNEVENNESS * 1800)
+            forecast.bytes_for(known, 32), int(1000 + unevenness * 800)
         )
         self.assertEqual(forecast.bytes_for(known, 16), 1000)
+        self.assertEqual(forecast.bytes_for(known, 8), 600)
         self.assertEqual(
-            forecast.bytes_for({4: 400}, 8), int(forecast.UNEVENNESS * 800)
+            forecast.bytes_for({4: 400}, 8), int(400 + unevenness * 400)
         )
 
     def test_largest(self):
@@ -277,9 +279,7 @@ class ForecastTest(tf.test.TestCase):
 class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
     """Processes that run out of addresses for real."""
 
-    ROWS = 256
-
-    def outcome(self, limit, jit_compile, size="auto", rows=ROWS):
+    def outcome(self, limit, jit_compile, rows, size="auto", arenas=None):
         flags = [
             *([] if limit is None else [f"--limit_mib={limit}"]),
             f"--jit_compile={jit_compile}",
@@ -287,10 +287,12 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
             f"--rows={rows}",
             "--length=1024",
         ]
+        # The C library has room of its own in each of its arenas.
+        env = {} if arenas is None else {"MALLOC_ARENA_MAX": str(arenas)}
         run = subprocess.run(
             [sys.executable, "-m", "tests.fitting_cases", *flags],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": PYTHONPATH},
+            env=os.environ | {"PYTHONPATH": PYTHONPATH} | env,
             capture_output=True,
             text=True,
         )
@@ -298,11 +300,7 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
             return None, run.stderr[-2000:]
         return json.loads(run.stdout.splitlines()[-1]), None
 
-    @parameterized.product(
-        limit=(800, 650, 550, 500, 450, 400), jit_compile=(False, True)
-    )
-    def test_never_dies(self, limit, jit_compile):
-        outcome, died = self.outcome(limit, jit_compile)
+    def check(self, outcome, died, rows):
         self.assertIsNone(died)
         if outcome["error"]:
             self.assertIn("does not fit", outcome["error"])
@@ -310,16 +308,46 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
             self.assertEqual(outcome["updates"], 0)
         else:
             self.assertEqual(outcome["updates"], 2)
-            self.assertBetween(outcome["size"], 1, self.ROWS)
+            self.assertBetween(outcome["size"], 1, rows)
 
-    @parameterized.parameters((500, False, 256), (500, True, 256))
+    @parameterized.product(
+        limit_and_rows=((400, 256), (600, 512), (1200, 512)),
+        jit_compile=(False, True),
+        arenas=(None, 1),
+    )
+    def test_never_dies(self, limit_and_rows, jit_compile, arenas):
+        limit, rows = limit_and_rows
+        outcome, died = self.outcome(limit, jit_compile, rows, arenas=arenas)
+        self.check(outcome, died, rows)
+
+    @parameterized.product(
+        limit_and_rows=(
+            (800, 512),
+            (1000, 768),
+            (1200, 1024),
+            (1500, 1024),
+            (2000, 1536),
+            (2500, 2048),
+        ),
+        jit_compile=(False, True),
+    )
+    def test_finds_half_of_the_largest_size(self, limit_and_rows, jit_compile):
+        limit, rows = limit_and_rows
+        outcome, died = self.outcome(limit, jit_compile, rows)
+        self.check(outcome, died, rows)
+        twice = 2 * outcome["size"]
+        if twice < rows:
+            other, _ = self.outcome(limit, jit_compile, rows, size=twice)
+            self.assertTrue(other is None or other["error"])
+
+    @parameterized.parameters((500, False, 256), (450, True, 256))
     def test_trains_as_with_the_size_that_it_finds(
         self, limit, jit_compile, rows
     ):
-        found, died = self.outcome(limit, jit_compile, rows=rows)
+        found, died = self.outcome(limit, jit_compile, rows)
         self.assertIsNone(died)
         self.assertLess(found["size"], rows)
-        given, _ = self.outcome(None, jit_compile, found["size"], rows)
+        given, _ = self.outcome(None, jit_compile, rows, size=found["size"])
         for mine, theirs in zip(
             found["weights"], given["weights"], strict=True
         ):
