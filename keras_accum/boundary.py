@@ -7,21 +7,25 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import moments
 from keras_accum import replicas
+from keras_accum.accumulator import after_everything_so_far
 from keras_accum.loss_tracker import WindowLoss
 
 
 class BoundaryMixin:
     """The one reduction of a window, and what each replica makes of it.
 
-    Four things are summed over the replicas: the buffers with the window's
-    weight, the numerators and denominators of the losses, variables such as
-    BatchNorm's moving means, and the variables of metrics. The first make the
-    update, the last the logs.
+    Five things are summed over the replicas: the buffers with the window's
+    weight, the numerators and denominators of the losses, the moments that
+    BatchNormalization keeps, other variables that steps assign, and those of
+    metrics. The first make the update, the last the logs.
     """
 
     # `id`s of the variables that train steps assign, besides the trained ones.
     _accum_state: frozenset[int] = frozenset()
+    # The moments of the window; None until a layer had some.
+    _accum_moments: moments.WindowMoments | None = None
     # In the train function's update: what the replicas' sums add up to.
     _accum_sums = None
 
@@ -52,10 +56,38 @@ class BoundaryMixin:
             return False
         return self.jit_compile or replicas.has_several_workers(strategy)
 
+    @contextlib.contextmanager
+    def _gathering_moments(self, now) -> Iterator[None]:
+        """Has BatchNormalization update its statistics once a window."""
+        # Tensors of another graph, such as that of a loop, stay in it. Then the
+        # layer does what it does in Keras.
+        graph = current_graph()
+
+        def note(layer, *args):
+            if current_graph() is graph:
+                now.moments.append(moments.moments_of(layer, *args))
+                now.held |= set(map(id, compat.moving_statistics(layer)))
+
+        with compat.noting_moments(note):
+            yield
+        if not now.moments:
+            return
+        if self._accum_moments is None:
+            strategy = self.distribute_strategy
+            self._accum_moments = moments.WindowMoments(strategy)
+        # Last, so that a step that fails leaves the window as it was.
+        with tf.control_dependencies(after_everything_so_far([])):
+            self._accum_moments.add(now, self._is_first())
+
     def _noting_state(self, now):
         """Returns a function that sees what Keras's variables are assigned."""
+        several = replicas.has_several(self.distribute_strategy)
 
         def assign(variable, value):
+            if id(variable) in now.held:
+                return variable.value
+            if not several:
+                return value
             # Of others, such as the state of random generators, all replicas
             # have the same, and shall go on having it.
             if not tf.as_dtype(variable.dtype).is_floating:
@@ -91,9 +123,11 @@ class BoundaryMixin:
 
     def _boundary_sums(self):
         """What is summed over the replicas at a boundary."""
+        gathered = self._accum_moments
         return {
             "gradients": self._gradient_accumulator().sums(),
             "losses": [each.window for each in self._window_trackers()],
+            "moments": [] if gathered is None else gathered.sums(),
             "state": [v.value for v in self._state_variables()],
             "metrics": [v.value for v in self._metric_sums()],
         }
@@ -102,7 +136,14 @@ class BoundaryMixin:
         """Stands for the structure of `_boundary_sums`."""
         if self._accum_buffers is None:
             return ()
-        return tuple(len(each) for each in self._boundary_sums().values())
+        gathered = self._accum_moments
+        return (
+            len(self._gradient_accumulator().sums()),
+            len(self._window_trackers()),
+            0 if gathered is None else len(gathered.states),
+            len(self._state_variables()),
+            len(self._metric_sums()),
+        )
 
     def _pack_sums(self):
         """What a replica gives to the reduction: a vector."""
@@ -169,3 +210,10 @@ class BoundaryMixin:
         outputs = [] if compiled is None else compat.output_metrics(compiled)
         trackers = [compat.loss_tracker(self), *outputs]
         return [each for each in trackers if isinstance(each, WindowLoss)]
+
+
+def current_graph():
+    """The graph that is being traced; None where there is none."""
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph()

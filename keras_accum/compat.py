@@ -217,45 +217,108 @@ def _attribute(owner, name, value):
             object.__setattr__(owner, name, before)
 
 
-_direct_assign = backend.Variable._direct_assign
-_assigning = threading.local()
-_assigning_lock = threading.Lock()
-_assigning_users = 0
+class _Hook:
+    """A method of Keras's that calls a function, in threads that ask for it.
+
+    Args:
+        owner: The class.
+        name: Name of its method.
+    """
+
+    def __init__(self, owner, name):
+        self._owner, self._name = owner, name
+        self._method = getattr(owner, name)
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._users = 0
+
+    @contextlib.contextmanager
+    def calling(self, function):
+        """Has this thread call `function(method, *args)` for a while."""
+        before = getattr(self._local, "function", None)
+        self._count_users(1)
+        self._local.function = function
+        try:
+            yield
+        finally:
+            self._local.function = before
+            self._count_users(-1)
+
+    def _count_users(self, change):
+        """Replaces the method while anyone uses it, in whatever thread."""
+
+        def replaced(*args):
+            function = getattr(self._local, "function", None)
+            if function is None:
+                return self._method(*args)
+            return function(self._method, *args)
+
+        with self._lock:
+            self._users += change
+            method = replaced if self._users else self._method
+            setattr(self._owner, self._name, method)
 
 
-@contextlib.contextmanager
-def assigning_through(function) -> Iterator[None]:
+_assignments = _Hook(backend.Variable, "_direct_assign")
+_moments = _Hook(keras.layers.BatchNormalization, "_moments")
+
+
+def assigning_through(function):
     """Has a function say what Keras's variables are assigned, in this thread.
 
     Args:
         function: Called as `function(variable, value)`; its result is what
             the `keras.Variable` is assigned.
+
+    Returns:
+        A context manager.
     """
-    before = getattr(_assigning, "function", None)
-    _count_users(1)
-    _assigning.function = function
-    try:
-        yield
-    finally:
-        _assigning.function = before
-        _count_users(-1)
-
-
-def _count_users(change):
-    """Replaces Keras's method while anyone uses it, in whatever thread."""
-    global _assigning_users
-    with _assigning_lock:
-        _assigning_users += change
-        backend.Variable._direct_assign = (
-            _assign_through if _assigning_users else _direct_assign
+    return _assignments.calling(
+        lambda assign, variable, value: assign(
+            variable, function(variable, value)
         )
+    )
 
 
-def _assign_through(variable, value):
-    function = getattr(_assigning, "function", None)
-    if function is not None:
-        value = function(variable, value)
-    return _direct_assign(variable, value)
+def noting_moments(function):
+    """Has a function see what BatchNormalization normalises with, likewise.
+
+    Args:
+        function: Called as `function(layer, inputs, mask, means, variances)`.
+
+    Returns:
+        A context manager.
+    """
+
+    def note(compute, layer, inputs, mask):
+        means, variances = compute(layer, inputs, mask)
+        function(layer, inputs, mask, means, variances)
+        return means, variances
+
+    return _moments.calling(note)
+
+
+def moving_statistics(layer) -> list[keras.Variable]:
+    """What a BatchNormalization assigns when it has seen a batch."""
+    names = ["moving_mean", "moving_variance"]
+    if layer.renorm:
+        names += ["moving_stddev", "renorm_mean", "renorm_stddev"]
+    return [getattr(layer, name) for name in names]
+
+
+def update_moving_statistics(layer, means, variances) -> None:
+    """Does what a BatchNormalization does with the moments of a batch."""
+    if layer.renorm:
+        layer._update_renorm_statistics(means, variances)
+        return
+    for variable, value in (
+        (layer.moving_mean, means),
+        (layer.moving_variance, variances),
+    ):
+        moving = tf.cast(variable, value.dtype)
+        variable.assign(
+            moving * layer.momentum + value * (1.0 - layer.momentum)
+        )
 
 
 @contextlib.contextmanager

@@ -278,7 +278,9 @@ def assigned_variables(model):
         if id(variable) not in trained
     ]
     windows = [tracker.window for tracker in model._window_trackers()]
-    return [variable.value for variable in variables] + windows
+    moments = model._accum_moments
+    states = [] if moments is None else moments.states
+    return [variable.value for variable in variables] + windows + states
 
 
 def parts_of(strategy, data):

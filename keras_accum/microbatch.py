@@ -1,6 +1,7 @@
 """The micro-batch that a train step is at work on, in this replica."""
 
 import contextvars
+import dataclasses
 from collections.abc import Sequence
 from typing import Self
 
@@ -9,6 +10,23 @@ import tensorflow as tf
 
 # Replicas are traced in threads of their own, each with a context of its own.
 _CURRENT = contextvars.ContextVar("keras_accum_microbatch", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """What a layer normalised the channels of its inputs with.
+
+    Attributes:
+        layer: The layer.
+        number: How many values of a channel there were; a float scalar.
+        means: Of the channels.
+        variances: Of the channels.
+    """
+
+    layer: keras.layers.Layer
+    number: tf.Tensor
+    means: tf.Tensor
+    variances: tf.Tensor
 
 
 class Microbatch:
@@ -31,6 +49,8 @@ class Microbatch:
         row_share: With `totals`, how much a mean over the rows counts.
         loss_without_rows: The loss if there are no rows.
         gradients_without_rows: Its gradients, or None if they are zeros.
+        moments: The `Moments` of its calls of layers that normalise over it.
+        held: `id`s of the variables that the window's end assigns in its place.
     """
 
     def __init__(
@@ -48,6 +68,8 @@ class Microbatch:
         self.row_share = None
         self.loss_without_rows = tf.zeros(())
         self.gradients_without_rows = None
+        self.moments: list[Moments] = []
+        self.held: frozenset[int] = frozenset()
 
     def __enter__(self) -> Self:
         self._token = _CURRENT.set(self)

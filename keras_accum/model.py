@@ -174,7 +174,10 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
         if not self._accumulating or self._has_custom_step("train_step"):
             return super().train_step(data)
         if microbatch.current(self) is None:
-            with self._microbatch(data, first=None):
+            with (
+                self._microbatch(data, first=None) as now,
+                self._gathering_moments(now),
+            ):
                 return self._train_on_microbatch(data)
         return self._train_on_microbatch(data)
 
@@ -288,6 +291,8 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
             self._window_trackers(), sums["losses"], strict=True
         ):
             tracker.close(window, 1 / number)
+        if self._accum_moments is not None:
+            self._accum_moments.update_layers(sums["moments"])
         for variable, total in zip(
             self._state_variables(), sums["state"], strict=True
         ):
@@ -312,6 +317,8 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
         self._accum_window.rewind()
         if self._accum_buffers is not None:
             self._accum_buffers.forget()
+        if self._accum_moments is not None:
+            self._accum_moments.forget()
         # Each replica for itself: another worker may have failed.
         self.distribute_strategy.run(self._close_trackers)
 
@@ -399,7 +406,10 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
         return self._checked_train_step(data, False, *totals)
 
     def _checked_train_step(self, data, first, *totals):
-        with self._microbatch(data, first, *totals) as now:
+        with (
+            self._microbatch(data, first, *totals) as now,
+            self._gathering_moments(now),
+        ):
             logs = self.train_step(data)
         if self.trainable_weights and not now.has_accumulated:
             raise RuntimeError(
@@ -429,12 +439,11 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
     ) -> Iterator[microbatch.Microbatch]:
         several = replicas.has_several(self.distribute_strategy)
         has_rows = microbatch.has_rows(data) if several else None
-        with microbatch.Microbatch(self, first, has_rows, totals) as now:
-            if not several:
-                yield now
-                return
-            with compat.assigning_through(self._noting_state(now)):
-                yield now
+        with (
+            microbatch.Microbatch(self, first, has_rows, totals) as now,
+            compat.assigning_through(self._noting_state(now)),
+        ):
+            yield now
 
     def _is_first(self):
         """Whether the micro-batch is its window's first: a bool or a tensor."""

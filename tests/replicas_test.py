@@ -493,33 +493,63 @@ class LogsTest(TestCase):
             self.assertAllClose(seen[0][end], seen[1][end], rtol=1e-5)
 
 
-def with_batch_normalization(cls, synchronized=False, **kwargs):
+def with_batch_normalization(cls, synchronized=False, renorm=False, **kwargs):
     keras.utils.set_random_seed(7)
     inputs = keras.Input((test_utils.FEATURES,))
     hidden = keras.layers.BatchNormalization(
-        momentum=0.5, synchronized=synchronized
+        momentum=0.5, synchronized=synchronized, renorm=renorm
     )(inputs)
     outputs = keras.layers.Dense(test_utils.CLASSES)(hidden)
     return cls(inputs, outputs, **kwargs)
 
 
-def train_with_own_statistics(model, windows):
-    """The plain loop: each replica normalizes, and averages, its own rows.
+@keras.saving.register_keras_serializable("replicas_test")
+class Centering(keras.layers.Layer):
+    """Subtracts a moving mean, which it updates by its own rule."""
+
+    def build(self, shape):
+        self.mean = self.add_weight(
+            shape=shape[1:], initializer="zeros", trainable=False
+        )
+
+    def call(self, x, training=None):
+        if training:
+            self.mean.assign(0.5 * self.mean + 0.5 * keras.ops.mean(x, axis=0))
+        return x - self.mean
+
+
+def with_centering(cls, **kwargs):
+    keras.utils.set_random_seed(7)
+    inputs = keras.Input((test_utils.FEATURES,))
+    outputs = keras.layers.Dense(test_utils.CLASSES)(Centering()(inputs))
+    return cls(inputs, outputs, **kwargs)
+
+
+def train_with_own_statistics(model, windows, are_merged):
+    """The plain loop: each replica normalizes its own rows.
 
     Args:
         model: A compiled `keras.Model`.
         windows: Lists of micro-batches, each a list of the replicas' `(x, y)`.
+        are_merged: Whether moving statistics are those of all rows at once, or
+            the mean of what each replica's are by itself.
     """
     trained, moving = model.trainable_variables, model.non_trainable_variables
+
+    def restore(values):
+        for variable, value in zip(moving, values, strict=True):
+            variable.assign(value)
+
     for window in windows:
         before = [v.numpy() for v in moving]
         after, total, weight = [], [0.0] * len(trained), 0
         for microbatches in zip(*window, strict=True):
-            for variable, value in zip(moving, before, strict=True):
-                variable.assign(value)
+            restore(before)
             for x, y in microbatches:
                 if len(x) == 0:
                     continue
+                if are_merged:
+                    restore(before)
                 with tf.GradientTape() as tape:
                     loss = model.compute_loss(x, y, model(x, training=True))
                 gradients = tape.gradient(loss, trained)
@@ -529,22 +559,39 @@ def train_with_own_statistics(model, windows):
                 ]
                 weight += len(x)
             after.append([v.numpy() for v in moving])
-        for variable, *values in zip(moving, *after, strict=True):
-            variable.assign(np.mean(values, axis=0))
+        if are_merged:
+            restore(before)
+            rows = [part for parts in window for part in parts]
+            model(test_utils.concatenate(rows)[0], training=True)
+        else:
+            restore(
+                [np.mean(each, axis=0) for each in zip(*after, strict=True)]
+            )
         model.optimizer.apply([t / weight for t in total], trained)
 
 
 class StateTest(TestCase):
-    @parameterized.parameters("graph", "xla")
-    def test_batch_normalization(self, mode):
+    @parameterized.product(
+        build_and_are_merged=(
+            (with_batch_normalization, True),
+            (
+                functools.partial(with_batch_normalization, renorm=True),
+                True,
+            ),
+            (with_centering, False),
+        ),
+        mode=("graph", "xla"),
+    )
+    def test_moving_statistics(self, build_and_are_merged, mode):
+        build, are_merged = build_and_are_merged
         arguments = compile_args("sgd", **MODES[mode])
-        expected = with_batch_normalization(keras.Model)
+        expected = build(keras.Model)
         initial = expected.get_weights()
         expected.compile(**eagerly(arguments()))
         train_with_own_statistics(
-            expected, [self.parts(window) for window in windows()]
+            expected, [self.parts(window) for window in windows()], are_merged
         )
-        actual = self.on_replicas(with_batch_normalization, arguments)
+        actual = self.on_replicas(build, arguments)
         actual.fit(test_utils.dataset(flat(windows())), verbose=0)
         self.assertSameTraining(actual, expected, initial)
         # The norm of all weights is less than that of the statistics.
@@ -552,6 +599,7 @@ class StateTest(TestCase):
             actual.non_trainable_variables,
             expected.non_trainable_variables,
             rtol=1e-5,
+            atol=1e-6,
         )
         self.assertSameOnAllReplicas(actual)
 
@@ -566,6 +614,12 @@ class StateTest(TestCase):
         for model in (one, several):
             model.fit(test_utils.dataset(batches), verbose=0)
         self.assertSameTraining(several, one, initial)
+        self.assertAllClose(
+            one.non_trainable_variables,
+            several.non_trainable_variables,
+            rtol=1e-5,
+            atol=1e-6,
+        )
         self.assertSameOnAllReplicas(several)
 
     def test_random_generators_stay_together(self):
