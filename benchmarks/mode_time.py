@@ -5,6 +5,15 @@
 For three models, compiled by XLA and not, both train on the same rows in
 micro-batches of the same size, in turn, round after round. With `accum_steps`
 the train function is called for each micro-batch, with `microbatch_size` once.
+
+Medians of 15 rounds, k = 8, on two cores, with TensorFlow 2.21.0 and Keras
+3.15.1, and the middle half of the rounds:
+
+| | without XLA | XLA |
+| --- | --- | --- |
+| MLP, 4 rows | 0.87 (0.84 to 0.97) | 0.93 (0.86 to 0.96) |
+| transformer, 8 rows | 0.99 (0.83 to 1.01) | 0.96 (0.90 to 1.00) |
+| convolutional, 16 rows | 1.00 (0.88 to 1.08) | 0.97 (0.92 to 1.06) |
 """
 
 import dataclasses

@@ -35,6 +35,15 @@ def add_dense(buffer, gradient, first):
         buffer.assign(keep_unless(first, buffer) + gradient)
 
 
+def add_maximum(buffer, gradient, first):
+    """Keeps the larger of each entry, or starts the buffer."""
+    if first is not True:
+        # Zeros, if `first`: such values are not negative.
+        before = buffer if first is False else keep_unless(first, buffer)
+        gradient = tf.maximum(before, gradient)
+    buffer.assign(gradient)
+
+
 def add_rows(buffer, gradient, first):
     """Adds rows to a buffer, by scatter; the other rows are not touched."""
     if replicas.on_tpu(tf.distribute.get_strategy()):
@@ -59,11 +68,14 @@ def keep_unless(first, value):
     return tf.where(first, tf.zeros_like(value), value)
 
 
-def add_one(buffer, gradient, weight, first):
+def add_one(variable, buffer, gradient, weight, first):
     """Adds a weighted gradient, of either kind or None, to its buffer."""
     if gradient is None:
         if buffer is not None:
             clear(buffer, first)
+        return
+    if compat.is_overwritten(variable):
+        add_maximum(buffer, tf.cast(gradient, buffer.dtype), first)
         return
     gradient = weighted(
         gradient, 1.0 if weight is None else weight, buffer.dtype
@@ -137,7 +149,8 @@ class GradientAccumulator:
 
     Buffers are made when a variable gets its first gradient, in float32 or
     the variable's dtype if that is wider. A variable that never gets one has
-    no buffer. `tf.IndexedSlices` are added row by row, not densified.
+    no buffer. `tf.IndexedSlices` are added row by row, not densified. Of what
+    overwrites its variable, as float8 training has it, the maximum is kept.
 
     Args:
         variables: The `keras.Variable`s or `tf.Variable`s that the gradients
@@ -241,8 +254,10 @@ class GradientAccumulator:
         check_scalar(weight)
         self._make_buffers(gradients)
         with tf.control_dependencies(after_everything_so_far(gradients)):
-            for buffer, gradient in zip(self._buffers, gradients, strict=True):
-                add_one(buffer, gradient, weight, first)
+            for variable, buffer, gradient in zip(
+                self._variables, self._buffers, gradients, strict=True
+            ):
+                add_one(variable, buffer, gradient, weight, first)
             clear(self._weight, first)
             clear(self._count, first)
             if weight is None:
@@ -251,12 +266,24 @@ class GradientAccumulator:
                 self._weight.assign_add(tf.cast(weight, self._weight.dtype))
             self._count.assign_add(1)
 
-    def sums(self) -> list[tf.Variable]:
+    def sums(self) -> list[tf.Tensor | tf.Variable]:
         """What `mean` is made of: the weight, and the buffers that there are.
 
-        Within a replica these are its own.
+        Within a replica these are its own, to be summed over all of them. The
+        maximum is taken of those of variables that are overwritten by their
+        gradients; so that all are in the sum, each has a place there.
         """
-        return [self._weight, *(b for b in self._buffers if b is not None)]
+        if not replicas.has_several(self._strategy):
+            return [self._weight, *(b for _, b in self._pairs())]
+        return [
+            self._weight,
+            *(
+                replicas.placed(buffer, self._strategy)
+                if compat.is_overwritten(variable)
+                else buffer
+                for variable, buffer in self._pairs()
+            ),
+        ]
 
     def mean(
         self, sums: Sequence[tf.Tensor] | None = None
@@ -277,12 +304,17 @@ class GradientAccumulator:
             sums = self._sums_of_all()
         weight, sums = sums[0], iter(sums[1:])
         scale = tf.math.divide_no_nan(tf.ones_like(weight), weight)
+        several = replicas.has_several(self._strategy)
+
+        def mean_of(variable, total):
+            if not compat.is_overwritten(variable):
+                return total * tf.cast(scale, total.dtype)
+            return tf.reduce_max(total, axis=0) if several else total
+
         return [
             None
             if buffer is None
-            else tf.cast(
-                next(sums) * tf.cast(scale, buffer.dtype), variable.dtype
-            )
+            else tf.cast(mean_of(variable, next(sums)), variable.dtype)
             for buffer, variable in zip(
                 self._buffers, self._variables, strict=True
             )
@@ -308,6 +340,11 @@ class GradientAccumulator:
         if tf.distribute.in_cross_replica_context():
             return self.sums()
         return replicas.sum_over_replicas(self.sums(), self._weight)
+
+    def _pairs(self):
+        """The variables that have a buffer, and these."""
+        pairs = zip(self._variables, self._buffers, strict=True)
+        return [pair for pair in pairs if pair[1] is not None]
 
     def _make_buffers(self, gradients):
         """Makes the buffers of variables that get their first gradient."""

@@ -138,7 +138,7 @@ class BoundaryMixin:
             return ()
         gathered = self._accum_moments
         return (
-            len(self._gradient_accumulator().sums()),
+            self._number_of_buffers(),
             len(self._window_trackers()),
             0 if gathered is None else len(gathered.states),
             len(self._state_variables()),

@@ -298,6 +298,11 @@ def noting_moments(function):
     return _moments.calling(note)
 
 
+def is_overwritten(variable) -> bool:
+    """Whether a variable is assigned its gradient, as the scales of float8."""
+    return getattr(variable, "overwrite_with_gradient", False)
+
+
 def moving_statistics(layer) -> list[keras.Variable]:
     """What a BatchNormalization assigns when it has seen a batch."""
     names = ["moving_mean", "moving_variance"]

@@ -124,6 +124,23 @@ def sum_variable(initial: tf.Tensor, name: str) -> tf.Variable:
     )
 
 
+def placed(variable: tf.Variable, strategy: tf.distribute.Strategy):
+    """A variable's value on each replica, along a new first axis, to be summed.
+
+    Within a replica, all but its own are zeros.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return tf.stack(strategy.experimental_local_results(variable))
+    number = strategy.num_replicas_in_sync
+    places = tf.one_hot(
+        context.replica_id_in_sync_group, number, True, False, dtype=tf.bool
+    )
+    shape = [number] + [1] * variable.shape.rank
+    value = tf.convert_to_tensor(variable)[None]
+    return tf.where(tf.reshape(places, shape), value, tf.zeros_like(value))
+
+
 def pack(values) -> tf.Tensor:
     """One vector of all floats in a nested structure, to be reduced at once.
 

@@ -1,0 +1,130 @@
+"""Quantized models, and those with low-rank adapters, train as in Keras."""
+
+import functools
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+import keras_accum
+from tests import test_utils
+
+MODES = {
+    "graph": {"jit_compile": False},
+    "xla": {"jit_compile": True},
+    "eager": {"run_eagerly": True},
+}
+
+
+def quantized(cls, quantization, has_lora=False, **kwargs):
+    """`mlp` with quantized layers, and with adapters or without."""
+    model = test_utils.mlp(cls, **kwargs)
+    for layer in model.layers[1:]:
+        if quantization:
+            layer.quantize(quantization)
+        if has_lora:
+            keras.utils.set_random_seed(3)
+            layer.enable_lora(2)
+    return model
+
+
+class QuantizationTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.product(
+        quantization_and_has_lora=(
+            ("int8", True),
+            ("int4", True),
+            (None, True),
+        ),
+        mode=list(MODES),
+    )
+    def test_trains_as_the_large_batch(self, quantization_and_has_lora, mode):
+        quantization, has_lora = quantization_and_has_lora
+        self.assertTrainsAlike(
+            functools.partial(
+                quantized, quantization=quantization, has_lora=has_lora
+            ),
+            lambda: {
+                "optimizer": keras.optimizers.SGD(0.1),
+                "loss": test_utils.crossentropy(),
+                **MODES[mode],
+            },
+            [
+                test_utils.microbatches(sizes, seed)
+                for seed, sizes in enumerate([(8, 7, 5), (3, 9), (4, 4, 4)])
+            ],
+        )
+
+    # In eager mode Keras raises.
+    @parameterized.parameters("graph", "xla")
+    def test_float8(self, mode):
+        # Gradients of a mean over half as many rows are twice as large, and so
+        # rounded alike.
+        expected = quantized(keras.Model, "float8")
+        if self.microbatch_size:
+            kwargs = {"microbatch_size": 4}
+        else:
+            kwargs = {"accum_steps": 2}
+        actual = quantized(
+            keras_accum.GradientAccumulationModel, "float8", **kwargs
+        )
+        initial = expected.get_weights()
+        for model in (expected, actual):
+            model.compile(
+                keras.optimizers.SGD(0.1),
+                loss=test_utils.crossentropy(),
+                **MODES[mode],
+            )
+        for seed in range(3):
+            window = test_utils.microbatches([4, 4], seed)
+            whole = [test_utils.concatenate(window)]
+            test_utils.train_on(expected, whole)
+            test_utils.train_on(
+                actual, whole if self.microbatch_size else window
+            )
+        self.assertNotAllClose(initial[0], actual.get_weights()[0])
+        for mine, theirs in zip(actual.weights, expected.weights, strict=True):
+            factor, tolerance = 1.0, 1e-5
+            if mine.path.endswith("bias"):
+                # Keras sums its gradient over the rows in 8 bits.
+                tolerance = 2.0**-8
+            elif "outputs_grad" in mine.path:
+                factor, tolerance = 2.0, 1e-3
+            self.assertAllClose(
+                mine.numpy(),
+                factor * theirs.numpy(),
+                rtol=tolerance,
+                atol=tolerance * np.abs(theirs.numpy()).max(),
+                msg=mine.path,
+            )
+
+    def test_scales_on_several_replicas(self):
+        strategy, missing = test_utils.chosen_strategy()
+        if missing:
+            self.skipTest(missing)
+        build = functools.partial(quantized, quantization="float8")
+        rows = 4 * strategy.num_replicas_in_sync
+        batches = test_utils.microbatches([rows] * 4)
+        # The largest input is on the last replica, and not in the last batch.
+        batches[0][0][-1] *= 50
+        with strategy.scope():
+            several = test_utils.accumulating(build, accum_steps=2)
+            several.compile("sgd", loss=test_utils.crossentropy())
+        one = test_utils.accumulating(build, accum_steps=2)
+        initial = one.get_weights()
+        one.compile("sgd", loss=test_utils.crossentropy())
+        for model in (several, one):
+            model.fit(test_utils.dataset(batches), verbose=0)
+        self.assertSameTraining(several, one, initial, tolerance=0.1)
+        for mine, theirs in zip(several.weights, one.weights, strict=True):
+            if "inputs_amax" in mine.path or "kernel_amax" in mine.path:
+                self.assertAllClose(mine, theirs, rtol=0.05)
+                self.assertGreater(np.max(theirs.numpy()), 0)
+
+
+class PlainMicrobatchTest(QuantizationTest):
+    microbatch_size = 3
+
+
+if __name__ == "__main__":
+    tf.test.main()
