@@ -7,10 +7,12 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import microbatch
 from keras_accum import moments
 from keras_accum import replicas
 from keras_accum.accumulator import after_everything_so_far
 from keras_accum.loss_tracker import WindowLoss
+from keras_accum.nonfinite import is_finite
 
 
 class BoundaryMixin:
@@ -61,10 +63,10 @@ class BoundaryMixin:
         """Has BatchNormalization update its statistics once a window."""
         # Tensors of another graph, such as that of a loop, stay in it. Then the
         # layer does what it does in Keras.
-        graph = current_graph()
+        graph = microbatch.current_graph()
 
         def note(layer, *args):
-            if current_graph() is graph:
+            if microbatch.current_graph() is graph:
                 now.moments.append(moments.moments_of(layer, *args))
                 now.held |= set(map(id, compat.moving_statistics(layer)))
 
@@ -82,17 +84,24 @@ class BoundaryMixin:
     def _noting_state(self, now):
         """Returns a function that sees what Keras's variables are assigned."""
         several = replicas.has_several(self.distribute_strategy)
+        changes_nothing = not several and self.nonfinite == "propagate"
 
         def assign(variable, value):
             if id(variable) in now.held:
                 return variable.value
-            if not several:
+            if changes_nothing:
                 return value
             # Of others, such as the state of random generators, all replicas
             # have the same, and shall go on having it.
             if not tf.as_dtype(variable.dtype).is_floating:
                 return value
             self._accum_state |= {id(variable)}
+            if self.nonfinite == "skip_microbatch" and now.is_finite is None:
+                now.note_state(variable)
+            if self.nonfinite == "skip_window":
+                # The gradients are looked at too late for that.
+                value = tf.convert_to_tensor(value)
+                value = tf.where(is_finite(value), value, variable.value)
             return now.value_or(value, variable)
 
         return assign
@@ -130,6 +139,7 @@ class BoundaryMixin:
             "moments": [] if gathered is None else gathered.sums(),
             "state": [v.value for v in self._state_variables()],
             "metrics": [v.value for v in self._metric_sums()],
+            "nonfinite": self._nonfinite_sums(),
         }
 
     def _known_sums(self):
@@ -203,6 +213,8 @@ class BoundaryMixin:
     def _close_trackers(self):
         for tracker in self._window_trackers():
             tracker.close()
+        if self._accum_nonfinite is not None:
+            self._accum_nonfinite.forget_window()
 
     def _window_trackers(self):
         """The metrics that count a window as one batch."""
@@ -210,10 +222,3 @@ class BoundaryMixin:
         outputs = [] if compiled is None else compat.output_metrics(compiled)
         trackers = [compat.loss_tracker(self), *outputs]
         return [each for each in trackers if isinstance(each, WindowLoss)]
-
-
-def current_graph():
-    """The graph that is being traced; None where there is none."""
-    if tf.executing_eagerly():
-        return None
-    return tf.compat.v1.get_default_graph()

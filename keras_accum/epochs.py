@@ -23,6 +23,8 @@ class EndOfEpoch(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Notes how many windows there were before."""
         self._completed = int(self.model._accum_window.completed)
+        if self.model._accum_nonfinite is not None:
+            self.model._accum_nonfinite.forget()
 
     def on_test_begin(self, logs=None):
         """Ends the window before a validation."""
@@ -31,6 +33,8 @@ class EndOfEpoch(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Ends the window before the epoch's end is announced."""
         self._end_window()
+        if logs is not None:
+            logs.update(self.model._nonfinite_logs())
 
     def _end_window(self):
         model, window = self.model, self.model._accum_window

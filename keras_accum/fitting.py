@@ -278,9 +278,11 @@ def assigned_variables(model):
         if id(variable) not in trained
     ]
     windows = [tracker.window for tracker in model._window_trackers()]
-    moments = model._accum_moments
-    states = [] if moments is None else moments.states
-    return [variable.value for variable in variables] + windows + states
+    if model._accum_moments is not None:
+        windows += model._accum_moments.states
+    if model._accum_nonfinite is not None:
+        windows += model._accum_nonfinite.variables
+    return [variable.value for variable in variables] + windows
 
 
 def parts_of(strategy, data):

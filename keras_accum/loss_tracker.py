@@ -71,13 +71,15 @@ class WindowLoss(keras.metrics.Mean):
             first: Whether it is the window's first, as a bool or a tensor.
                 Where the number of rows is not known while tracing, Keras
                 counts each batch once, and so a window.
-            choose: A function of the loss; what it returns is added.
+            choose: A function of the loss, and of the weight and the rows;
+                what it returns is added.
         """
         if self._held is None:
             return
         loss, rows = self._held
         self._held = None
-        rows = tf.cast(first, tf.int32) if rows is None else rows
+        rows = tf.cast(first, tf.int32) if rows is None else choose(rows)
+        weight = weight if weight is None else choose(weight)
         self.add(choose(loss), weight, rows)
 
     def add(

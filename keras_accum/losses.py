@@ -110,6 +110,7 @@ class LossMixin:
             for tracker in self._output_trackers(y, y_pred, sample_weight):
                 stack.enter_context(tracker.held_back())
             if now.totals is not None:
+                self._check_policy_with_totals(training)
                 parts = self._denominators(x, y, y_pred, sample_weight)
                 factors = self._parts_of_window(now, x, parts)
                 stack.enter_context(compat.weighting_losses(compiled, factors))
@@ -127,8 +128,8 @@ class LossMixin:
         self._regularize_without_rows(now)
         self._loss_tracker_of_windows().add(
             now.value_or(compat.unscale_loss(loss), now.loss_without_rows),
-            weight,
-            weighting.number_of_rows(x),
+            weight if weight is None else now.or_nothing(weight),
+            now.or_nothing(weighting.number_of_rows(x)),
         )
         outputs = self._output_trackers(y, y_pred, sample_weight)
         if outputs:
@@ -138,6 +139,16 @@ class LossMixin:
                     each and each.value, self._is_first(), now.or_nothing
                 )
         return weight
+
+    def _check_policy_with_totals(self, training):
+        if training and self.nonfinite == "skip_microbatch":
+            raise ValueError(
+                '`nonfinite` must not be "skip_microbatch" with '
+                "`microbatch_size` where the losses of a model have "
+                "denominators that differ, by their masks or reductions. They "
+                "are known before the gradients are, and would count what is "
+                'skipped. Use "skip_window", or `accum_steps`.'
+            )
 
     def _loss_tracker_of_windows(self):
         if not isinstance(compat.loss_tracker(self), WindowLoss):
@@ -246,13 +257,13 @@ class LossMixin:
         return sum(v.regularizer is not None for v in self.trainable_weights)
 
     def _regularize_without_rows(self, now):
-        """Notes the share of a replica without rows in the regularizers.
+        """Notes the share of a replica without rows that count in these.
 
         Weight regularizers of a sum count once a window, in its first
         micro-batch, and each replica counts its part of them.
         """
         regularized = self._number_of_regularizers()
-        if now.has_rows is None or now.first is False:
+        if now.counts is None or now.first is False:
             return
         if not regularized or not self._is_sum():
             return

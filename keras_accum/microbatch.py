@@ -45,9 +45,11 @@ class Microbatch:
             are not known yet, or one weight for the micro-batch is exact.
 
     Attributes:
+        is_finite: Whether its gradients are; a bool tensor. None if that is
+            not known yet, or does not matter.
         has_accumulated: Whether gradients were added to the window.
         row_share: With `totals`, how much a mean over the rows counts.
-        loss_without_rows: The loss if there are no rows.
+        loss_without_rows: The loss if there are no rows, or none count.
         gradients_without_rows: Its gradients, or None if they are zeros.
         moments: The `Moments` of its calls of layers that normalise over it.
         held: `id`s of the variables that the window's end assigns in its place.
@@ -64,6 +66,9 @@ class Microbatch:
         self.first = first
         self.has_rows = has_rows
         self.totals = totals
+        self.is_finite = None
+        self._before = {}
+        self._graph = current_graph()
         self.has_accumulated = False
         self.row_share = None
         self.loss_without_rows = tf.zeros(())
@@ -78,24 +83,50 @@ class Microbatch:
     def __exit__(self, *unused) -> None:
         _CURRENT.reset(self._token)
 
+    @property
+    def counts(self) -> tf.Tensor | None:
+        """Whether it counts, as far as is known; None if it does."""
+        if self.is_finite is None or self.has_rows is None:
+            return self.has_rows if self.is_finite is None else self.is_finite
+        return tf.logical_and(self.has_rows, self.is_finite)
+
+    def note_state(self, variable: keras.Variable) -> None:
+        """Notes what a variable holds that the step is about to assign."""
+        # A branch's tensors are not known outside of it.
+        if current_graph() is self._graph and id(variable) not in self._before:
+            self._before[id(variable)] = variable, tf.identity(variable.value)
+
+    def note_finite(self, is_finite: tf.Tensor) -> None:
+        """Notes whether the gradients are finite, a bool tensor.
+
+        If not, the variables noted so far get back what they held.
+        """
+        for variable, before in self._before.values():
+            variable.assign(tf.where(is_finite, variable.value, before))
+        # Only now: what is assigned is selected by it from here on.
+        self.is_finite = is_finite
+
     def value_or(self, value: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
-        """`value`, or `other` if there are no rows."""
-        if self.has_rows is None:
+        """`value`, or `other` if the micro-batch does not count."""
+        counts = self.counts
+        if counts is None:
             return value
         value = tf.convert_to_tensor(value)
-        return tf.where(self.has_rows, value, tf.cast(other, value.dtype))
+        return tf.where(counts, value, tf.cast(other, value.dtype))
 
     def or_nothing(self, value: tf.Tensor) -> tf.Tensor:
-        """`value`, or zeros if there are no rows."""
-        if self.has_rows is None:
+        """`value`, or zeros if the micro-batch does not count."""
+        if self.counts is None:
             return value
         return self.value_or(value, tf.zeros_like(value))
 
     def gradients_or_nothing(self, gradients: Sequence) -> list:
-        """Gradients of any kind, or those without rows if there are none."""
-        if self.has_rows is None:
+        """Gradients of any kind, or those without rows if none count."""
+        if self.counts is None:
             return list(gradients)
         others = self.gradients_without_rows or [None] * len(gradients)
+        if self.is_finite is not None:
+            return self._selected(gradients, others)
         pairs = [
             (values_of(gradient), other)
             for gradient, other in zip(gradients, others, strict=True)
@@ -123,6 +154,27 @@ class Microbatch:
             else None
             for gradient in gradients
         ]
+
+    def _selected(self, gradients, others):
+        # XLA selects while it adds to the buffers; a `tf.cond` comes between.
+        return [
+            None
+            if gradient is None
+            else with_values(
+                gradient,
+                self.or_nothing(values_of(gradient))
+                if other is None
+                else self.value_or(values_of(gradient), values_of(other)),
+            )
+            for gradient, other in zip(gradients, others, strict=True)
+        ]
+
+
+def current_graph():
+    """What is being traced in this thread; None if nothing is."""
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph()
 
 
 def current(model: keras.Model) -> Microbatch | None:

@@ -29,13 +29,17 @@ from keras_accum.accumulator import check_dtype
 from keras_accum.accumulator import check_lengths
 from keras_accum.boundary import BoundaryMixin
 from keras_accum.losses import LossMixin
+from keras_accum.nonfinite import NonfiniteMixin
+from keras_accum.nonfinite import check_nonfinite
 from keras_accum.saving import SavingMixin
 from keras_accum.window import AccumSteps
 from keras_accum.window import Window
 from keras_accum.window import check_partial_window
 
 
-class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
+class GradientAccumulationMixin(
+    SavingMixin, BoundaryMixin, LossMixin, NonfiniteMixin
+):
     """Puts gradient accumulation in front of any model class.
 
     ```python
@@ -62,6 +66,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
         microbatch_size: int | str | None = None,
         effective_batch_size: int | None = None,
         partial_window: str = "flush",
+        nonfinite: str = "propagate",
         accumulator_dtype: str | None = None,
         **kwargs,
     ) -> None:
@@ -71,6 +76,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
         # First, since a model may compile itself in its constructor.
         self._accum_window = Window(accum_steps, effective_batch_size)
         self._accum_size = microbatching.MicrobatchSize(microbatch_size)
+        self._nonfinite = check_nonfinite(nonfinite)
         self._accumulating = self._accumulates()
         if self._accumulating:
             replicas.check_strategy()
@@ -128,7 +134,11 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
 
     def _accumulates(self):
         """Whether an update may be of several micro-batches."""
-        return self._accum_window.accumulates or bool(self.microbatch_size)
+        return (
+            self._accum_window.accumulates
+            or bool(self.microbatch_size)
+            or self.nonfinite != "propagate"
+        )
 
     def _start_accumulating(self, changed):
         """Does what a change of the window's size asks for.
@@ -190,13 +200,14 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
             )
             self._build_optimizer()
             scaled_loss = self.optimizer.scale_loss(loss)
-        weight = self._count_loss(loss, x, y, y_pred, sample_weight)
         if self.trainable_weights:
             gradients = tape.gradient(scaled_loss, self.trainable_weights)
+            self._check_microbatch(microbatch.current(self), gradients)
         else:
             warnings.warn(
                 "The model does not have any trainable weights.", stacklevel=2
             )
+        weight = self._count_loss(loss, x, y, y_pred, sample_weight)
         logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         # Last, so that a step that fails leaves the window as it was.
         if self.trainable_weights:
@@ -259,7 +270,10 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
             )
             return
         now = microbatch.current(self)
+        if now is None and self.nonfinite == "skip_microbatch":
+            now = microbatch.Microbatch(self, None, None)
         if now is not None:
+            self._check_microbatch(now, gradients)
             gradients = now.gradients_or_nothing(gradients)
             weight = weight if weight is None else now.or_nothing(weight)
             now.has_accumulated = True
@@ -278,15 +292,28 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
             self._boundary_sums(), accumulator.weight
         )
         weight, *buffers = sums["gradients"]
+        is_good = None
         if accumulator.variables:
             # Keras divides losses by the number of replicas.
             gradients = accumulator.mean([weight / number, *buffers])
-            with self._updating_own_copies():
+            is_good = self._close_nonfinite(
+                sums["nonfinite"], sums["gradients"]
+            )
+            with (
+                self._updating_own_copies(),
+                self._updating_if(is_good, sums["nonfinite"]),
+            ):
                 self.optimizer.apply_gradients(
                     zip(gradients, accumulator.variables, strict=True)
                 )
         # The next micro-batch starts the buffers afresh.
         accumulator.forget()
+        if is_good is not None:
+            for name in ("losses", "moments"):
+                sums[name] = [
+                    tf.where(is_good, each, tf.zeros_like(each))
+                    for each in sums[name]
+                ]
         for tracker, window in zip(
             self._window_trackers(), sums["losses"], strict=True
         ):
@@ -477,6 +504,7 @@ class GradientAccumulationMixin(SavingMixin, BoundaryMixin, LossMixin):
         is_late = replicas.has_several(strategy) or isinstance(
             optimizer, keras.optimizers.LossScaleOptimizer
         )
+        is_late = is_late or self.nonfinite != "propagate"
         if is_late and not optimizer.built:
             replicas.on_each(strategy, self._build_optimizer_now)
 
@@ -544,6 +572,18 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             short. `"flush"`: it makes an update, with its true weight, before
             validation. `"carry"`: the next epoch goes on with it, and so does
             the next `fit`. `"drop"`: it is forgotten.
+        nonfinite: What becomes of gradients with a NaN or an infinity.
+            `"propagate"`: they go where they go in Keras. `"skip_microbatch"`:
+            the micro-batch, on the replica that has it, counts for nothing,
+            in the update, the losses, the metrics and what layers keep. If
+            none is left, there is no update. `"skip_window"`: the window makes
+            no update, and leaves `iterations`, the losses and the moving
+            statistics of BatchNormalization as they were; what its finite
+            micro-batches gave to metrics stays. May be set at any time, which
+            starts a new window. `fit` logs `nonfinite_microbatches` or
+            `nonfinite_windows` in epochs that had any. A `LossScaleOptimizer`
+            halves its scale after a window that had any, as in Keras, and does
+            not grow it.
         accumulator_dtype: Dtype of the buffers, as a string. `None` stands for
             float32, or the variable's dtype if that is wider.
         **kwargs: As for `keras.Model`.
@@ -554,9 +594,11 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             not take.
         ValueError: If `accum_steps` or a size is less than 1, more than one of
             `accum_steps`, `microbatch_size` and `effective_batch_size` is
-            given, `partial_window` is unknown, or `accumulator_dtype` is no
-            float dtype. In `fit`: if `effective_batch_size` is no multiple of
-            the batch, or the batch cannot be cut along its first axis.
+            given, `partial_window` or `nonfinite` is unknown, or
+            `accumulator_dtype` is no float dtype. In `fit`: if
+            `effective_batch_size` is no multiple of the batch, the batch cannot
+            be cut along its first axis, or "skip_microbatch" meets a
+            `microbatch_size` and losses whose denominators differ.
 
     Example:
 
@@ -581,6 +623,7 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
         microbatch_size: int | str | None = None,
         effective_batch_size: int | None = None,
         partial_window: str = "flush",
+        nonfinite: str = "propagate",
         accumulator_dtype: str | None = None,
         **kwargs,
     ) -> None:
@@ -592,6 +635,7 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             microbatch_size=microbatch_size,
             effective_batch_size=effective_batch_size,
             partial_window=partial_window,
+            nonfinite=nonfinite,
             accumulator_dtype=accumulator_dtype,
             **kwargs,
         )

@@ -24,6 +24,7 @@ class SavingMixin:
             "microbatch_size": self.microbatch_size,
             "effective_batch_size": self.effective_batch_size,
             "partial_window": self.partial_window,
+            "nonfinite": self.nonfinite,
             "accumulator_dtype": self.accumulator_dtype,
         }
         is_functional = "input_layers" in config and "output_layers" in config
@@ -67,7 +68,7 @@ def arguments_of_windows(config):
     given = [name for name in others if config.get(name) is not None]
     return [
         (name, config[name])
-        for name in [*(given or ["accum_steps"]), "partial_window"]
+        for name in [*(given or ["accum_steps"]), "partial_window", "nonfinite"]
         if name in config
     ]
 
