@@ -5,7 +5,9 @@ clear message when one of them is gone from a Keras release.
 """
 
 import contextlib
+import pathlib
 import threading
+import traceback
 from collections.abc import Iterator
 
 import keras
@@ -234,7 +236,7 @@ class _Hook:
 
     @contextlib.contextmanager
     def calling(self, function):
-        """Has this thread call `function(method, *args)` for a while."""
+        """Has this thread call `function(method, owner, *args)` for a while."""
         before = getattr(self._local, "function", None)
         self._count_users(1)
         self._local.function = function
@@ -247,11 +249,11 @@ class _Hook:
     def _count_users(self, change):
         """Replaces the method while anyone uses it, in whatever thread."""
 
-        def replaced(*args):
+        def replaced(*args, **kwargs):
             function = getattr(self._local, "function", None)
             if function is None:
-                return self._method(*args)
-            return function(self._method, *args)
+                return self._method(*args, **kwargs)
+            return function(self._method, *args, **kwargs)
 
         with self._lock:
             self._users += change
@@ -261,6 +263,11 @@ class _Hook:
 
 _assignments = _Hook(backend.Variable, "_direct_assign")
 _moments = _Hook(keras.layers.BatchNormalization, "_moments")
+# What updates anything ends in one of these.
+_updates = [
+    _Hook(cls, "apply")
+    for cls in (keras.Optimizer, keras.optimizers.LossScaleOptimizer)
+]
 
 
 def assigning_through(function):
@@ -278,6 +285,35 @@ def assigning_through(function):
             variable, function(variable, value)
         )
     )
+
+
+@contextlib.contextmanager
+def before_updates(function) -> Iterator[None]:
+    """Has a function be called before Keras's optimizers update, likewise.
+
+    Args:
+        function: Called as `function(optimizer)`.
+    """
+
+    def update(apply, optimizer, *args, **kwargs):
+        function(optimizer)
+        return apply(optimizer, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for hook in _updates:
+            stack.enter_context(hook.calling(update))
+        yield
+
+
+def line_of_caller() -> str:
+    """The line that called Keras: the last that is none of Keras's or ours."""
+    folders = [
+        str(pathlib.Path(file).parent) for file in (__file__, keras.__file__)
+    ]
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(tuple(folders)):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return "an unknown line"
 
 
 def noting_moments(function):

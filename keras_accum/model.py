@@ -436,16 +436,27 @@ class GradientAccumulationMixin(
         with (
             self._microbatch(data, first, *totals) as now,
             self._gathering_moments(now),
+            compat.before_updates(self._refuse_update),
         ):
             logs = self.train_step(data)
         if self.trainable_weights and not now.has_accumulated:
             raise RuntimeError(
                 "`train_step` returned without a call of `self.accumulate`. "
-                "With `accum_steps` other than 1, a `train_step` of your own "
-                "must call `self.accumulate(gradients, weight)` in place of "
-                "`self.optimizer.apply_gradients(...)` or `.apply(...)`."
+                "A `train_step` of your own must call "
+                "`self.accumulate(gradients, weight)`, where one that does not "
+                "accumulate would call `self.optimizer.apply_gradients`."
             )
         return logs
+
+    def _refuse_update(self, optimizer):
+        """Raises if a `train_step` is about to update this model."""
+        if optimizer is self.optimizer:
+            raise RuntimeError(
+                "`train_step` must leave the update to the model, since it "
+                "accumulates. Call `self.accumulate(gradients, weight)` in "
+                "place of the optimizer, with the number of rows as `weight` "
+                f"if the loss is a mean. Received: {compat.line_of_caller()}"
+            )
 
     def _first_test(self, data, *totals):
         """`test_step` for a batch, or for the first of its micro-batches.

@@ -494,20 +494,75 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(list(history), ["theirs"])
         self.assertEqual(int(model.optimizer.iterations), 6)
 
-    def test_train_step_that_updates_is_refused(self):
+    def updating(self, update, policy=None, **kwargs):
+        """A model whose train step ends with `update(model, gradients)`."""
+
         class Mine(keras_accum.GradientAccumulationModel):
             def train_step(self, batch):
                 x, y = batch
                 with tf.GradientTape() as tape:
                     loss = self.compute_loss(x, y, self(x, training=True))
                 gradients = tape.gradient(loss, self.trainable_weights)
-                self.optimizer.apply(gradients, self.trainable_weights)
+                update(self, gradients)
                 return {"loss": loss}
 
-        model = test_utils.mlp(Mine, accum_steps=2)
-        model.compile("sgd", loss=test_utils.crossentropy())
-        with self.assertRaisesRegex(RuntimeError, "`self.accumulate"):
+        model = test_utils.mlp(Mine, dtype=policy, accum_steps=2, **kwargs)
+        optimizer = keras.optimizers.SGD()
+        if policy == "mixed_float16":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        model.compile(optimizer, loss=test_utils.crossentropy())
+        return model
+
+    @parameterized.product(
+        update=(
+            lambda model, gradients: model.optimizer.apply(
+                gradients, model.trainable_weights
+            ),
+            lambda model, gradients: model.optimizer.apply_gradients(
+                zip(gradients, model.trainable_weights, strict=True)
+            ),
+            lambda model, gradients: (
+                model.accumulate(gradients),
+                model.optimizer.apply(
+                    grads=gradients,
+                    trainable_variables=model.trainable_weights,
+                ),
+            ),
+        ),
+        policy=(None, "mixed_float16"),
+    )
+    def test_train_step_that_updates_is_refused(self, update, policy):
+        model = self.updating(update, policy)
+        before = model.get_weights()
+        with self.assertRaisesRegex(
+            RuntimeError, r"`self.accumulate.*training_test.py:\d+: .*optimizer"
+        ):
             model.fit(test_utils.dataset(data()), verbose=0)
+        self.assertAllClose(before, model.get_weights(), 0, 0)
+        self.assertEqual(int(model.optimizer.iterations), 0)
+
+    def test_train_step_that_forgets_is_refused(self):
+        model = self.updating(lambda model, gradients: None)
+        with self.assertRaisesRegex(RuntimeError, "without a call"):
+            model.fit(test_utils.dataset(data()), verbose=0)
+
+    def test_train_step_with_another_optimizer(self):
+        own = keras.optimizers.SGD(0.1)
+        scale = keras.Variable(1.0)
+
+        def update(model, gradients):
+            own.apply([tf.constant(1.0)], [scale])
+            model.accumulate(gradients)
+
+        own.build([scale])
+        model = self.updating(update)
+        model.fit(test_utils.dataset(data()), verbose=0)
+        self.assertEqual(int(own.iterations), len(data()))
+        # And by hand, nobody is in the way.
+        model.optimizer.apply(
+            [tf.zeros(v.shape) for v in model.trainable_weights],
+            model.trainable_weights,
+        )
 
 
 class ChangeTest(test_utils.TestCase, parameterized.TestCase):
