@@ -311,7 +311,7 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
             self.assertBetween(outcome["size"], 1, rows)
 
     @parameterized.product(
-        limit_and_rows=((400, 256), (600, 512), (1200, 512)),
+        limit_and_rows=((400, 256), (600, 512)),
         jit_compile=(False, True),
         arenas=(None, 1),
     )
