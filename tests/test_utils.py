@@ -125,17 +125,24 @@ def dataset(batches, known_length=False):
     Plain Keras counts an update too many, in `iterations`, when it runs into
     the end of a dataset of unknown length: references need a known one.
     """
-    spec = keras.tree.map_structure(
-        lambda leaf: tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype),
-        batches[0],
-    )
 
-    def copies():
-        # TensorFlow writes into arrays that a generator hands out.
-        for batch in batches:
-            yield keras.tree.map_structure(np.copy, batch)
+    def without_rows(leaf):
+        # Of an unknown number, in whatever graph it is.
+        shape = [None, *leaf.shape[1:]]
+        return tf.compat.v1.placeholder_with_default(leaf, shape)
 
-    result = tf.data.Dataset.from_generator(copies, output_signature=spec)
+    # Not from a Python generator: where Python collects an iterator over
+    # several devices as garbage, TensorFlow waits for a thread that waits for
+    # Python.
+    parts = [
+        tf.data.Dataset.from_tensors(batch).map(
+            lambda *leaves: tf.nest.map_structure(without_rows, leaves)
+        )
+        for batch in batches
+    ]
+    result = functools.reduce(lambda some, more: some.concatenate(more), parts)
+    # Of an unknown length, too.
+    result = result.filter(lambda *unused: True)
     if known_length:
         cardinality = tf.data.experimental.assert_cardinality(len(batches))
         result = result.apply(cardinality)
