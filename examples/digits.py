@@ -38,6 +38,7 @@ from matplotlib import figure
 if not __package__:  # `python examples/digits.py`
     sys.path.insert(0, str(pathlib.Path(__file__).absolute().parent.parent))
 
+from examples import picture_flag
 from examples import silence
 
 # TensorFlow describes the machine when it is imported and when it looks for
@@ -86,7 +87,7 @@ flags.DEFINE_integer(
     lower_bound=0,
     upper_bound=2**32 - 1,
 )
-flags.DEFINE_string("picture", "digits.png", "The PNG file to write.")
+picture_flag.define("digits.png")
 
 
 @flags.multi_flags_validator(
@@ -119,21 +120,6 @@ def _divides(values: dict[str, int | str | None]) -> bool:
         return True
     steps = values["accum_steps"] or _ACCUM_STEPS
     return values["batch_size"] % steps == 0
-
-
-@flags.validator(
-    "picture",
-    message="--picture must name a .png file in a folder that exists and may be"
-    " written to.",
-)
-def _is_writable_png(name: str) -> bool:
-    path = pathlib.Path(name)
-    written_to = path if path.is_file() else path.parent
-    return (
-        path.suffix == ".png"
-        and not path.is_dir()
-        and os.access(written_to, os.W_OK)
-    )
 
 
 def settings_from_flags() -> digits_training.Settings:

@@ -273,15 +273,16 @@ class GradientAccumulator:
         maximum is taken of those of variables that are overwritten by their
         gradients; so that all are in the sum, each has a place there.
         """
-        if not replicas.has_several(self._strategy):
-            return [self._weight, *(b for _, b in self._pairs())]
+        several = replicas.has_several(self._strategy)
+        pairs = zip(self._variables, self._buffers, strict=True)
         return [
             self._weight,
             *(
                 replicas.placed(buffer, self._strategy)
-                if compat.is_overwritten(variable)
+                if several and compat.is_overwritten(variable)
                 else buffer
-                for variable, buffer in self._pairs()
+                for variable, buffer in pairs
+                if buffer is not None
             ),
         ]
 
@@ -340,11 +341,6 @@ class GradientAccumulator:
         if tf.distribute.in_cross_replica_context():
             return self.sums()
         return replicas.sum_over_replicas(self.sums(), self._weight)
-
-    def _pairs(self):
-        """The variables that have a buffer, and these."""
-        pairs = zip(self._variables, self._buffers, strict=True)
-        return [pair for pair in pairs if pair[1] is not None]
 
     def _make_buffers(self, gradients):
         """Makes the buffers of variables that get their first gradient."""

@@ -34,6 +34,7 @@ import tensorflow as tf
 from keras_accum import compat
 from keras_accum import microbatch
 from keras_accum import replicas
+from keras_accum.window import check_policy
 
 POLICIES = ("propagate", "skip_microbatch", "skip_window")
 
@@ -251,10 +252,4 @@ def lower_scale(optimizer, is_bad, before):
 
 def check_nonfinite(value):
     """Returns `value`, or raises unless it names a policy."""
-    if not isinstance(value, str) or value not in POLICIES:
-        policies = ", ".join(f'"{name}"' for name in POLICIES)
-        raise ValueError(
-            f"`nonfinite` must be one of {policies}. "
-            f"Received: nonfinite={value!r}"
-        )
-    return value
+    return check_policy("nonfinite", value, POLICIES)

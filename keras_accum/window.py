@@ -244,10 +244,15 @@ def check_positive_int(value, message):
 
 def check_partial_window(value):
     """Returns `value`, or raises unless it names a policy."""
-    if not isinstance(value, str) or value not in PARTIAL_WINDOW_POLICIES:
-        policies = ", ".join(f'"{name}"' for name in PARTIAL_WINDOW_POLICIES)
+    return check_policy("partial_window", value, PARTIAL_WINDOW_POLICIES)
+
+
+def check_policy(argument, value, policies):
+    """Returns `value` of an argument, or raises unless it is in `policies`."""
+    if not isinstance(value, str) or value not in policies:
+        names = ", ".join(f'"{name}"' for name in policies)
         raise ValueError(
-            f"`partial_window` must be one of {policies}. "
-            f"Received: partial_window={value!r}"
+            f"`{argument}` must be one of {names}. "
+            f"Received: {argument}={value!r}"
         )
     return value

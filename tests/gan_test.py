@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
-from examples import gan
+from examples import gan_training
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 LEARNING_RATE, UPDATES = 0.002, 3
@@ -19,8 +19,8 @@ LEARNING_RATE, UPDATES = 0.002, 3
 
 def train(accum_steps, dtype="float32", **kwargs):
     rng = np.random.default_rng(0)
-    images = rng.uniform(-1, 1, (40, gan.SIDE**2)).astype(dtype)
-    return gan.train(
+    images = rng.uniform(-1, 1, (40, gan_training.SIDE**2)).astype(dtype)
+    return gan_training.train(
         images,
         accum_steps,
         batch_size=30,
@@ -55,12 +55,18 @@ class TrainingTest(tf.test.TestCase, parameterized.TestCase):
             self.assertAllClose(
                 mine, theirs, rtol=0, atol=bound * LEARNING_RATE * UPDATES
             )
-        self.assertEqual(large.images.shape, (gan.DRAWN, gan.SIDE, gan.SIDE))
+        self.assertEqual(
+            large.images.shape,
+            (gan_training.DRAWN, gan_training.SIDE, gan_training.SIDE),
+        )
 
     def test_both_networks_learn(self):
         before = [
             build().get_weights()
-            for build in (gan.build_generator, gan.build_discriminator)
+            for build in (
+                gan_training.build_generator,
+                gan_training.build_discriminator,
+            )
         ]
         after = train(2).weights
         for start, end in zip(sum(before, []), after, strict=True):
