@@ -22,7 +22,7 @@ import tensorflow as tf
 
 # What a forecast leaves free, for what is not counted: threads, their heaps,
 # and the kernels' own libraries. `tests/fitting_test.py` tries many limits.
-MARGIN = 64 * 2**20
+MARGIN = 128 * 2**20
 # What tracing the update takes at least.
 TRACING = 16 * 2**20
 # How close to the best number of rows is near enough.

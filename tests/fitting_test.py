@@ -322,11 +322,8 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
 
     @parameterized.product(
         limit_and_rows=(
-            (800, 512),
             (1000, 768),
-            (1200, 1024),
             (1500, 1024),
-            (2000, 1536),
             (2500, 2048),
         ),
         jit_compile=(False, True),
@@ -351,9 +348,8 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
         for mine, theirs in zip(
             found["weights"], given["weights"], strict=True
         ):
-            # Threads add in any order, and Adam amplifies: of 0.02 that a
-            # weight moves in two updates, 1 in 100.
-            self.assertAllClose(mine, theirs, rtol=0, atol=2e-4)
+            # Threads add in any order.
+            self.assertAllClose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 if __name__ == "__main__":
