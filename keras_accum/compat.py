@@ -5,9 +5,11 @@ clear message when one of them is gone from a Keras release.
 """
 
 import contextlib
+import copy
 import pathlib
 import threading
 import traceback
+import weakref
 from collections.abc import Iterator
 
 import keras
@@ -34,6 +36,63 @@ def functional_class() -> type[keras.Model]:
     `keras.Model(inputs, outputs)` returns one; it has no public name.
     """
     return Functional
+
+
+def share_attributes(model, other, is_shared) -> None:
+    """Gives one model what another one has.
+
+    Args:
+        model: The one that has it.
+        other: One whose constructor has not run.
+        is_shared: Tells by the name of an attribute whether it is given.
+    """
+    # Methods that `__new__` has put around those of the class.
+    wrapped = {"build", "quantize"}
+    attributes = {
+        name: value
+        for name, value in vars(model).items()
+        if name not in wrapped and is_shared(name)
+    }
+    for name in (
+        "_self_unconditional_checkpoint_dependencies",
+        "_self_unconditional_dependency_names",
+        "_self_unconditional_deferred_dependencies",
+    ):
+        # What `tf.train.Checkpoint` finds: another optimizer for the one is
+        # none for the other.
+        if name in attributes:
+            attributes[name] = copy.copy(attributes[name])
+    # Past `__setattr__`, which would track them once more.
+    vars(other).update(attributes)
+
+
+class ToldOfClones:
+    """In front of a functional model's class: tells a clone of its original.
+
+    `keras.models.clone_model` calls the clone's layers, one after the other, by
+    this method, and makes a model of what they return. Layers that were called
+    have left a history in it. When a model is called, there is none.
+    """
+
+    def _run_through_graph(self, *args, **kwargs):
+        outputs = super()._run_through_graph(*args, **kwargs)
+        for output in keras.tree.flatten(outputs):
+            if hasattr(output, "_keras_history"):
+                output._original = weakref.ref(self)
+        return outputs
+
+
+def take_original(tensors):
+    """The model that a clone is made of, given its outputs; or None.
+
+    It is told once: other models may be made of the same outputs.
+    """
+    original = None
+    for tensor in keras.tree.flatten(tensors):
+        if hasattr(tensor, "_original"):
+            original = tensor._original()
+            del tensor._original
+    return original
 
 
 def compute_loss(model, x, y, y_pred, sample_weight, training):

@@ -1,10 +1,13 @@
-"""One class whose models may be functional or subclassed, in any order.
+"""Classes of models that are of another class as well: functional, or a user's.
 
 `keras.Model.__init__`, called with inputs and outputs, puts the functional
 subclass in place of `keras.Model` among the bases of the class that is being
 constructed, and that for good: subclasses that have a `call` of their own then
-break. Here a functional model gets a class of its own, and no class changes.
+break. Here a functional model gets a class of its own, and no class changes. So
+does a model that was made as one of a user's class.
 """
+
+import types
 
 import keras
 
@@ -37,35 +40,65 @@ def check_functional_call(kwargs) -> None:
 
 
 def functional_subclass(cls: type[keras.Model]) -> type[keras.Model]:
-    """The class of functional models of `cls`, made once.
-
-    It has the name of `cls`, and is saved and loaded as `cls`.
+    """The class of functional models of `cls`.
 
     Args:
         cls: A subclass of `keras.Model`.
     """
-    functional = compat.functional_class()
-    if issubclass(cls, functional):
+    return subclass_of_both(cls, compat.functional_class())
+
+
+def subclass_of_both(
+    cls: type[keras.Model], other: type[keras.Model]
+) -> type[keras.Model]:
+    """The class of models that are of both classes, made once.
+
+    It has the name of `cls`, and is saved and loaded as `cls`, unless one of
+    the two is of both already.
+
+    Args:
+        cls: A subclass of `keras.Model`.
+        other: Another; what both define is that of `cls`.
+    """
+    if issubclass(cls, other):
         return cls
-    # Not inherited: a subclass of `cls` needs one of its own.
-    if "_functional_subclass" not in cls.__dict__:
+    if issubclass(other, cls):
+        return other
+    # Not inherited: a subclass of `cls` needs some of its own.
+    if "_subclasses_of_both" not in cls.__dict__:
+        cls._subclasses_of_both = {}
+    made = cls._subclasses_of_both
+    if other not in made:
         namespace = {
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
+            "_stands_for": cls,
         }
-        subclass = type(cls)(cls.__name__, (cls, functional), namespace)
-        register_as(subclass, cls)
-        cls._functional_subclass = subclass
-    return cls._functional_subclass
+        made[other] = types.new_class(
+            cls.__name__,
+            (cls, other),
+            exec_body=lambda ns: ns.update(namespace),
+        )
+        register_as(made[other], cls)
+    return made[other]
 
 
 def named_class(cls: type[keras.Model]) -> type[keras.Model]:
-    """The class that `functional_subclass` made `cls` of, or `cls` itself."""
-    (base, *_) = cls.__bases__
-    if base.__dict__.get("_functional_subclass") is cls:
-        return base
-    return cls
+    """The class that `subclass_of_both` made `cls` of, or `cls` itself."""
+    return cls.__dict__.get("_stands_for", cls)
+
+
+def other_class(cls: type[keras.Model]) -> type[keras.Model] | None:
+    """The other class that `cls` was made of, unless it is Keras's own.
+
+    Models of Keras's functional class are made by inputs and outputs, and of
+    these nothing else has to be known.
+    """
+    if "_stands_for" not in cls.__dict__:
+        return None
+    _, other = cls.__bases__
+    return None if other is compat.functional_class() else other
 
 
 def register_as(subclass, cls):

@@ -22,6 +22,7 @@ from keras_accum import functional
 from keras_accum import microbatch
 from keras_accum import microbatching
 from keras_accum import replicas
+from keras_accum import sharing
 from keras_accum import training
 from keras_accum.accumulator import Gradient
 from keras_accum.accumulator import GradientAccumulator
@@ -70,10 +71,35 @@ class GradientAccumulationMixin(
         accumulator_dtype: str | None = None,
         **kwargs,
     ) -> None:
+        arguments = {
+            "accum_steps": accum_steps,
+            "microbatch_size": microbatch_size,
+            "effective_batch_size": effective_batch_size,
+            "partial_window": partial_window,
+            "nonfinite": nonfinite,
+            "accumulator_dtype": accumulator_dtype,
+        }
         if functional.is_functional_call(args, kwargs):
             self.__class__ = functional.functional_subclass(type(self))
-        check_one_way(accum_steps, microbatch_size, effective_batch_size)
+            # `keras.models.clone_model` gives inputs and outputs, and no more.
+            original = compat.take_original((args, kwargs))
+            if original is not None and arguments == default_arguments():
+                arguments = original._arguments()
         # First, since a model may compile itself in its constructor.
+        self._take_arguments(**arguments)
+        super().__init__(*args, **kwargs)
+
+    def _take_arguments(
+        self,
+        *,
+        accum_steps,
+        microbatch_size,
+        effective_batch_size,
+        partial_window,
+        nonfinite,
+        accumulator_dtype,
+    ):
+        check_one_way(accum_steps, microbatch_size, effective_batch_size)
         self._accum_window = Window(accum_steps, effective_batch_size)
         self._accum_size = microbatching.MicrobatchSize(microbatch_size)
         self._nonfinite = check_nonfinite(nonfinite)
@@ -84,7 +110,59 @@ class GradientAccumulationMixin(
         self._accumulator_dtype = check_dtype(
             "accumulator_dtype", accumulator_dtype
         )
-        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def from_model(cls, model: keras.Model, **arguments) -> keras.Model:
+        """Makes a model that accumulates of one that exists already.
+
+        It shares all with `model`: layers and variables, methods, names, and,
+        where it is compiled, the optimizer and its state, the losses and the
+        metrics. Training one trains both, and what is said of one, such as a
+        layer added, may be seen in the other. Compile it to give it an
+        optimizer, losses and metrics of its own.
+
+        Args:
+            model: Functional, `Sequential`, or of any other class; built or
+                not, compiled or not. It stays what it is.
+            **arguments: Those of `GradientAccumulationModel`, from
+                `accum_steps` on, by name.
+
+        Returns:
+            A model, which is both of this class and of that of `model`.
+
+        Raises:
+            TypeError: If `model` is no `keras.Model`, or an argument is
+                unknown.
+            ValueError: As `GradientAccumulationModel`.
+
+        Example:
+
+        ```python
+        model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(10)])
+        model = keras_accum.GradientAccumulationModel.from_model(
+            model, accum_steps=8
+        )
+        ```
+        """
+        if not isinstance(model, keras.Model):
+            raise TypeError(
+                f"`model` must be a `keras.Model`. Received: model={model!r}"
+            )
+        known = default_arguments()
+        unknown = arguments.keys() - known.keys()
+        if unknown:
+            raise TypeError(
+                f"`from_model` takes {', '.join(f'`{name}`' for name in known)}"
+                f" besides the model. Received: {', '.join(sorted(unknown))}"
+            )
+        made = sharing.sharing_all(
+            model, functional.subclass_of_both(cls, type(model))
+        )
+        with made.distribute_strategy.scope():
+            made._take_arguments(**known | arguments)
+        if made._accumulating:
+            check_optimizer(getattr(made, "optimizer", None))
+        return made
 
     @property
     def accum_steps(self) -> AccumSteps:
@@ -650,6 +728,11 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             accumulator_dtype=accumulator_dtype,
             **kwargs,
         )
+
+
+def default_arguments():
+    """The arguments of models that are ours, with their defaults."""
+    return GradientAccumulationMixin.__init__.__kwdefaults__
 
 
 def same_objects(some, others):

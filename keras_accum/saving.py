@@ -6,34 +6,55 @@ import keras
 
 from keras_accum import compat
 from keras_accum import functional
+from keras_accum import sharing
+
+# Where a configuration has that of the model that `from_model` was given.
+MODEL = "from_model"
 
 
-class SavingMixin:
-    """Configuration and pickling, as `keras.Model` has them."""
+class SavingMixin(compat.ToldOfClones):
+    """Configuration, pickling and clones, as `keras.Model` has them."""
 
     @compat.keeps_automatic_config
     def get_config(self) -> dict:
         """The configuration; with this class's arguments if functional."""
-        config = super().get_config()
-        mine = {
-            "accum_steps": (
-                serialize_accum_steps(self.accum_steps)
-                if self.effective_batch_size is None
-                else 1
-            ),
+        inner = functional.other_class(type(self))
+        config = (
+            super().get_config() if inner is None else self._config_as(inner)
+        )
+        mine = self._arguments()
+        mine["accum_steps"] = serialize_accum_steps(mine["accum_steps"])
+        takes_all = inner is not None or (
+            "input_layers" in config and "output_layers" in config
+        )
+        # A subclass with a constructor of its own may not take all of them.
+        return config | {
+            name: value
+            for name, value in mine.items()
+            if takes_all or name in config
+        }
+
+    def _arguments(self):
+        """The arguments that would make a model like this one."""
+        is_sized = self.effective_batch_size is not None
+        return {
+            "accum_steps": 1 if is_sized else self.accum_steps,
             "microbatch_size": self.microbatch_size,
             "effective_batch_size": self.effective_batch_size,
             "partial_window": self.partial_window,
             "nonfinite": self.nonfinite,
             "accumulator_dtype": self.accumulator_dtype,
         }
-        is_functional = "input_layers" in config and "output_layers" in config
-        # A subclass with a constructor of its own may not take all of them.
-        return config | {
-            name: value
-            for name, value in mine.items()
-            if is_functional or name in config
-        }
+
+    def _config_as(self, inner):
+        """The configuration of what `from_model` was given."""
+        model = keras.saving.serialize_keras_object(
+            sharing.seen_as(self, inner)
+        )
+        # The whole is built and compiled, in place of its part.
+        for name in ("build_config", "compile_config"):
+            model.pop(name, None)
+        return {MODEL: model}
 
     @classmethod
     def from_config(cls, config: dict, *args, **kwargs) -> Self:
@@ -43,6 +64,11 @@ class SavingMixin:
             config["accum_steps"] = keras.saving.deserialize_keras_object(
                 config["accum_steps"], *args, **kwargs
             )
+        if MODEL in config:
+            model = keras.saving.deserialize_keras_object(
+                config.pop(MODEL), *args, **kwargs
+            )
+            return cls.from_model(model, **config)
         model = super().from_config(config, *args, **kwargs)
         # A `from_config` behind this one may pass on what it knows alone.
         for name, value in arguments_of_windows(config):

@@ -37,6 +37,7 @@ LAYERS = (
         "moments",
         "nonfinite",
         "schedules",
+        "sharing",
     },
     {"boundary", "saving", "training"},
     {"fitting"},

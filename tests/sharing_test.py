@@ -1,0 +1,385 @@
+"""Models that exist already, made to accumulate by `from_model`."""
+
+import pickle
+
+import keras
+import keras_hub
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+import keras_accum
+from tests import test_utils
+
+GA = keras_accum.GradientAccumulationModel
+ROWS = 24
+
+
+@keras.saving.register_keras_serializable("keras_accum_test")
+class Subclassed(keras.Model):
+    """A model with a loss, a metric and a method of its own."""
+
+    def __init__(self, units=2, is_normalized=True, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks = [keras.layers.Dense(4), keras.layers.Dense(units)]
+        self.norm = (
+            keras.layers.BatchNormalization()
+            if is_normalized
+            else keras.layers.Identity()
+        )
+        self.largest = keras.metrics.Mean(name="largest")
+
+    def call(self, inputs, training=None):
+        hidden = self.norm(self.blocks[0](inputs), training=training)
+        return self.blocks[1](hidden)
+
+    def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+        return 3 * super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        self.largest.update_state(tf.reduce_max(y_pred, axis=-1))
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def twice(self, inputs):
+        return 2 * self(inputs)
+
+
+def without_norm():
+    # A micro-batch is normalized by itself.
+    return Subclassed(is_normalized=False)
+
+
+def sequential():
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+
+
+def unbuilt():
+    return keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(2)])
+
+
+def functional():
+    inputs = keras.Input((3,))
+    hidden = keras.layers.Dense(4, activation="tanh", name="hidden")(inputs)
+    return keras.Model(inputs, keras.layers.Dense(2)(hidden), name="mine")
+
+
+def nested():
+    inputs = keras.Input((3,))
+    hidden = keras.layers.Dense(3)(functional()(inputs))
+    return keras.Model(inputs, sequential()(hidden))
+
+
+def accumulating():
+    return GA.from_model(functional(), accum_steps=2)
+
+
+KINDS = (sequential, unbuilt, functional, nested, Subclassed, accumulating)
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(ROWS, 3)).astype("float32")
+    return x, rng.normal(size=(ROWS, 2)).astype("float32")
+
+
+def made(kind, state):
+    """A model as a user may have it: fresh, compiled or trained."""
+    keras.utils.set_random_seed(1)
+    model = kind()
+    if state != "fresh":
+        compile_(model)
+    if state == "trained":
+        model.fit(*data(), batch_size=ROWS // 2, verbose=0)
+    return model
+
+
+def compile_(model):
+    model.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9), "mse", metrics=["mae"]
+    )
+
+
+def fit(model, batch_size):
+    return model.fit(
+        *data(), batch_size=batch_size, epochs=2, shuffle=False, verbose=0
+    )
+
+
+class FromModelTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.product(
+        kind=(sequential, unbuilt, nested, without_norm),
+        arguments_and_batch=(
+            ({"accum_steps": 3}, ROWS // 3),
+            ({"microbatch_size": 7}, ROWS),
+            ({"effective_batch_size": ROWS}, ROWS // 4),
+        ),
+    )
+    def test_trains_as_the_large_batch(self, kind, arguments_and_batch):
+        arguments, batch_size = arguments_and_batch
+        large = made(kind, "trained")
+        model = GA.from_model(made(kind, "trained"), **arguments)
+        theirs, mine = fit(large, ROWS), fit(model, batch_size)
+        self.assertEqual(
+            int(model.optimizer.iterations), int(large.optimizer.iterations)
+        )
+        for a, b in zip(model.get_weights(), large.get_weights(), strict=True):
+            self.assertAllClose(a, b, rtol=1e-5, atol=1e-6)
+        for name, values in theirs.history.items():
+            self.assertAllClose(mine.history[name], values, rtol=1e-5)
+
+    @parameterized.product(kind=KINDS, state=("fresh", "compiled", "trained"))
+    def test_shares_all(self, kind, state):
+        model = made(kind, state)
+        found = GA.from_model(model, accum_steps=2)
+        self.assertIsInstance(found, GA)
+        self.assertIsInstance(found, type(model))
+        self.assertIsInstance(model, keras.Model)
+        self.assertEqual(found.name, model.name)
+        self.assertEqual(found.compiled, model.compiled)
+        self.assertEqual(found.built, model.built)
+        for mine, theirs in zip(found.layers, model.layers, strict=True):
+            self.assertIs(mine, theirs)
+        for mine, theirs in zip(found.weights, model.weights, strict=True):
+            self.assertIs(mine, theirs)
+        if state != "fresh":
+            self.assertIs(found.optimizer, model.optimizer)
+        x, y = data()
+        self.assertAllEqual(found(x), model(x))
+        if state == "fresh":
+            compile_(found)
+            self.assertFalse(model.compiled)
+        found.fit(x, y, batch_size=6, verbose=0)
+        self.assertAllEqual(found(x), model(x))
+        self.assertLen(model.weights, len(found.weights))
+
+    def test_the_first_one_trains_on(self):
+        model = made(Subclassed, "trained")
+        found = GA.from_model(model, accum_steps=2)
+        names = [metric.name for metric in model.metrics]
+        fit(found, 6)
+        self.assertEqual([metric.name for metric in model.metrics], names)
+        self.assertEqual(found.metrics_names, model.metrics_names)
+        before = int(model.optimizer.iterations)
+        fit(model, 6)
+        self.assertEqual(int(model.optimizer.iterations), before + 8)
+        fit(found, 6)
+        self.assertEqual(int(model.optimizer.iterations), before + 12)
+
+    def test_another_optimizer_is_none_for_the_first_one(self):
+        model = made(functional, "trained")
+        first = model.optimizer
+        found = GA.from_model(model, accum_steps=2)
+        compile_(found)
+        self.assertIsNot(found.optimizer, first)
+        self.assertIs(model.optimizer, first)
+        children = tf.train.Checkpoint(model=model).model
+        self.assertIs(children.optimizer, first)
+        self.assertIs(model._lookup_dependency("optimizer"), first)
+
+    def test_methods_losses_and_metrics(self):
+        found = GA.from_model(made(Subclassed, "compiled"), accum_steps=2)
+        x, y = data()
+        self.assertAllEqual(found.twice(x), 2 * found(x))
+        logs = fit(found, 6).history
+        self.assertIn("largest", logs)
+        loss = found.evaluate(x, y, verbose=0, return_dict=True)["loss"]
+        error = np.mean((found.predict(x, verbose=0) - y) ** 2)
+        self.assertAllClose(loss, 3 * error, rtol=1e-5)
+
+    @parameterized.parameters(*KINDS)
+    def test_files_and_pickles(self, kind):
+        found = GA.from_model(
+            made(kind, "trained"),
+            accum_steps=2,
+            partial_window="drop",
+            nonfinite="skip_window",
+        )
+        fit(found, 6)
+        path = self.get_temp_dir()
+        found.save(f"{path}/model.keras")
+        loaded = keras.models.load_model(f"{path}/model.keras")
+        for other in (loaded, pickle.loads(pickle.dumps(found))):
+            self.assertIs(type(other), type(found))
+            self.assertEqual(other.accum_steps, 2)
+            self.assertEqual(other.partial_window, "drop")
+            self.assertEqual(other.nonfinite, "skip_window")
+            self.assertEqual(
+                int(other.optimizer.iterations), int(found.optimizer.iterations)
+            )
+        fit(found, 6)
+        fit(loaded, 6)
+        for a, b in zip(found.weights, loaded.weights, strict=True):
+            self.assertAllEqual(a, b)
+        # A plain model reads the weights.
+        found.save_weights(f"{path}/model.weights.h5")
+        plain = made(functional if kind is accumulating else kind, "trained")
+        plain.load_weights(f"{path}/model.weights.h5")
+        for a, b in zip(found.weights, plain.weights, strict=True):
+            self.assertAllEqual(a, b)
+
+    def test_step_of_the_users_own(self):
+        class Own(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.dense = keras.layers.Dense(2)
+
+            def call(self, inputs):
+                return self.dense(inputs)
+
+            def train_step(self, data):
+                x, y = data
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+                gradients = tape.gradient(loss, self.trainable_weights)
+                self.accumulate(gradients, tf.shape(x)[0])
+                return {"loss": loss}
+
+        found = GA.from_model(Own(), accum_steps=3)
+        found.compile("sgd")
+        fit(found, 8)
+        self.assertEqual(int(found.optimizer.iterations), 2)
+
+    def test_wrong_arguments(self):
+        with self.assertRaisesRegex(TypeError, "must be a `keras.Model`"):
+            GA.from_model(keras.layers.Dense(2), accum_steps=2)
+        with self.assertRaisesRegex(TypeError, "Received: steps"):
+            GA.from_model(functional(), steps=2)
+        with self.assertRaisesRegex(ValueError, "give one of them"):
+            GA.from_model(functional(), accum_steps=2, microbatch_size=3)
+        model = functional()
+        model.compile(keras.optimizers.SGD(gradient_accumulation_steps=2))
+        with self.assertRaisesRegex(ValueError, "a second time"):
+            GA.from_model(model, accum_steps=2)
+        self.assertEqual(GA.from_model(model).accum_steps, 1)
+
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]
+SENTENCES = np.array(["a b c", "a d", "g", "c d e f", "b b", "f"] * 2)
+CLASSES = np.array([0, 1, 1, 0, 1, 0] * 2)
+
+
+def text_classifier():
+    keras.utils.set_random_seed(0)
+    hub = keras_hub.models
+    return hub.BertTextClassifier(
+        hub.BertBackbone(
+            vocabulary_size=len(VOCABULARY),
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=8,
+            intermediate_dim=16,
+            max_sequence_length=6,
+            dropout=0.0,
+        ),
+        num_classes=2,
+        dropout=0.0,
+        preprocessor=hub.BertTextClassifierPreprocessor(
+            hub.BertTokenizer(vocabulary=VOCABULARY), sequence_length=6
+        ),
+    )
+
+
+class KerasHubTest(test_utils.TestCase, parameterized.TestCase):
+    def train(self, model, batch_size):
+        model.compile(
+            keras.optimizers.SGD(0.1),
+            loss=test_utils.crossentropy(),
+            metrics=["accuracy"],
+        )
+        return model.fit(
+            SENTENCES,
+            CLASSES,
+            batch_size=batch_size,
+            epochs=2,
+            shuffle=False,
+            verbose=0,
+        )
+
+    @parameterized.parameters(
+        ({"accum_steps": 3}, 4), ({"microbatch_size": 5}, 12)
+    )
+    def test_task(self, arguments, batch_size):
+        large = text_classifier()
+        expected = self.train(large, 12)
+        model = GA.from_model(text_classifier(), **arguments)
+        logs = self.train(model, batch_size)
+        for a, b in zip(model.weights, large.weights, strict=True):
+            self.assertAllClose(a, b, rtol=1e-5, atol=1e-6)
+        for name, values in expected.history.items():
+            self.assertAllClose(logs.history[name], values, rtol=1e-5)
+        predicted = model.predict(SENTENCES, verbose=0)
+        path = f"{self.get_temp_dir()}/model.keras"
+        model.save(path)
+        with self.assertWarnsRegex(UserWarning, "not called as part of"):
+            # `compile` of a task is its own, and is not loaded, as in Keras.
+            loaded = keras.models.load_model(path)
+        self.assertEqual(
+            (loaded.accum_steps, loaded.microbatch_size),
+            (model.accum_steps, model.microbatch_size),
+        )
+        self.assertAllClose(
+            loaded.predict(SENTENCES, verbose=0), predicted, rtol=1e-5
+        )
+
+    def test_mixin_in_front_of_a_task(self):
+        class Mine(
+            keras_accum.GradientAccumulationMixin,
+            keras_hub.models.BertTextClassifier,
+        ):
+            pass
+
+        plain = text_classifier()
+        model = Mine(
+            plain.backbone,
+            num_classes=2,
+            dropout=0.0,
+            preprocessor=plain.preprocessor,
+            accum_steps=3,
+        )
+        self.train(model, 4)
+        self.assertEqual(int(model.optimizer.iterations), 2)
+
+
+class CloneTest(test_utils.TestCase, parameterized.TestCase):
+    def model(self, **arguments):
+        inputs = keras.Input((3,))
+        return GA(inputs, keras.layers.Dense(2)(inputs), **arguments)
+
+    @parameterized.parameters(
+        {"accum_steps": 3, "nonfinite": "skip_window"},
+        {"accum_steps": keras_accum.schedules.PiecewiseConstant([2], [1, 4])},
+        {"microbatch_size": 5, "partial_window": "drop"},
+        {"effective_batch_size": 8, "accumulator_dtype": "float64"},
+    )
+    def test_arguments_come_back(self, **arguments):
+        model = self.model(**arguments)
+        for original in (model, GA.from_model(functional(), **arguments)):
+            clone = keras.models.clone_model(original)
+            for name, value in arguments.items():
+                self.assertEqual(getattr(clone, name), value)
+            self.assertIsNot(clone.weights[0], original.weights[0])
+        on_tensor = keras.models.clone_model(
+            model, input_tensors=keras.Input((3,), batch_size=7)
+        )
+        self.assertEqual(on_tensor._arguments(), clone._arguments())
+
+    def test_models_of_the_same_tensors_have_their_own(self):
+        model = self.model(accum_steps=3)
+        clone = keras.models.clone_model(model)
+        self.assertEqual(GA(clone.inputs, clone.outputs).accum_steps, 1)
+        for batch_size in (None, 7):
+            inputs = keras.Input((3,), batch_size=batch_size)
+            self.assertEqual(GA(inputs, model(inputs)).accum_steps, 1)
+
+    def test_nested(self):
+        inner = self.model(accum_steps=3)
+        inputs = keras.Input((3,))
+        clone = keras.models.clone_model(
+            GA(inputs, inner(inputs), accum_steps=2), recursive=True
+        )
+        self.assertEqual(clone.accum_steps, 2)
+        self.assertEqual(clone.layers[1].accum_steps, 3)
+
+
+if __name__ == "__main__":
+    tf.test.main()
