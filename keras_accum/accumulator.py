@@ -1,8 +1,10 @@
 """The buffers that gather a window's gradients, and the arithmetic on them."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_accum import compat
@@ -337,6 +339,64 @@ class GradientAccumulator:
         clear(self._weight, True)
         clear(self._count, True)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """What was gathered, over all replicas, by name; for `restore`."""
+        state = {
+            "variables": np.asarray(len(self)),
+            "weight": replicas.total(self._weight),
+            "count": replicas.total(self._count),
+        }
+        for index, (variable, buffer) in enumerate(
+            zip(self._variables, self._buffers, strict=True)
+        ):
+            if buffer is None:
+                continue
+            if compat.is_overwritten(variable):
+                value = replicas.placed(buffer, self._strategy).numpy()
+                value = value.max(axis=0)
+            else:
+                value = replicas.total(buffer)
+            state[f"buffer_{index}"] = value
+        return state
+
+    def check_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Raises a `ValueError` unless `restore` can be given a `state`."""
+        if int(state["variables"]) != len(self):
+            raise ValueError(
+                "What was gathered must be of as many variables as there are. "
+                f"Received: {int(state['variables'])} variables in the "
+                f"checkpoint, where the model has {len(self)}."
+            )
+        for index, variable in enumerate(self._variables):
+            value = state.get(f"buffer_{index}")
+            if value is not None and value.shape != tuple(variable.shape):
+                raise ValueError(
+                    "What was gathered must have the shapes of the variables. "
+                    f"Received: shape={value.shape} in the checkpoint, where "
+                    f"{variable.name} wants {tuple(variable.shape)}."
+                )
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from what was gathered before, by any number of replicas.
+
+        Args:
+            state: What `state` returned, of variables of the same shapes.
+
+        Raises:
+            ValueError: If there is another number of variables, or their
+                shapes are others.
+        """
+        self.check_state(state)
+        known = [f"buffer_{index}" for index in range(len(self))]
+        self._make_buffers([state.get(name) for name in known])
+        self.reset()
+        replicas.assign_total(self._strategy, self._weight, state["weight"])
+        self._strategy.run(lambda: self._count.assign(int(state["count"])))
+        for name, buffer in zip(known, self._buffers, strict=True):
+            if name in state:
+                value = of_dtype(state[name], buffer.dtype)
+                replicas.assign_total(self._strategy, buffer, value)
+
     def _sums_of_all(self):
         if tf.distribute.in_cross_replica_context():
             return self.sums()
@@ -368,6 +428,13 @@ class GradientAccumulator:
 
     def _buffer_dtype(self, index):
         return buffer_dtype(self._variables[index].dtype, self._dtype)
+
+
+def of_dtype(value, dtype):
+    """An array in a dtype. NumPy's files keep the bits of bfloat16 alone."""
+    if value.dtype.kind == "V":
+        value = value.view(tf.bfloat16.as_numpy_dtype)
+    return tf.cast(value, dtype)
 
 
 def check_lengths(gradients, variables):

@@ -20,6 +20,7 @@ from keras.src.backend.tensorflow.trainer import reduce_per_replica
 from keras.src.losses import loss as loss_module
 from keras.src.models.functional import Functional
 from keras.src.random import seed_generator
+from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.trainers.trainer import Trainer
 from keras.src.utils import python_utils
 from keras.src.utils.tracking import DotNotTrackScope
@@ -29,6 +30,12 @@ from tensorflow.python.data.ops import rebatch_op
 from tensorflow.python.distribute import input_lib
 from tensorflow.python.ops import resource_variable_ops
 
+# The name of `CheckpointMixin`'s part in checkpoints.
+CHECKPOINT = "accumulation_window"
+
+# Where `BackupAndRestore` tells `fit` with which epoch to begin.
+FIRST_EPOCH = "_initial_epoch"
+
 
 def functional_class() -> type[keras.Model]:
     """The class of models that are built from inputs and outputs.
@@ -36,6 +43,56 @@ def functional_class() -> type[keras.Model]:
     `keras.Model(inputs, outputs)` returns one; it has no public name.
     """
     return Functional
+
+
+class Saveable(KerasSaveable):
+    """What has a part of its own in the files of the model that it is of."""
+
+    def _obj_type(self):
+        return "Loss"  # One that has no parts.
+
+
+class CheckpointMixin:
+    """A model whose `_accum_checkpoint` is part of TensorFlow's checkpoints.
+
+    Only if it is not empty, so that all others are those of `keras.Model`; and
+    not of what is exported.
+    """
+
+    def _trackable_children(self, save_type="checkpoint", **kwargs):
+        children = super()._trackable_children(save_type, **kwargs)
+        own = self._accum_checkpoint
+        if save_type == "checkpoint" and not own.is_empty():
+            children = children | {CHECKPOINT: own}
+        return children
+
+    def _lookup_dependency(self, name, *args, **kwargs):
+        if name == CHECKPOINT:
+            return self._accum_checkpoint
+        return super()._lookup_dependency(name, *args, **kwargs)
+
+
+def set_untracked(owner, name, value) -> None:
+    """Sets an attribute that Keras and TensorFlow do not look at."""
+    object.__setattr__(owner, name, value)
+
+
+def random_states(model) -> list[keras.Variable]:
+    """The states of all random generators of a model's layers."""
+    return [
+        generator.state
+        for layer in model._flatten_layers()
+        for generator in layer._seed_generators
+    ]
+
+
+def normalizations(model) -> list[keras.layers.BatchNormalization]:
+    """All `BatchNormalization` layers, in an order that is always the same."""
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
 
 
 def share_attributes(model, other, is_shared) -> None:

@@ -15,13 +15,19 @@ class EndOfEpoch(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         """Forgets what was left over, unless it is to be carried on."""
         self.model._accum_window.forget_solution()
-        if self.model.partial_window == "carry":
+        self.model._accum_progress.begin_training()
+        if (
+            self.model.partial_window == "carry"
+            or self.model._accum_is_restored
+        ):
             self.model._resume_window()
         else:
             self.model.reset_window()
 
     def on_epoch_begin(self, epoch, logs=None):
         """Notes how many windows there were before."""
+        self.model._accum_progress.begin_epoch(epoch)
+        self.model._accum_is_restored = False
         self._completed = int(self.model._accum_window.completed)
         if self.model._accum_nonfinite is not None:
             self.model._accum_nonfinite.forget()
@@ -33,6 +39,7 @@ class EndOfEpoch(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Ends the window before the epoch's end is announced."""
         self._end_window()
+        self.model._accum_progress.end_epoch()
         if logs is not None:
             logs.update(self.model._nonfinite_logs())
 

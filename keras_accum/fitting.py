@@ -27,7 +27,6 @@ does the same for PyTorch.
 
 import functools
 import re
-from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -37,32 +36,6 @@ from keras_accum import forecast
 from keras_accum import microbatching
 from keras_accum import replicas
 from keras_accum import training
-
-
-class Snapshot:
-    """What variables held, to be restored.
-
-    Args:
-        strategy: The strategy that the variables were made under.
-        variables: Any variables; of those on several replicas, each copy.
-    """
-
-    def __init__(
-        self,
-        strategy: tf.distribute.Strategy,
-        variables: Sequence[tf.Variable],
-    ) -> None:
-        self._copies = [
-            copy
-            for variable in variables
-            for copy in strategy.experimental_local_results(variable)
-        ]
-        self._values = [copy.read_value() for copy in self._copies]
-
-    def restore(self) -> None:
-        """Assigns what the variables held."""
-        for copy, value in zip(self._copies, self._values, strict=True):
-            copy.assign(value)
 
 
 def make_fitting_function(model, update, traced):
@@ -136,7 +109,7 @@ def make_fitting_step(model, update, traced):
         limit = sizes.limit
         while True:
             size = sizes.to_try(rows)
-            snapshot = Snapshot(strategy, assigned_variables(model))
+            snapshot = replicas.Snapshot(strategy, assigned_variables(model))
             (logs, smaller), failure = catching(attempt, data, size)
             if failure:
                 smaller = size // 2
@@ -221,7 +194,7 @@ def make_forecast(model, add_all, add_by, reserve):
         return microbatching.first_of(microbatching.as_tensors(data), rows)
 
     def count(data, rows):
-        snapshot = Snapshot(strategy, assigned_variables(model))
+        snapshot = replicas.Snapshot(strategy, assigned_variables(model))
         try:
             # Two micro-batches: the steps for both kinds are then traced,
             # while there is room for that.

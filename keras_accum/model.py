@@ -29,9 +29,11 @@ from keras_accum.accumulator import GradientAccumulator
 from keras_accum.accumulator import check_dtype
 from keras_accum.accumulator import check_lengths
 from keras_accum.boundary import BoundaryMixin
+from keras_accum.checkpoint import WindowCheckpoint
 from keras_accum.losses import LossMixin
 from keras_accum.nonfinite import NonfiniteMixin
 from keras_accum.nonfinite import check_nonfinite
+from keras_accum.progress import Progress
 from keras_accum.saving import SavingMixin
 from keras_accum.window import AccumSteps
 from keras_accum.window import Window
@@ -59,6 +61,8 @@ class GradientAccumulationMixin(
     _accumulating = False
     _accum_buffers: GradientAccumulator | None = None
     _accum_update = None
+    # Whether the window comes from a checkpoint, and `fit` goes on with it.
+    _accum_is_restored = False
 
     def __init__(
         self,
@@ -100,6 +104,8 @@ class GradientAccumulationMixin(
         accumulator_dtype,
     ):
         check_one_way(accum_steps, microbatch_size, effective_batch_size)
+        self._accum_progress = Progress()
+        compat.set_untracked(self, "_accum_checkpoint", WindowCheckpoint(self))
         self._accum_window = Window(accum_steps, effective_batch_size)
         self._accum_size = microbatching.MicrobatchSize(microbatch_size)
         self._nonfinite = check_nonfinite(nonfinite)
@@ -420,6 +426,7 @@ class GradientAccumulationMixin(
     def reset_window(self) -> None:
         """Forgets the micro-batches that the window has so far."""
         self._accum_window.rewind()
+        self._accum_is_restored = False
         if self._accum_buffers is not None:
             self._accum_buffers.forget()
         if self._accum_moments is not None:
@@ -449,6 +456,8 @@ class GradientAccumulationMixin(
             if self.partial_window != "carry":
                 self.reset_window()
             raise
+        finally:
+            self._accum_progress.end_training()
 
     def make_train_function(self, force: bool = False):
         """Makes `self.train_function`, if it is not there or `force` is set."""
@@ -500,6 +509,8 @@ class GradientAccumulationMixin(
             # Gradients are scaled as the old optimizer wanted them.
             self.reset_window()
             self._forget_kind_of_loss()
+        if name == compat.FIRST_EPOCH:
+            value = self._accum_progress.first_epoch(value)
         super().__setattr__(name, value)
 
     def _first_microbatch(self, data, *totals):

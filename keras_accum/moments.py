@@ -18,9 +18,11 @@ Pairwise Algorithm for Computing Sample Variances", 1979.
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_accum import compat
@@ -84,7 +86,11 @@ class WindowMoments:
             key = id(moments.layer), calls[id(moments.layer)]
             calls[id(moments.layer)] += 1
             if key not in self._sums:
-                self._sums[key] = self._make_sum(moments)
+                self._sums[key] = self._make_sum(
+                    moments.layer,
+                    [1 + 2 * moments.means.shape[0]],
+                    moments.means.dtype,
+                )
             # Those of no rows are no numbers.
             number, means, variances = map(
                 now.or_nothing,
@@ -104,6 +110,64 @@ class WindowMoments:
                 + number * variances
                 + number_before * share * tf.square(steps),
             )
+
+    def state(self, places: dict[int, int]) -> dict[str, np.ndarray]:
+        """What was gathered, over all replicas, by name; for `restore`.
+
+        Args:
+            places: A number for each layer, by its `id`.
+        """
+        names = [
+            f"moments_{places[layer]}_{call}" for layer, call in self._sums
+        ]
+        if not replicas.has_several(self._strategy):
+            totals = self.states
+        else:
+            totals = [
+                self._merged(each, self._strategy.reduce("SUM", vector, None))
+                for each, vector in zip(
+                    self._sums.values(),
+                    self._strategy.run(self.sums),
+                    strict=True,
+                )
+            ]
+        return {
+            name: np.asarray(total)
+            for name, total in zip(names, totals, strict=True)
+        }
+
+    def restore(
+        self,
+        state: Mapping[str, np.ndarray],
+        layers: Sequence[keras.layers.BatchNormalization],
+    ) -> None:
+        """Goes on from what was gathered before, by any number of replicas.
+
+        Args:
+            state: What `state` returned, and maybe more.
+            layers: The layers, in the order of their places.
+        """
+        self.forget()
+        for name, value in state.items():
+            if not name.startswith("moments_"):
+                continue
+            place, call = map(int, name.split("_")[1:])
+            layer = layers[place]
+            key = id(layer), call
+            if key not in self._sums:
+                self._sums[key] = self._make_sum(
+                    layer, value.shape, value.dtype
+                )
+            replicas.assign_total(self._strategy, self._sums[key].state, value)
+
+    def _merged(self, each, total):
+        """A `Sum.state`, of what the `sums` of all replicas add up to."""
+        number, steps, squares = each.parts(total)
+        steps = tf.math.divide_no_nan(steps, number)
+        squares -= number * tf.square(steps)
+        return tf.concat(
+            [number[None], self._centers(each) + steps, squares], axis=0
+        )
 
     def sums(self) -> list[tf.Tensor]:
         """What can be added up over the replicas: a vector for each layer.
@@ -156,14 +220,12 @@ class WindowMoments:
         # Replicas have these in common, and after a while they are near.
         return tf.cast(each.layer.moving_mean, each.state.dtype)
 
-    def _make_sum(self, moments):
-        shape = [1 + 2 * moments.means.shape[0]]
-        dtype = moments.means.dtype
+    def _make_sum(self, layer, shape, dtype):
         state = replicas.on_each(
             self._strategy,
             lambda: replicas.sum_variable(tf.zeros(shape, dtype), "moments"),
         )
-        return Sum(moments.layer, state)
+        return Sum(layer, state)
 
 
 def selecting(condition):

@@ -7,9 +7,11 @@ the vectors are summed in one reduction, and each takes the sum apart again.
 
 import concurrent.futures
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TypeVar
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 T = TypeVar("T")
@@ -113,6 +115,32 @@ def on_host(make: Callable[[], T]) -> T:
     return outside_of_tracing(make_on_cpu)
 
 
+class Snapshot:
+    """What variables held, to be restored.
+
+    Args:
+        strategy: The strategy that the variables were made under.
+        variables: Any variables; of those on several replicas, each copy.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        variables: Sequence[tf.Variable],
+    ) -> None:
+        self._copies = [
+            copy
+            for variable in variables
+            for copy in strategy.experimental_local_results(variable)
+        ]
+        self._values = [copy.read_value() for copy in self._copies]
+
+    def restore(self) -> None:
+        """Assigns what the variables held."""
+        for copy, value in zip(self._copies, self._values, strict=True):
+            copy.assign(value)
+
+
 def sum_variable(initial: tf.Tensor, name: str) -> tf.Variable:
     """A variable of which each replica has its own; the value is their sum."""
     return tf.Variable(
@@ -122,6 +150,24 @@ def sum_variable(initial: tf.Tensor, name: str) -> tf.Variable:
         synchronization=tf.VariableSynchronization.ON_READ,
         aggregation=tf.VariableAggregation.SUM,
     )
+
+
+def total(variable: tf.Variable) -> np.ndarray:
+    """The value of a `sum_variable` over all replicas, or of another one."""
+    return tf.convert_to_tensor(variable).numpy()
+
+
+def assign_total(strategy, variable: tf.Variable, value) -> None:
+    """Gives a `sum_variable` a value, all of it on the first replica."""
+    value = tf.cast(value, variable.dtype)
+
+    def assign():
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        variable.assign(
+            tf.where(tf.equal(replica, 0), value, tf.zeros_like(value))
+        )
+
+    strategy.run(assign)
 
 
 def placed(variable: tf.Variable, strategy: tf.distribute.Strategy):

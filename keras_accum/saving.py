@@ -6,13 +6,14 @@ import keras
 
 from keras_accum import compat
 from keras_accum import functional
+from keras_accum import replicas
 from keras_accum import sharing
 
 # Where a configuration has that of the model that `from_model` was given.
 MODEL = "from_model"
 
 
-class SavingMixin(compat.ToldOfClones):
+class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
     """Configuration, pickling and clones, as `keras.Model` has them."""
 
     @compat.keeps_automatic_config
@@ -76,6 +77,29 @@ class SavingMixin(compat.ToldOfClones):
         if "accumulator_dtype" in config:
             model._accumulator_dtype = config["accumulator_dtype"]
         return model
+
+    def load_weights(self, *args, **kwargs) -> None:
+        """Loads weights, as `keras.Model.load_weights`, or changes nothing.
+
+        Weights from the middle of a window come with what was gathered, and
+        the next `fit` goes on with it. With others a new window begins.
+        """
+        optimizer = getattr(self, "optimizer", None)
+        before = replicas.Snapshot(
+            self.distribute_strategy,
+            [
+                variable.value
+                for variable in [
+                    *self.variables,
+                    *(optimizer.variables if optimizer else []),
+                ]
+            ],
+        )
+        try:
+            super().load_weights(*args, **kwargs)
+        except BaseException:
+            before.restore()
+            raise
 
     def __reduce__(self):
         """Pickles a functional model as one of the class that has a name."""

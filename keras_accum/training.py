@@ -24,6 +24,7 @@ import tensorflow as tf
 from keras_accum import compat
 from keras_accum import microbatching
 from keras_accum import programs
+from keras_accum import progress
 from keras_accum import replicas
 
 
@@ -103,6 +104,7 @@ def make_train_function(model, update, make_function):
         return function(iterator)
 
     train_function = forgetting_failed_windows(model, train_function)
+    train_function = progress.counting_batches(model, train_function)
     return raising_schedule_errors(model, train_function)
 
 
@@ -139,6 +141,9 @@ def make_step_function(model, update, traced):
     proceed = programs.compile_for_replica(model, model._next_microbatch)
 
     def step(data):
+        if tf.inside_function():
+            replicas.outside_of_tracing(lambda: build_for_resumed(model, data))
+
         def first():
             size = window.begin(
                 model.optimizer.iterations,
@@ -161,6 +166,16 @@ def make_step_function(model, update, traced):
         return tf.cond(full, lambda: newer(logs, update()), lambda: logs)
 
     return step
+
+
+def build_for_resumed(model, data):
+    """Makes the variables of metrics, for a window from a checkpoint.
+
+    Keras makes them while it traces. Their initial values would be those of the
+    branch that starts a window, which is not run.
+    """
+    if int(model._accum_window.position):
+        model._build_for(data)
 
 
 def make_batch_step_function(model, update, traced):

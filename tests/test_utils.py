@@ -1,6 +1,7 @@
 """Models, micro-batches and the yardstick that the tests share."""
 
 import functools
+import gc
 import os
 import re
 
@@ -12,6 +13,12 @@ from absl import flags
 import keras_accum
 
 FEATURES, CLASSES = 6, 3
+
+# An iterator over several devices that is found to be garbage in the middle of
+# a trace is destroyed with Python's lock held, and waits for threads that may
+# want it. So garbage is collected between tests. What is there now stays.
+gc.disable()
+gc.freeze()
 
 LOGICAL_CPUS = 8
 # TensorFlow splits a device once, before it runs anything.
@@ -182,6 +189,10 @@ class TestCase(tf.test.TestCase):
     """
 
     microbatch_size = None
+
+    def tearDown(self):
+        super().tearDown()
+        gc.collect()
 
     def assertSameWeights(self, actual, expected, initial, tolerance=1e-5):
         """Compares weights, in units of how far they moved.

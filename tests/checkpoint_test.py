@@ -1,0 +1,261 @@
+"""Runs that are interrupted, and what their files hold."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import warnings
+
+import h5py
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from tests import checkpoint_cases as cases
+from tests import test_utils
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+PYTHONPATH = os.pathsep.join(filter(None, sys.path))
+ACCUM_STEPS = 3
+
+
+class SaveAt(keras.callbacks.Callback):
+    """Saves a model after a batch of the first epoch."""
+
+    def __init__(self, batch, save):
+        super().__init__()
+        self._batch, self._save = batch, save
+        self._epoch = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self._epoch, batch) == (0, self._batch):
+            self._save(self.model)
+
+
+def save(model, kind, path):
+    if kind == "keras":
+        model.save(f"{path}.keras")
+    elif kind == "h5":
+        model.save_weights(f"{path}.weights.h5")
+    else:
+        tf.train.Checkpoint(model=model).write(path)
+
+
+def loaded(kind, path, **arguments):
+    if kind == "keras":
+        return keras.models.load_model(f"{path}.keras")
+    model = cases.build(**arguments)
+    model.optimizer.build(model.trainable_variables)
+    if kind == "h5":
+        model.load_weights(f"{path}.weights.h5")
+    else:
+        status = tf.train.Checkpoint(model=model).read(path)
+        status.assert_existing_objects_matched()
+    return model
+
+
+def mid_window(path, kind="h5", batch=1, **arguments):
+    """A model that was saved in the middle of a window, trained on."""
+    model = cases.build(**({"accum_steps": ACCUM_STEPS} | arguments))
+    callback = SaveAt(batch, lambda model: save(model, kind, path))
+    cases.train(model, [callback])
+    return model
+
+
+class ResumingTest(test_utils.TestCase, parameterized.TestCase):
+    def path(self):
+        return os.path.join(self.folder(), "model")
+
+    def setUp(self):
+        super().setUp()
+        # What is left of an epoch may be shorter than a window.
+        warnings.filterwarnings("ignore", "An epoch has fewer")
+
+    def folder(self):
+        folder = os.path.join(self.get_temp_dir(), self.id())
+        os.makedirs(folder, exist_ok=True)
+        return folder
+
+    def assertSameState(self, mine, theirs):
+        for a, b in zip(cases.state(mine), cases.state(theirs), strict=True):
+            self.assertAllEqual(a, b)
+
+    @parameterized.product(
+        kind_and_arguments=(
+            ("keras", {}),
+            ("h5", {"partial_window": "carry", "nonfinite": "skip_microbatch"}),
+            ("tf", {"accumulator_dtype": "bfloat16"}),
+        ),
+        batch=tuple(range(cases.BATCHES - 1)),
+    )
+    def test_bits_are_those_of_a_run_without_a_break(
+        self, kind_and_arguments, batch
+    ):
+        kind, arguments = kind_and_arguments
+        path = self.path()
+        whole = mid_window(path, kind, batch, **arguments)
+        model = loaded(kind, path, accum_steps=ACCUM_STEPS, **arguments)
+        model.fit(cases.dataset(batch + 1), verbose=0, shuffle=False)
+        model.fit(
+            cases.dataset(),
+            initial_epoch=1,
+            epochs=cases.EPOCHS,
+            verbose=0,
+            shuffle=False,
+        )
+        self.assertSameState(model, whole)
+
+    @parameterized.parameters("flush", "carry")
+    def test_killed_after_every_batch(self, partial_window):
+        folder = self.folder()
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "tests.checkpoint_cases",
+            f"--folder={folder}",
+            f"--partial_window={partial_window}",
+        ]
+        for left in reversed(range(cases.BATCHES * cases.EPOCHS)):
+            run = subprocess.run(
+                [*command, "--batches=1"],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": PYTHONPATH},
+                capture_output=True,
+                text=True,
+            )
+            self.assertEqual(run.returncode, -signal.SIGKILL, run.stderr)
+            self.assertFalse(os.path.exists(f"{folder}/state.npz"), left)
+        subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": PYTHONPATH},
+            capture_output=True,
+            check=True,
+        )
+        whole = cases.build(
+            accum_steps=ACCUM_STEPS, partial_window=partial_window
+        )
+        cases.train(whole)
+        with np.load(f"{folder}/state.npz") as found:
+            for a, b in zip(found.values(), cases.state(whole), strict=True):
+                self.assertAllEqual(a, b)
+
+    def test_another_number_of_micro_batches(self):
+        path = self.path()
+        whole = mid_window(path)
+        model = loaded("h5", path, accum_steps=2)
+        before = int(model.optimizer.iterations)
+        # The window ends as it was begun, with three; the next has two.
+        model.fit(cases.dataset(cases.BATCHES - 1), verbose=0)
+        self.assertEqual(int(model.optimizer.iterations), before + 1)
+        model.fit(cases.dataset(), verbose=0)
+        self.assertEqual(int(model.optimizer.iterations), before + 3)
+        self.assertEqual(int(whole.optimizer.iterations), 4)
+
+    @parameterized.parameters({}, {"microbatch_size": 1})
+    def test_model_without_windows_says_what_it_forgets(self, **arguments):
+        path = self.path()
+        mid_window(path)
+        model = cases.build(**arguments)
+        model.optimizer.build(model.trainable_variables)
+        with self.assertWarnsRegex(UserWarning, "2 micro-batches"):
+            model.load_weights(f"{path}.weights.h5")
+        cases.train(model)
+
+    def test_plain_model_and_back(self):
+        path = self.path()
+        mid_window(path)
+        model = loaded("h5", path, accum_steps=ACCUM_STEPS)
+        plain = keras.Model(model.inputs, model.outputs)
+        plain.compile(keras.optimizers.Adam(0.1), "mse")
+        plain.optimizer.build(plain.trainable_variables)
+        before = [np.zeros_like(w) for w in plain.get_weights()]
+        expected = model.get_weights()
+        plain.set_weights(before)
+        plain.load_weights(f"{path}.weights.h5")
+        for a, b in zip(plain.get_weights(), expected, strict=True):
+            self.assertAllEqual(a, b)
+        plain.save_weights(f"{path}2.weights.h5")
+        # What was gathered is of other weights.
+        model.load_weights(f"{path}2.weights.h5")
+        self.assertEqual(int(model._accum_window.position), 0)
+        self.assertEqual(int(model._accum_buffers.count.numpy()), 0)
+
+    def test_files_between_windows_are_those_of_keras(self):
+        def names(model, path):
+            model.save_weights(path)
+            with h5py.File(path) as file:
+                found = []
+                file.visit(found.append)
+            return found
+
+        inputs = keras.Input((3,))
+        outputs = keras.layers.Dense(2)(inputs)
+        path = f"{self.path()}.weights.h5"
+        plain = keras.Model(inputs, outputs)
+        model = cases.keras_accum.GradientAccumulationModel(
+            inputs, outputs, accum_steps=2
+        )
+        self.assertEqual(names(model, path), names(plain, path))
+        tf.train.Checkpoint(model=model).write(f"{path}.tf")
+        tf.train.Checkpoint(model=plain).read(f"{path}.tf").assert_consumed()
+
+    @parameterized.parameters("shape", "truncated")
+    def test_what_does_not_fit_changes_nothing(self, fault):
+        path = f"{self.path()}.weights.h5"
+        mid_window(self.path())
+        model = cases.build(accum_steps=ACCUM_STEPS)
+        cases.train(model)
+        before = cases.state(model)
+        if fault == "shape":
+            with h5py.File(path, "a") as file:
+                window = file["_accum_checkpoint"]["vars"]
+                del window["buffer_0"]
+                window["buffer_0"] = np.zeros((3, 4), "float32")
+        else:
+            whole = pathlib.Path(path).read_bytes()
+            pathlib.Path(path).write_bytes(whole[: len(whole) // 2])
+        error = ValueError if fault == "shape" else OSError
+        with self.assertRaises(error):
+            model.load_weights(path)
+        for a, b in zip(cases.state(model), before, strict=True):
+            self.assertAllEqual(a, b)
+        cases.train(model)
+
+    def test_exported_model_needs_no_library_and_has_no_buffers(self):
+        folder = self.folder()
+        model = cases.build(accum_steps=ACCUM_STEPS, partial_window="carry")
+        model.fit(cases.dataset(2), verbose=0)
+        self.assertEqual(int(model._accum_window.position), 2)
+        model.export(f"{folder}/model", verbose=False)
+        names = [
+            name
+            for name, _ in tf.train.list_variables(
+                f"{folder}/model/variables/variables"
+            )
+        ]
+        self.assertNotIn("accumulation_window", "".join(names))
+        x, _ = next(iter(cases.dataset().as_numpy_iterator()))
+        np.save(f"{folder}/x.npy", x)
+        code = (
+            "import sys, numpy as np, tensorflow as tf\n"
+            "sys.modules['keras_accum'] = sys.modules['keras'] = None\n"
+            f"model = tf.saved_model.load({folder!r} + '/model')\n"
+            f"y = model.serve(np.load({folder!r} + '/x.npy'))\n"
+            f"np.save({folder!r} + '/y.npy', y)\n"
+        )
+        subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+        self.assertAllClose(
+            np.load(f"{folder}/y.npy"), model(x), rtol=1e-5, atol=1e-6
+        )
+
+
+if __name__ == "__main__":
+    tf.test.main()
