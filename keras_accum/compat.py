@@ -320,6 +320,25 @@ def without_communication(optimizer, is_tpu) -> Iterator[None]:
         yield
 
 
+def ending_training_by(optimizer, function):
+    """Has a function be called where Keras ends a `fit`, for a while.
+
+    Args:
+        optimizer: The optimizer, which then takes averages for the weights, if
+            it has any.
+        function: Called as `function(end, *args)`, where `end(*args)` does
+            what Keras would.
+
+    Returns:
+        A context manager.
+    """
+    name = "finalize_variable_values"
+    end = getattr(optimizer, name)
+    return _attribute(
+        optimizer, name, lambda *args, **kwargs: function(end, *args, **kwargs)
+    )
+
+
 @contextlib.contextmanager
 def _attribute(owner, name, value):
     """Gives an object another attribute for a while."""

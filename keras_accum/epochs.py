@@ -1,8 +1,13 @@
 """What becomes of a window that the end of an epoch cuts short."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 
 import keras
+import tensorflow as tf
+
+from keras_accum import compat
 
 
 class EndOfEpoch(keras.callbacks.Callback):
@@ -53,6 +58,26 @@ class EndOfEpoch(keras.callbacks.Callback):
             model.flush()
         else:
             model.reset_window()
+
+
+@contextlib.contextmanager
+def keeping_weights_without_update(optimizer) -> Iterator[None]:
+    """Lets a `fit` that makes no update leave the weights as they are.
+
+    Keras ends it with averages of the weights (EMA), if the optimizer has them.
+    Before the first update they are zeros: a `fit` of Keras makes one, but one
+    that only begins a window does not.
+    """
+    if optimizer is None:  # `fit` says so.
+        yield
+        return
+
+    def end(finalize, *args, **kwargs):
+        if int(tf.convert_to_tensor(optimizer.iterations)) > 0:
+            finalize(*args, **kwargs)
+
+    with compat.ending_training_by(optimizer, end):
+        yield
 
 
 def warn_of_short_epoch(model):

@@ -451,7 +451,10 @@ class GradientAccumulationMixin(
             super().fit, args, kwargs, end_of_epoch
         )
         try:
-            return super().fit(*args, **kwargs)
+            with epochs.keeping_weights_without_update(
+                getattr(self, "optimizer", None)
+            ):
+                return super().fit(*args, **kwargs)
         except BaseException:
             if self.partial_window != "carry":
                 self.reset_window()
@@ -552,13 +555,19 @@ class GradientAccumulationMixin(
 
         It leaves all as it was if there are no rows.
         """
-        with self._microbatch(data, True, *totals):
-            return self.test_step(data)
+        return self._test_microbatch(data, True, *totals)
 
     def _next_test(self, data, *totals):
         """`test_step` for the other micro-batches of a batch."""
-        with self._microbatch(data, False, *totals):
-            return self.test_step(data)
+        return self._test_microbatch(data, False, *totals)
+
+    def _test_microbatch(self, data, first, *totals):
+        function = self.test_function
+        with self._microbatch(data, first, *totals):
+            logs = self.test_step(data)
+        # Replacing a metric asks for another function, and it is just made.
+        self.test_function = function
+        return logs
 
     @contextlib.contextmanager
     def _microbatch(

@@ -81,7 +81,9 @@ def loss_denominator(loss, y_true, y_pred, sample_weight, rows):
     # An override of `__call__` may reduce in any way.
     if type(loss).__call__ is not keras.Loss.__call__:
         return by_rows
-    values = loss.call(as_dtype(y_true, loss), as_dtype(y_pred, loss))
+    values = tf.convert_to_tensor(
+        loss.call(as_dtype(y_true, loss), as_dtype(y_pred, loss))
+    )
     is_sum = loss.reduction in SUM_REDUCTIONS
     if values.shape.rank == 0:
         # It is reduced already, and `reduction` says nothing. Keras multiplies

@@ -77,6 +77,24 @@ class PolicyTest(test_utils.TestCase, parameterized.TestCase):
         model.flush()
         self.assertTrainedOn(model, [*windows, everything[20:]])
 
+    @parameterized.parameters("carry", "drop")
+    def test_a_fit_without_update_leaves_averaged_weights(self, policy):
+        model = test_utils.accumulating(partial_window=policy)
+        initial = model.get_weights()
+        model.compile(
+            keras.optimizers.SGD(0.1, use_ema=True),
+            loss=test_utils.crossentropy(),
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "An epoch has fewer")
+            model.fit(test_utils.dataset(BATCHES[:3]), verbose=0)
+        self.assertEqual(int(model.optimizer.iterations), 0)
+        self.assertAllClose(model.get_weights(), initial, 0, 0)
+        model.fit(test_utils.dataset(FULL), verbose=0)
+        averages = model.optimizer._model_variables_moving_average
+        self.assertAllClose(model.trainable_weights, averages, 0, 0)
+        self.assertGreater(np.abs(model.get_weights()[0] - initial[0]).max(), 0)
+
     def test_drop(self):
         model = compiled(test_utils.accumulating(partial_window="drop"))
         model.fit(test_utils.dataset(BATCHES), epochs=2, verbose=0)

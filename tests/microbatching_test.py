@@ -236,6 +236,27 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         for mine, theirs in zip(*reported, strict=True):
             self.assertAllClose(mine, theirs, rtol=1e-5)
 
+    @parameterized.parameters("mlp", "masked_and_not")
+    def test_evaluates_many_batches_before_any_fit(self, name):
+        if name == "mlp":
+            build = test_utils.mlp
+            x, y = test_utils.microbatches([22])[0]
+        else:
+            build = equivalence_test.masked_and_not
+            x = masked_tokens(22)
+            y = [x % 5, x[:, 0] % 5]
+        reported = []
+        for model in (build(keras.Model), in_pieces(build)):
+            loss = test_utils.crossentropy()
+            model.compile("sgd", loss if name == "mlp" else [loss, loss])
+            reported.append(
+                [
+                    model.evaluate(x, y, batch_size=5, verbose=0)
+                    for _ in range(2)
+                ]
+            )
+        self.assertAllClose(*reported, rtol=1e-5)
+
     def test_predict_puts_nested_outputs_together(self):
         inputs = keras.Input((2,), name="in")
         model = keras_accum.GradientAccumulationModel(

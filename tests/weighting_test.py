@@ -76,6 +76,14 @@ class DenominatorTest(test_utils.TestCase, parameterized.TestCase):
                 self.assertAllClose(found.value, 2.0)
                 self.assertEqual(found.source, weighting.ROWS)
 
+    def test_a_python_number_is_a_scalar(self):
+        class Zero(keras.Loss):
+            def call(self, y_true, y_pred):
+                return 0
+
+        found = weighting.loss_denominator(Zero(), Y, tf.constant(Y), None, 2)
+        self.assertAllEqual(found.value, 2.0)
+
     def test_scalars_that_nothing_fits_are_a_guess(self):
         for loss, weight in (
             (Scalar(), np.ones(2)),

@@ -1,0 +1,73 @@
+"""20,000 micro-batches: memory stays flat, and nothing is traced again."""
+
+import gc
+import pathlib
+import resource
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tests import test_utils
+
+ROUNDS, MICROBATCHES = 80, 250
+# Programs, pools and caches are there after so many.
+WARM = 20
+# The buffers, or the batches of a round, would be more.
+FEATURES, ROWS = 700, 4
+ALLOWED_MIB = 1
+
+
+class CountedOptimizer(keras.optimizers.Adam):
+    """Counts how often its update is traced."""
+
+    traces = 0
+
+    def apply(self, *args, **kwargs):
+        type(self).traces += 1
+        return super().apply(*args, **kwargs)
+
+
+def resident_mib():
+    """Memory of this process."""
+    gc.collect()
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+class SoakTest(test_utils.TestCase):
+    def test_memory_and_traces(self):
+        if not pathlib.Path("/proc/self/statm").exists():
+            self.skipTest("There is no /proc here.")
+        counted, traces = test_utils.counting_traces()
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((FEATURES,))
+        outputs = keras.layers.Dense(FEATURES)(inputs)
+        model = counted(inputs, outputs, accum_steps=2, partial_window="carry")
+        model.compile(CountedOptimizer(1e-3), "mse")
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(MICROBATCHES * ROWS, FEATURES)).astype("float32")
+        data = tf.data.Dataset.from_tensor_slices((x, x)).batch(ROWS)
+        sizes, traced, updates = [], [], 0
+        for number in range(ROUNDS):
+            accum_steps = int(rng.integers(1, 17))
+            model.accum_steps = accum_steps
+            model.fit(data, verbose=0)
+            updates += MICROBATCHES // accum_steps
+            rest = MICROBATCHES % accum_steps
+            if number % 2:
+                model.flush()
+                updates += rest > 0
+            else:
+                model.reset_window()
+            self.assertEqual(int(model.optimizer.iterations), updates)
+            sizes.append(resident_mib())
+            traced.append((len(traces), CountedOptimizer.traces))
+        self.assertEqual(set(traced[WARM:]), {traced[WARM]})
+        half = WARM + (ROUNDS - WARM) // 2
+        grown = np.median(sizes[half:]) - np.median(sizes[WARM:half])
+        self.assertLess(grown, ALLOWED_MIB, sizes)
+
+
+if __name__ == "__main__":
+    tf.test.main()
