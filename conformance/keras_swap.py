@@ -1,14 +1,9 @@
 """Keras's own tests, with `GradientAccumulationModel` in place of its models.
 
-A pytest plugin. `keras` comes with its tests; this runs them with the class
-swapped in, as a user swaps it:
-
-```sh
-python -m pytest -c conformance/pytest.ini -n 2
-```
-
-and with `KERAS_ACCUM_MICROBATCH_SIZE=3` in the environment, those that train
-with each batch in micro-batches of at most three rows.
+A pytest plugin, for the command in CONTRIBUTING.md: `keras` comes with its
+tests, and here they meet the class swapped in, as a user swaps it. With
+`KERAS_ACCUM_MICROBATCH_SIZE=3` in the environment each batch is trained on in
+micro-batches of at most three rows.
 """
 
 import importlib.util

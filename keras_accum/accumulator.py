@@ -339,8 +339,12 @@ class GradientAccumulator:
         clear(self._weight, True)
         clear(self._count, True)
 
-    def state(self) -> dict[str, np.ndarray]:
-        """What was gathered, over all replicas, by name; for `restore`."""
+    def state(self, parts: int = 1) -> dict[str, np.ndarray]:
+        """What was gathered, over all replicas, by name; for `restore`.
+
+        Args:
+            parts: What the losses, and so the gradients, were divided by.
+        """
         state = {
             "variables": np.asarray(len(self)),
             "weight": replicas.total(self._weight),
@@ -356,6 +360,7 @@ class GradientAccumulator:
                 value = value.max(axis=0)
             else:
                 value = replicas.total(buffer)
+                value = value * value.dtype.type(parts)
             state[f"buffer_{index}"] = value
         return state
 
@@ -376,11 +381,14 @@ class GradientAccumulator:
                     f"{variable.name} wants {tuple(variable.shape)}."
                 )
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+    def restore(
+        self, state: Mapping[str, np.ndarray], parts: int = 1
+    ) -> None:
         """Goes on from what was gathered before, by any number of replicas.
 
         Args:
             state: What `state` returned, of variables of the same shapes.
+            parts: What the losses that follow are divided by.
 
         Raises:
             ValueError: If there is another number of variables, or their
@@ -392,9 +400,13 @@ class GradientAccumulator:
         self.reset()
         replicas.assign_total(self._strategy, self._weight, state["weight"])
         self._strategy.run(lambda: self._count.assign(int(state["count"])))
-        for name, buffer in zip(known, self._buffers, strict=True):
+        for name, variable, buffer in zip(
+            known, self._variables, self._buffers, strict=True
+        ):
             if name in state:
                 value = of_dtype(state[name], buffer.dtype)
+                if not compat.is_overwritten(variable):
+                    value = value / tf.cast(parts, value.dtype)
                 replicas.assign_total(self._strategy, buffer, value)
 
     def _sums_of_all(self):

@@ -79,7 +79,9 @@ class WindowCheckpoint(compat.Saveable, tf.train.experimental.PythonState):
             values |= {"epoch": progress.epoch, "batches": progress.batches}
         if self._has_begun():
             values |= {"position": window.position, "size": window.size}
-            values |= model._accum_buffers.state()
+            # Keras divides losses by the number of replicas.
+            number = model.distribute_strategy.num_replicas_in_sync
+            values |= model._accum_buffers.state(number)
             if model._accum_moments is not None:
                 values |= model._accum_moments.state(places_of_layers(model))
             if model.nonfinite != "propagate":
@@ -112,8 +114,8 @@ class WindowCheckpoint(compat.Saveable, tf.train.experimental.PythonState):
             return
         window.position.assign(int(values["position"]))
         window.size.assign(int(values["size"]))
-        accumulator.restore(values)
         strategy = model.distribute_strategy
+        accumulator.restore(values, strategy.num_replicas_in_sync)
         if model._accum_moments is None:
             model._accum_moments = moments.WindowMoments(strategy)
         model._accum_moments.restore(values, compat.normalizations(model))

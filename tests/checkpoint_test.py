@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -229,6 +230,34 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
             self.assertAllEqual(a, b)
         cases.train(model)
 
+    # HDF5 raises too, and may end the process when it closes the file.
+    @parameterized.parameters("keras", "tf")
+    def test_a_full_disk_changes_nothing(self, kind):
+        model = cases.build(accum_steps=ACCUM_STEPS, partial_window="carry")
+        model.fit(cases.dataset(2), verbose=0)
+        before = cases.state(model)
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # Files grow to so many bytes and no further, as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+        try:
+            with self.assertRaises((OSError, RuntimeError, tf.errors.OpError)):
+                save(model, kind, self.path())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        for a, b in zip(cases.state(model), before, strict=True):
+            self.assertAllEqual(a, b)
+        self.assertEqual(int(model._accum_window.position), 2)
+        save(model, kind, self.path())
+        other = loaded(
+            kind,
+            self.path(),
+            accum_steps=ACCUM_STEPS,
+            partial_window="carry",
+        )
+        for each in (model, other):
+            each.fit(cases.dataset(3), verbose=0, shuffle=False)
+        self.assertSameState(model, other)
+
     def test_exported_model_needs_no_library_and_has_no_buffers(self):
         folder = self.folder()
         model = cases.build(accum_steps=ACCUM_STEPS, partial_window="carry")
@@ -254,6 +283,62 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
         self.assertAllClose(
             np.load(f"{folder}/y.npy"), model(x), rtol=1e-5, atol=1e-6
+        )
+
+
+class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
+    """What was gathered goes into another number of replicas."""
+
+    @parameterized.product(
+        kind=("keras", "h5", "tf"), onto_several=(True, False)
+    )
+    def test_goes_on(self, kind, onto_several):
+        several, reason = test_utils.chosen_strategy()
+        if several is None:
+            self.skipTest(reason)
+        strategies = [tf.distribute.get_strategy(), several]
+        if not onto_several:
+            strategies.reverse()
+        batches = test_utils.microbatches([8, 6, 4, 8, 2, 8])
+
+        def built():
+            model = test_utils.accumulating(
+                accum_steps=3, partial_window="carry"
+            )
+            model.compile(
+                keras.optimizers.SGD(0.1, momentum=0.9),
+                loss=test_utils.crossentropy(),
+            )
+            model.optimizer.build(model.trainable_variables)
+            return model
+
+        path = os.path.join(self.get_temp_dir(), self.id())
+        with strategies[0].scope():
+            model = built()
+        model.fit(test_utils.dataset(batches[:5]), verbose=0)
+        save(model, kind, path)
+        with strategies[1].scope():
+            if kind == "keras":
+                model = keras.models.load_model(f"{path}.keras")
+            else:
+                model = built()
+            if kind == "h5":
+                model.load_weights(f"{path}.weights.h5")
+            elif kind == "tf":
+                status = tf.train.Checkpoint(model=model).read(path)
+                status.assert_existing_objects_matched()
+        model.fit(test_utils.dataset(batches[5:]), verbose=0)
+        self.assertEqual(int(model._accum_window.position), 0)
+        expected = test_utils.mlp()
+        initial = expected.get_weights()
+        expected.compile(
+            keras.optimizers.SGD(0.1, momentum=0.9),
+            loss=test_utils.crossentropy(),
+        )
+        for window in (batches[:3], batches[3:]):
+            expected.train_on_batch(*test_utils.concatenate(window))
+        self.assertSameWeights(
+            model.get_weights(), expected.get_weights(), initial
         )
 
 

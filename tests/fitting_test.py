@@ -1,5 +1,6 @@
 """The size that fits is found, and a failed attempt leaves nothing behind."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -310,26 +311,32 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
             self.assertEqual(outcome["updates"], 2)
             self.assertBetween(outcome["size"], 1, rows)
 
-    @parameterized.product(
-        limit_and_rows=((400, 256), (600, 512)),
-        jit_compile=(False, True),
-        arenas=(None, 1),
+    @parameterized.parameters(
+        *test_utils.with_nightly(
+            [(400, 256, False, 1), (400, 256, True, None)],
+            [
+                (400, 256, False, None),
+                (400, 256, True, 1),
+                *itertools.product([600], [512], [False, True], [None, 1]),
+            ],
+        )
     )
-    def test_never_dies(self, limit_and_rows, jit_compile, arenas):
-        limit, rows = limit_and_rows
+    def test_never_dies(self, limit, rows, jit_compile, arenas):
         outcome, died = self.outcome(limit, jit_compile, rows, arenas=arenas)
         self.check(outcome, died, rows)
 
-    @parameterized.product(
-        limit_and_rows=(
-            (1000, 768),
-            (1500, 1024),
-            (2500, 2048),
-        ),
-        jit_compile=(False, True),
+    @parameterized.parameters(
+        *test_utils.with_nightly(
+            [(1000, 768, False), (1500, 1024, True)],
+            [
+                (1000, 768, True),
+                (1500, 1024, False),
+                (2500, 2048, False),
+                (2500, 2048, True),
+            ],
+        )
     )
-    def test_finds_half_of_the_largest_size(self, limit_and_rows, jit_compile):
-        limit, rows = limit_and_rows
+    def test_finds_half_of_the_largest_size(self, limit, rows, jit_compile):
         outcome, died = self.outcome(limit, jit_compile, rows)
         self.check(outcome, died, rows)
         twice = 2 * outcome["size"]

@@ -1,11 +1,10 @@
 """Random models, data, windows, policies and interruptions, and a loop by hand.
 
-100 cases, or as many as `KERAS_ACCUM_CASES` in the environment says.
+100 cases that are always the same, and at night 1,000 that are not.
 """
 
 import dataclasses
 import functools
-import os
 import warnings
 
 import hypothesis
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 import keras_accum
 from tests import test_utils
 
-CASES = int(os.environ.get("KERAS_ACCUM_CASES", 100))
+CASES = 1000 if test_utils.IS_NIGHTLY else 100
 WORDS, LENGTH, FEATURES, CLASSES = 5, 4, 3, 2
 LOSSES = {
     "squares": keras.losses.MeanSquaredError,
@@ -361,7 +360,7 @@ class PropertyTest(test_utils.TestCase):
     @hypothesis.settings(
         max_examples=CASES,
         deadline=None,
-        derandomize="KERAS_ACCUM_CASES" not in os.environ,
+        derandomize=not test_utils.IS_NIGHTLY,
         database=None,
         # A failure says what it met; to find its smallest form takes minutes.
         phases=[hypothesis.Phase.generate],

@@ -14,6 +14,9 @@ import keras_accum
 
 FEATURES, CLASSES = 6, 3
 
+# Whether to test what takes too long for every change as well.
+IS_NIGHTLY = "KERAS_ACCUM_NIGHTLY" in os.environ
+
 # An iterator over several devices that is found to be garbage in the middle of
 # a trace is destroyed with Python's lock held, and waits for threads that may
 # want it. So garbage is collected between tests. What is there now stays.
@@ -26,6 +29,11 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
     [tf.config.LogicalDeviceConfiguration()] * LOGICAL_CPUS,
 )
+
+
+def with_nightly(cases, nightly):
+    """Cases for every change, and those that are for the night alone."""
+    return [*cases, *(nightly if IS_NIGHTLY else ())]
 
 
 def mirrored(replicas=None):

@@ -4,6 +4,7 @@ import pathlib
 import shutil
 import signal
 import tempfile
+import unittest
 
 import numpy as np
 import tensorflow as tf
@@ -119,6 +120,7 @@ class EquivalenceTest(WorkersTestCase):
                 self.assertAllEqual(found["unknown/branches"], [2])
                 self.assertAllEqual(found["unknown/others"], [1])
 
+    @unittest.skipUnless(test_utils.IS_NIGHTLY, "Tested at night.")
     def test_four_workers_with_one_replica(self):
         self.check(4, 1, ["masks", "own"])
 
