@@ -381,9 +381,7 @@ class GradientAccumulator:
                     f"{variable.name} wants {tuple(variable.shape)}."
                 )
 
-    def restore(
-        self, state: Mapping[str, np.ndarray], parts: int = 1
-    ) -> None:
+    def restore(self, state: Mapping[str, np.ndarray], parts: int = 1) -> None:
         """Goes on from what was gathered before, by any number of replicas.
 
         Args:

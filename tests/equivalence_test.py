@@ -135,6 +135,7 @@ class OptimizerTest(test_utils.TestCase, parameterized.TestCase):
             windows(),
         )
 
+    @test_utils.needs_multi_optimizer
     def test_multi_optimizer(self):
         def optimizer():
             kernels, biases = keras.optimizers.Adam(0.01), OPTIMIZERS["sgd"]()

@@ -201,6 +201,7 @@ class OptimizerTest(TestCase):
             windows(),
         )
 
+    @test_utils.needs_multi_optimizer
     def test_multi_optimizer(self):
         def arguments():
             kernels = keras.optimizers.Adam(0.01)

@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import re
+import unittest
 
 import keras
 import numpy as np
@@ -28,6 +29,11 @@ LOGICAL_CPUS = 8
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
     [tf.config.LogicalDeviceConfiguration()] * LOGICAL_CPUS,
+)
+
+
+needs_multi_optimizer = unittest.skipUnless(
+    hasattr(keras.optimizers, "MultiOptimizer"), "Keras 3.15 has the first."
 )
 
 
