@@ -21,10 +21,13 @@ class ReplicaCountsTest(tf.test.TestCase, parameterized.TestCase):
         *test_utils.with_nightly(
             [
                 ("one_device", *CLAIMS),
-                ("mirrored_4", *CLAIMS),
+                ("mirrored_4", "RowsTest", "PrecisionTest"),
                 ("mirrored_8", "RowsTest"),
             ],
-            [("mirrored_8", "StateTest", "PrecisionTest")],
+            [
+                ("mirrored_4", "StateTest"),
+                ("mirrored_8", "StateTest", "PrecisionTest"),
+            ],
         )
     )
     def test_in_a_process_of_its_own(self, strategy, *claims):

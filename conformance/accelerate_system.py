@@ -1,0 +1,165 @@
+"""Accelerate: `accumulate`, and the loop of its guide where sizes differ.
+
+The guide on "training samples of variable size" gathers a window's batches
+first, counts what their losses are to be divided by, over all processes, and
+takes sums for losses.
+"""
+
+import contextlib
+import os
+import tempfile
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.state import GradientState
+
+from conformance import torch_systems
+from conformance.system import DoesNotApply
+from conformance.system import NoOption
+from conformance.system import System
+from conformance.torch_systems import Training
+
+
+class AcceleratedTraining(Training):
+    """A training whose parts Accelerate has prepared."""
+
+    def __init__(self, problem) -> None:
+        super().__init__(problem)
+        # It keeps them for the next `Accelerator`.
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()
+        self.accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=problem.accum_steps
+        )
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(
+            self.network, self.optimizer, self.schedule
+        )
+
+    def update(self) -> None:
+        """As Accelerate's examples end a step, within `accumulate` or not."""
+        problem, accelerator = self.problem, self.accelerator
+        if accelerator.sync_gradients:
+            if problem.clip_norm is not None:
+                accelerator.clip_grad_norm_(self.parameters, problem.clip_norm)
+            if problem.clip_value is not None:
+                accelerator.clip_grad_value_(
+                    self.parameters, problem.clip_value
+                )
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            self.after_update()
+
+
+class Accelerate(System):
+    """`accelerator.accumulate(model)`."""
+
+    def plain(self, problem):
+        refuse(problem)
+        return torch_systems.plain(problem)
+
+    def accumulated(self, problem):
+        refuse(problem)
+        if problem.nonfinite != "propagate":
+            raise NoOption("A NaN reaches the weights.")
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        return torch_systems.in_processes(train, problem)
+
+
+def refuse(problem) -> None:
+    """Raises for what it has no part in, on a CPU."""
+    torch_systems.refuse_other_subjects(problem)
+    if problem.dtype == "mixed_float16":
+        raise DoesNotApply("It has float16 on GPUs alone.")
+
+
+def train(problem, rank):
+    """Trains on all windows."""
+    training = AcceleratedTraining(problem)
+    seen = update = 0
+    for epoch, windows in enumerate(problem.windows()):
+        for window in windows:
+            data = [
+                torch_systems.tensors(batch, problem, rank) for batch in window
+            ]
+            steps = problem.steps_of(epoch, update)
+            update += 1
+            # `accumulate` goes by a count of its own, and would divide by k.
+            is_short = len(window) < steps
+            add = add_microbatches
+            if is_short or differs(problem):
+                add = add_of_guide
+            training.accelerator.gradient_accumulation_steps = len(window)
+            stop = problem.resume_after
+            if stop is not None and seen < stop < seen + len(window):
+                add(training, data[: stop - seen])
+                training = resumed(training)
+                data = data[stop - seen :]
+            add(training, data)
+            seen += len(window)
+    outcome = training.outcome()
+    training.accelerator.end_training()
+    return outcome
+
+
+def differs(problem) -> bool:
+    """Whether what the losses are divided by differs between micro-batches."""
+    found = set()
+    for batch in problem.microbatches():
+        _, y, weight = torch_systems.tensors(batch, problem)
+        found.add(
+            tuple(torch_systems.denominators(problem, y, weight))
+            + (batch.rows,)
+        )
+    return len(found) > 1 or problem.model in ("tagger", "two_losses")
+
+
+def add_microbatches(training, data) -> None:
+    """The loop of its quick tour: it divides by k, and knows when to step."""
+    problem, accelerator = training.problem, training.accelerator
+    for each in data:
+        with accelerator.accumulate(training.model):
+            loss = torch_systems.loss_of(
+                problem, training.model, training.network, each
+            )
+            if problem.reduction == "sum":
+                # It divides, and a sum is not divided.
+                loss = loss * accelerator.gradient_accumulation_steps
+            accelerator.backward(loss)
+            training.update()
+
+
+def add_of_guide(training, data) -> None:
+    """The loop of its guide on samples of variable size."""
+    problem, accelerator = training.problem, training.accelerator
+    steps = accelerator.gradient_accumulation_steps
+    own = [
+        torch_systems.denominators(problem, y, weight) for _, y, weight in data
+    ]
+    rows = float(sum(len(x) for x, _, _ in data))
+    totals = torch.tensor([*torch.tensor(own).sum(0).tolist(), rows])
+    *bottoms, rows = accelerator.reduce(totals, "sum").tolist()
+    scale = steps * accelerator.num_processes
+    for index, (x, y, weight) in enumerate(data):
+        context = contextlib.nullcontext()
+        if index < len(data) - 1 and accelerator.num_processes > 1:
+            context = training.model.no_sync()
+        with context:
+            outputs, activity = training.model(x)
+            loss = problem.activity_l2 * activity / rows
+            tops = torch_systems.numerators(outputs, y, weight)
+            for top, bottom in zip(tops, bottoms, strict=True):
+                loss = loss + top / bottom
+            accelerator.backward(loss * scale)
+    training.update()
+
+
+def resumed(training):
+    """A training of its own, from `save_state`."""
+    with tempfile.TemporaryDirectory() as folder:
+        training.accelerator.save_state(folder)
+        training = AcceleratedTraining(training.problem)
+        training.accelerator.load_state(folder)
+    return training

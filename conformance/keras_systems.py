@@ -1,0 +1,373 @@
+"""The systems that train Keras models on TensorFlow.
+
+One model, one loss, one optimizer for all of them, and for the reference: they
+differ in the model's class and in where k is said. Also runs on Keras 2.13,
+which is what the gradient-accumulator package installs.
+"""
+
+import contextlib
+import functools
+import os
+import tempfile
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from conformance import problems
+from conformance.problems import Batch
+from conformance.problems import Problem
+from conformance.system import DoesNotApply
+from conformance.system import NoOption
+from conformance.system import Outcome
+from conformance.system import System
+
+IS_KERAS_3 = hasattr(keras, "ops")
+
+CPU = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(
+    CPU, [tf.config.LogicalDeviceConfiguration()] * 2
+)
+
+
+@functools.cache
+def strategy_of(replicas: int) -> tf.distribute.Strategy:
+    """The default strategy, or two replicas on logical CPUs."""
+    if replicas == 1:
+        return tf.distribute.get_strategy()
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+
+
+def set_dtype(dtype: str) -> None:
+    """Makes all that is built from now on of this dtype."""
+    floatx = "float64" if dtype == "float64" else "float32"
+    keras.backend.set_floatx(floatx)
+    keras.mixed_precision.set_global_policy(dtype)
+
+
+def tensors(problem: Problem):
+    """Inputs and outputs of a functional model, and nothing else."""
+    dense = keras.layers.Dense
+    if problem.model == "dropout":
+        inputs = keras.Input((problems.DROPPED,))
+        kept = keras.layers.Dropout(0.5)(inputs)
+        return inputs, dense(1, use_bias=False, name="output")(kept)
+    if problem.model in ("linear", "normalised"):
+        inputs = hidden = keras.Input((problems.FEATURES,))
+        if problem.model == "normalised":
+            hidden = keras.layers.BatchNormalization(
+                momentum=0.9, epsilon=1e-3, name="normalised"
+            )(inputs)
+        return inputs, dense(problems.CLASSES, name="output")(hidden)
+    if problem.model == "classifier":
+        inputs = hidden = keras.Input((problems.FEATURES,))
+    else:
+        inputs = keras.Input((problems.LENGTH,), dtype="int32")
+        hidden = keras.layers.Embedding(
+            problems.TOKENS, problems.UNITS, mask_zero=True, name="embedding"
+        )(inputs)
+    l2 = keras.regularizers.L2
+    hidden = dense(
+        problems.UNITS,
+        activation="tanh",
+        kernel_regularizer=l2(problem.l2) if problem.l2 else None,
+        activity_regularizer=(
+            l2(problem.activity_l2) if problem.activity_l2 else None
+        ),
+        kernel_constraint=(
+            keras.constraints.NonNeg() if problem.nonnegative else None
+        ),
+        name="hidden",
+    )(hidden)
+    outputs = dense(problems.CLASSES, name="output")(hidden)
+    if problem.model == "two_losses":
+        row = dense(problems.CLASSES, name="row")(hidden[:, 0])
+        outputs = [row, outputs]
+    return inputs, outputs
+
+
+def variables(model: keras.Model) -> dict:
+    """The trainable variables by the names of `problems.initial_weights`."""
+    layers = {layer.name: layer for layer in model.layers}
+    named = {}
+    for name in ("hidden", "output", "row"):
+        if name in layers:
+            named[f"{name}_kernel"] = layers[name].kernel
+            if layers[name].use_bias:
+                named[f"{name}_bias"] = layers[name].bias
+    if "embedding" in layers:
+        named["embedding"] = layers["embedding"].embeddings
+    if "normalised" in layers:
+        named["scale"] = layers["normalised"].gamma
+        named["offset"] = layers["normalised"].beta
+    return named
+
+
+def array(variable) -> np.ndarray:
+    """A variable's value in float64."""
+    return np.asarray(tf.cast(tf.convert_to_tensor(variable), tf.float64))
+
+
+def make_loss(problem: Problem):
+    """What `compile` is given as the loss."""
+    reduction = {
+        "mean": "sum_over_batch_size",
+        "sum": "sum",
+        "weighted_mean": "mean_with_sample_weight",
+    }[problem.reduction]
+    if reduction == "mean_with_sample_weight" and not IS_KERAS_3:
+        raise DoesNotApply("Keras 2 has no such reduction.")
+    if problem.model == "dropout":
+        return keras.losses.MeanSquaredError(reduction=reduction)
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction=reduction
+    )
+    return [loss, loss] if problem.model == "two_losses" else loss
+
+
+def make_optimizer(problem: Problem, **kwargs) -> keras.optimizers.Optimizer:
+    """The optimizer; `kwargs` say how it accumulates."""
+    rate = problem.learning_rate
+    if problem.halving:
+        rate = keras.optimizers.schedules.ExponentialDecay(rate, 1, 0.5)
+    kwargs |= {
+        "learning_rate": rate,
+        "global_clipnorm": problem.clip_norm,
+        "clipvalue": problem.clip_value,
+    }
+    if problem.average is not None:
+        kwargs |= {"use_ema": True, "ema_momentum": problem.average}
+    if problem.optimizer == "momentum":
+        return keras.optimizers.SGD(momentum=0.9, **kwargs)
+    if problem.optimizer == "adamw":
+        return keras.optimizers.AdamW(weight_decay=0.1, **kwargs)
+    cls = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}
+    return cls[problem.optimizer](**kwargs)
+
+
+def structure(batch: Batch) -> tuple:
+    """A batch as `fit` wants it."""
+    parts = (batch.x, batch.y, batch.weight)
+    return parts if batch.weight is not None else parts[:2]
+
+
+def dataset(batches: list[Batch]) -> tf.data.Dataset:
+    """The batches, in order, of a length that TensorFlow knows."""
+    signature = tf.nest.map_structure(
+        lambda value: tf.TensorSpec((None, *value.shape[1:]), value.dtype),
+        structure(batches[0]),
+    )
+
+    def generate():
+        for batch in batches:
+            # TensorFlow writes into arrays that it was given.
+            yield tf.nest.map_structure(np.copy, structure(batch))
+
+    made = tf.data.Dataset.from_generator(generate, output_signature=signature)
+    return made.apply(tf.data.experimental.assert_cardinality(len(batches)))
+
+
+class KerasSystem(System):
+    """What is common: a model class, and an optimizer that may accumulate."""
+
+    model_class: type[keras.Model] = keras.Model
+    # Whether `fit` is given windows, and not micro-batches.
+    takes_windows = False
+
+    def model_arguments(self, problem: Problem) -> dict:
+        """What the model's class is told of accumulation."""
+        return {}
+
+    def optimizer_arguments(self, problem: Problem) -> dict:
+        """What the optimizer is told of accumulation."""
+        return {}
+
+    def begin_epoch(self, model: keras.Model, steps: int) -> None:
+        """Changes k, where a problem has a k for each epoch."""
+        raise NoOption("k stays what it was.")
+
+    def check(self, problem: Problem) -> None:
+        """Raises if the system cannot do what the problem says."""
+
+    def plain(self, problem: Problem) -> Outcome:
+        with self._dtype(problem):
+            model = self._build(problem, keras.Model, {}, {})
+            return self._fit(problem, model, problem.large_batches())
+
+    def accumulated(self, problem: Problem) -> Outcome:
+        self.check(problem)
+        with self._dtype(problem), strategy_of(problem.replicas).scope():
+            model = self._build(
+                problem,
+                self.model_class,
+                self.model_arguments(problem),
+                self.optimizer_arguments(problem),
+            )
+        with self._dtype(problem):
+            if problem.resume_after is not None:
+                return self._resume(problem, model)
+            if self.takes_windows:
+                return self._fit(problem, model, problem.whole_batches())
+            epochs = [list(batches) for batches in problem.epochs]
+            return self._fit(problem, model, epochs, problem.steps_by_epoch)
+
+    def _dtype(self, problem):
+        stack = contextlib.ExitStack()
+        stack.callback(set_dtype, "float32")
+        set_dtype(problem.dtype)
+        return stack
+
+    def _build(self, problem, cls, model_arguments, optimizer_arguments):
+        keras.utils.set_random_seed(0)
+        inputs, outputs = tensors(problem)
+        model = cls(inputs=inputs, outputs=outputs, **model_arguments)
+        initial = problems.initial_weights(problem.model)
+        for name, variable in variables(model).items():
+            variable.assign(initial[name])
+        optimizer = make_optimizer(problem, **optimizer_arguments)
+        model.compile(optimizer, make_loss(problem), jit_compile=problem.xla)
+        return model
+
+    def _fit(self, problem, model, epochs, steps_by_epoch=None):
+        lengths = {len(batches) for batches in epochs}
+        if len(lengths) == 1 and steps_by_epoch is None:
+            batches = [batch for batches in epochs for batch in batches]
+            history = model.fit(
+                dataset(batches),
+                epochs=len(epochs),
+                steps_per_epoch=lengths.pop(),
+                verbose=0,
+            )
+            return outcome(problem, model, history.history["loss"])
+        losses = []
+        for epoch, batches in enumerate(epochs):
+            if steps_by_epoch is not None:
+                self.begin_epoch(model, steps_by_epoch[epoch])
+            if batches:
+                history = model.fit(dataset(batches), verbose=0)
+                losses += history.history["loss"]
+        return outcome(problem, model, losses)
+
+    def _resume(self, problem, model):
+        batches = list(problem.microbatches())
+        for batch in batches[: problem.resume_after]:
+            model.train_on_batch(*structure(batch))
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model" + (".keras" * IS_KERAS_3))
+            model.save(path)
+            model = keras.models.load_model(path)
+        for batch in batches[problem.resume_after :]:
+            model.train_on_batch(*structure(batch))
+        return outcome(problem, model)
+
+
+def outcome(problem, model, losses=None) -> Outcome:
+    """What a trained model holds."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    named = variables(model)
+    result = Outcome(
+        {name: array(variable) for name, variable in named.items()},
+        updates=int(tf.convert_to_tensor(optimizer.iterations)),
+        losses=losses,
+    )
+    if problem.average is not None:
+        averages = dict(
+            zip(
+                [id(variable) for variable in model.trainable_variables],
+                optimizer._model_variables_moving_average,
+                strict=True,
+            )
+        )
+        result.averages = {
+            name: array(averages[id(variable)])
+            for name, variable in named.items()
+        }
+    if problem.model == "normalised":
+        layer = model.get_layer("normalised")
+        result.moving_mean = array(layer.moving_mean)
+        result.moving_variance = array(layer.moving_variance)
+    return result
+
+
+class KerasOwn(KerasSystem):
+    """`gradient_accumulation_steps` of Keras's optimizers."""
+
+    def check(self, problem):
+        if problem.nonfinite != "propagate":
+            raise NoOption("A NaN reaches the weights.")
+        if problem.steps_by_update is not None:
+            raise NoOption("`gradient_accumulation_steps` is an integer.")
+
+    def optimizer_arguments(self, problem):
+        steps = (problem.steps_by_epoch or (problem.accum_steps,))[0]
+        # It takes integers of at least 2.
+        return {"gradient_accumulation_steps": steps if steps > 1 else None}
+
+    def begin_epoch(self, model, steps):
+        # The only way that has an effect: k is read when `fit` is traced.
+        model.optimizer.gradient_accumulation_steps = steps
+        model.train_function = None
+
+
+class KerasAccum(KerasSystem):
+    """`GradientAccumulationModel(accum_steps=k)`."""
+
+    @property
+    def model_class(self):
+        """The class, which peers' environments do not have."""
+        import keras_accum
+
+        return keras_accum.GradientAccumulationModel
+
+    def model_arguments(self, problem):
+        steps = problem.accum_steps
+        if problem.steps_by_update is not None:
+            by_update = problem.steps_by_update
+
+            def steps(update):
+                return by_update[min(update, len(by_update) - 1)]
+
+        return {"accum_steps": steps, "nonfinite": problem.nonfinite}
+
+    def begin_epoch(self, model, steps):
+        model.accum_steps = steps
+
+
+class KerasAccumMicrobatches(KerasAccum):
+    """`GradientAccumulationModel(microbatch_size=n)`."""
+
+    takes_windows = True
+
+    def check(self, problem):
+        if problem.resume_after is not None:
+            raise DoesNotApply("No window is open between batches.")
+
+    def model_arguments(self, problem):
+        return {
+            "microbatch_size": problem.most_rows // problem.replicas,
+            "nonfinite": problem.nonfinite,
+        }
+
+
+class GradientAccumulatorPackage(KerasSystem):
+    """`GradientAccumulateModel` of the gradient-accumulator package."""
+
+    @property
+    def model_class(self):
+        """The class, which other environments do not have."""
+        from gradient_accumulator import GradientAccumulateModel
+
+        return GradientAccumulateModel
+
+    def check(self, problem):
+        if problem.nonfinite != "propagate":
+            raise NoOption("A NaN reaches the weights.")
+        if problem.steps_by_update is not None:
+            raise NoOption("`accum_steps` is an integer.")
+
+    def model_arguments(self, problem):
+        return {
+            "accum_steps": problem.accum_steps,
+            "mixed_precision": problem.dtype == "mixed_float16",
+            "experimental_distributed_support": problem.replicas > 1,
+        }

@@ -1,0 +1,391 @@
+"""optax on JAX: `MultiSteps`, and `microbatching`.
+
+The models are functions of a dictionary of arrays. What optax leaves to the
+user's own loop, moving averages and the end of an epoch, stands in the loop.
+"""
+
+import dataclasses
+import functools
+import os
+import pickle
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=2"
+)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+from optax import microbatching
+
+from conformance import problems
+from conformance.problems import Batch
+from conformance.problems import Problem
+from conformance.system import DoesNotApply
+from conformance.system import NoOption
+from conformance.system import Outcome
+from conformance.system import System
+
+
+def apply(problem: Problem, parameters, x, key):
+    """Logits, a pair for "two_losses", and the squares of each row."""
+
+    def dense(name, x):
+        y = x @ parameters[f"{name}_kernel"]
+        bias = parameters.get(f"{name}_bias")
+        return y if bias is None else y + bias
+
+    if "embedding" in parameters:
+        x = parameters["embedding"][x]
+    else:
+        x = x.astype(jax.tree.leaves(parameters)[0].dtype)
+    if problem.model == "dropout":
+        x = x * jax.random.bernoulli(key, 0.5, x.shape) * 2
+    squares = jnp.zeros(len(x))
+    if "hidden_kernel" in parameters:
+        x = jnp.tanh(dense("hidden", x))
+        squares = jnp.square(x).sum(tuple(range(1, x.ndim)))
+    outputs = dense("output", x)
+    if "row_kernel" in parameters:
+        outputs = (dense("row", x[:, 0]), outputs)
+    return outputs, squares
+
+
+def sums(problem: Problem, parameters, data, key):
+    """Of each loss, its numerators' sum and what a mean divides it by.
+
+    The last is the penalty on activations, over the rows.
+    """
+    x, y, weight, counts = data["x"], data["y"], data["weight"], data["counts"]
+    outputs, squares = apply(problem, parameters, x, key)
+    several = isinstance(outputs, tuple)
+    result = []
+    for output, label in zip(
+        outputs if several else (outputs,), y, strict=True
+    ):
+        if problem.model == "dropout":
+            entries = optax.squared_error(output, label).mean(-1)
+        else:
+            entries = optax.softmax_cross_entropy_with_integer_labels(
+                output.astype(jnp.promote_types(output.dtype, jnp.float32)),
+                label,
+            )
+        # A mask of the tokens that count, or of the rows that are no padding.
+        shape = (-1,) + (1,) * (entries.ndim - 1)
+        mask = counts.reshape(shape)
+        if entries.ndim > 1:
+            mask = mask * (x != 0)
+        weights = weight.reshape(shape) * mask
+        bottom = mask.sum()
+        if problem.reduction == "weighted_mean":
+            bottom = weights.sum()
+        result.append(((entries * weights).sum(), bottom))
+    of_rows = problem.activity_l2 * (squares * counts).sum()
+    return (*result, (of_rows, counts.sum()))
+
+
+def penalty(problem: Problem, parameters):
+    """L2 of the hidden kernel."""
+    if not problem.l2:
+        return 0.0
+    return problem.l2 * jnp.square(parameters["hidden_kernel"]).sum()
+
+
+def mean_loss(problem: Problem, parameters, data, key):
+    """The loss, as it would be written without accumulation."""
+    loss = penalty(problem, parameters)
+    *losses, (activity, rows) = sums(problem, parameters, data, key)
+    for top, bottom in losses:
+        if problem.reduction == "sum":
+            bottom = 1.0
+        # A mean over nothing: who has such batches says 0.
+        loss = loss + top / jnp.where(bottom == 0, 1, bottom)
+    return loss + activity / rows
+
+
+def arrays(problem: Problem, batch: Batch, sharding=None):
+    """A batch as the functions above want it."""
+    several = isinstance(batch.y, tuple)
+    ones = np.ones(batch.rows, wide(problem))
+    data = {
+        "x": batch.x,
+        "y": batch.y if several else (batch.y,),
+        "weight": ones if batch.weight is None else batch.weight,
+        "counts": ones,
+    }
+    return jax.device_put(data, sharding)
+
+
+def wide(problem: Problem) -> str:
+    """The dtype of what is counted."""
+    return "float64" if problem.dtype == "float64" else "float32"
+
+
+def first_parameters(problem: Problem):
+    """The first weights, in the problem's dtype."""
+    return {
+        name: jnp.asarray(value, problem.dtype)
+        for name, value in problems.initial_weights(problem.model).items()
+    }
+
+
+def make_optimizer(problem: Problem) -> optax.GradientTransformation:
+    """The optimizer, without accumulation."""
+    parts = []
+    if problem.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(problem.clip_norm))
+    if problem.clip_value is not None:
+        parts.append(optax.clip(problem.clip_value))
+    rate = problem.learning_rate
+    if problem.halving:
+        rate = optax.exponential_decay(rate, 1, 0.5)
+    momentum = 0.9 if problem.optimizer == "momentum" else None
+    parts.append(
+        {
+            "sgd": lambda: optax.sgd(rate),
+            "momentum": lambda: optax.sgd(rate, momentum),
+            "adam": lambda: optax.adam(rate),
+            "adamw": lambda: optax.adamw(rate, weight_decay=0.1),
+        }[problem.optimizer]()
+    )
+    if problem.nonnegative:
+        parts.append(
+            optax.masked(
+                optax.keep_params_nonnegative(),
+                lambda tree: {name: name == "hidden_kernel" for name in tree},
+            )
+        )
+    return optax.chain(*parts)
+
+
+def refuse(problem: Problem) -> None:
+    """Raises for what optax has no part in."""
+    if problem.model == "normalised":
+        raise DoesNotApply("optax has no layers.")
+    if problem.dtype == "mixed_float16":
+        raise DoesNotApply("optax has no loss scale.")
+
+
+class Run:
+    """Parameters, the optimizer's state, and what follows each update."""
+
+    def __init__(self, problem: Problem, optimizer) -> None:
+        self.problem = problem
+        self.parameters = first_parameters(problem)
+        self.state = optimizer.init(self.parameters)
+        self.average = self.parameters
+        self.key = jax.random.key(0)
+
+    def next_key(self):
+        """A key for a step of its own."""
+        self.key, key = jax.random.split(self.key)
+        return key
+
+    def after_update(self) -> None:
+        """The moving average."""
+        if self.problem.average is not None:
+            self.average = optax.incremental_update(
+                self.parameters, self.average, 1 - self.problem.average
+            )
+
+    def outcome(self, updates=None) -> Outcome:
+        """What it left behind."""
+
+        def named(tree):
+            return {k: np.asarray(v, "float64") for k, v in tree.items()}
+
+        result = Outcome(named(self.parameters), updates)
+        if self.problem.average is not None:
+            result.averages = named(self.average)
+        return result
+
+
+def make_step(optimizer, gradient):
+    """A compiled step: the gradient, and the optimizer's update."""
+
+    @jax.jit
+    def step(parameters, state, data, key):
+        gradients = gradient(parameters, data, key)
+        updates, state = optimizer.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state
+
+    return step
+
+
+def train_on_batches(problem, optimizer, gradient, epochs) -> Outcome:
+    """One update for each batch."""
+    run, step = Run(problem, optimizer), make_step(optimizer, gradient)
+    updates = 0
+    for batches in epochs:
+        for data in batches:
+            run.parameters, run.state = step(
+                run.parameters, run.state, data, run.next_key()
+            )
+            run.after_update()
+            updates += 1
+    return run.outcome(updates)
+
+
+class Optax(System):
+    """What both ways have in common: training without accumulation."""
+
+    def plain(self, problem):
+        refuse(problem)
+        with jax.enable_x64(problem.dtype == "float64"):
+            epochs = [
+                [arrays(problem, batch) for batch in batches]
+                for batches in problem.large_batches()
+            ]
+            gradient = jax.grad(functools.partial(mean_loss, problem))
+            optimizer = make_optimizer(problem)
+            return train_on_batches(problem, optimizer, gradient, epochs)
+
+    def accumulated(self, problem):
+        refuse(problem)
+        sharding = None
+        if problem.replicas > 1:
+            mesh = jax.make_mesh(
+                (problem.replicas,),
+                ("rows",),
+                axis_types=(jax.sharding.AxisType.Auto,),
+            )
+            sharding = NamedSharding(mesh, PartitionSpec("rows"))
+        with jax.enable_x64(problem.dtype == "float64"):
+            return self.train(problem, sharding)
+
+    def train(self, problem: Problem, sharding) -> Outcome:
+        """Trains with accumulation, on rows that are spread like this."""
+        raise NotImplementedError
+
+
+class MultiSteps(Optax):
+    """`optax.MultiSteps`."""
+
+    def plain(self, problem):
+        if problem.nonfinite == "skip_microbatch":
+            # Its window waits for another micro-batch in the place of one that
+            # it leaves out, and the last window is not filled.
+            good = [b for b in problem.microbatches() if problems.is_finite(b)]
+            full = len(good) - len(good) % problem.accum_steps
+            problem = dataclasses.replace(problem, epochs=(tuple(good[:full]),))
+        return super().plain(problem)
+
+    def train(self, problem, sharding):
+        inner, skip = make_optimizer(problem), None
+        if problem.nonfinite == "skip_microbatch":
+            skip = optax.skip_not_finite
+        if problem.nonfinite == "skip_window":
+            inner = optax.apply_if_finite(inner, 10)
+        optimizer = optax.MultiSteps(
+            inner,
+            every_k(problem),
+            # A sum is not divided.
+            use_grad_mean=problem.reduction != "sum",
+            should_skip_update_fn=skip,
+            accumulator_dtype=jnp.dtype(wide(problem)),
+        )
+        gradient = jax.grad(functools.partial(mean_loss, problem))
+        run, step = Run(problem, optimizer), make_step(optimizer, gradient)
+        for index, batch in enumerate(problem.microbatches()):
+            if index == problem.resume_after:
+                saved = pickle.dumps(
+                    jax.device_get((run.parameters, run.state))
+                )
+                run = Run(problem, optimizer)
+                run.parameters, run.state = pickle.loads(saved)
+            run.parameters, run.state = step(
+                run.parameters,
+                run.state,
+                arrays(problem, batch, sharding),
+                run.next_key(),
+            )
+            if optimizer.has_updated(run.state):
+                run.after_update()
+        return run.outcome(int(run.state.gradient_step))
+
+
+def every_k(problem: Problem):
+    """k, or a schedule that follows the number of updates."""
+    by_update = problem.steps_by_update
+    if problem.steps_by_epoch is not None:
+        by_update = [
+            len(window) for windows in problem.windows() for window in windows
+        ]
+    if by_update is None:
+        return problem.accum_steps
+    sizes = jnp.asarray(by_update)
+    return lambda update: sizes[jnp.minimum(update, len(sizes) - 1)]
+
+
+class Microbatching(Optax):
+    """`optax.microbatching` around the gradient of the whole batch."""
+
+    def train(self, problem, sharding):
+        optimizer = make_optimizer(problem)
+        if problem.resume_after is not None:
+            raise DoesNotApply("No window is open between batches.")
+        if problem.nonfinite == "skip_microbatch":
+            raise NoOption("A NaN reaches the batch's gradient.")
+        if problem.nonfinite == "skip_window":
+            optimizer = optax.apply_if_finite(optimizer, 10)
+        epochs = [
+            [self._padded(problem, batch, sharding) for batch in batches]
+            for batches in problem.whole_batches()
+        ]
+        gradient = functools.partial(divided_gradient, problem)
+        return train_on_batches(problem, optimizer, gradient, epochs)
+
+    def _padded(self, problem, batch, sharding):
+        # It wants a multiple of the size: rows that do not count are added.
+        data = arrays(problem, batch)
+        missing = -batch.rows % problem.most_rows
+        return jax.device_put(
+            jax.tree.map(
+                lambda leaf: jnp.pad(
+                    leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)
+                ),
+                data,
+            ),
+            sharding,
+        )
+
+
+def divided_gradient(problem, parameters, data, key):
+    """The gradient of sums over micro-batches, divided once."""
+    # Each row has a key, so that each micro-batch draws for itself.
+    keys = jax.random.split(key, len(data["counts"]))
+
+    def of_microbatch(parameters, data, keys):
+        def tops(parameters):
+            pairs = sums(problem, parameters, data, keys[0])
+            return jnp.stack([top for top, _ in pairs]), pairs
+
+        gradients, pairs = jax.jacrev(tops, has_aux=True)(parameters)
+        # They are added up in the dtype that they have.
+        gradients = jax.tree.map(
+            lambda leaf: leaf.astype(wide(problem)), gradients
+        )
+        return gradients, jnp.stack([bottom for _, bottom in pairs])
+
+    gradients, bottoms = microbatching.microbatch(
+        of_microbatch,
+        argnums=(1, 2),
+        microbatch_size=problem.most_rows,
+        accumulator=microbatching.AccumulationType.SUM,
+    )(parameters, data, keys)
+    if problem.reduction == "sum":
+        bottoms = jnp.ones_like(bottoms)
+    regularizer = jax.grad(
+        lambda p: jnp.asarray(penalty(problem, p), wide(problem))
+    )(parameters)
+    return jax.tree.map(
+        lambda gradient, other: (
+            jnp.tensordot(1 / bottoms, gradient, 1) + other
+        ).astype(problem.dtype),
+        gradients,
+        regularizer,
+    )

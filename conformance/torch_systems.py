@@ -1,0 +1,458 @@
+"""PyTorch: a loop as its documentation has it, and one that divides once.
+
+What PyTorch leaves to the user's own loop, moving averages, constraints and
+schedules, stands in the loop where a careful user would put it: after the
+optimizer's step.
+"""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import tempfile
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn import functional
+
+from conformance import problems
+from conformance.problems import Batch
+from conformance.problems import Problem
+from conformance.system import DoesNotApply
+from conformance.system import Outcome
+from conformance.system import System
+
+torch.set_num_threads(1)
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "mixed_float16": torch.float32,
+}
+
+
+class Network(nn.Module):
+    """The models of `problems.initial_weights`.
+
+    Attributes:
+        activity: Squares of the hidden units of the last call, summed.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.model = problem.model
+        initial = problems.initial_weights(problem.model)
+        layers = {}
+        for name in ("hidden", "output", "row"):
+            if f"{name}_kernel" in initial:
+                kernel = torch.from_numpy(initial[f"{name}_kernel"].T.copy())
+                layer = nn.Linear(
+                    kernel.shape[1],
+                    kernel.shape[0],
+                    bias=f"{name}_bias" in initial,
+                )
+                layer.weight.data = kernel
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+                layers[name] = layer
+        if "embedding" in initial:
+            table = torch.from_numpy(initial["embedding"].copy())
+            layers["embedding"] = nn.Embedding.from_pretrained(
+                table, freeze=False
+            )
+        if "scale" in initial:
+            layers["normalised"] = nn.BatchNorm1d(
+                problems.FEATURES, eps=1e-3, momentum=0.1
+            )
+        self.layers = nn.ModuleDict(layers)
+        self.dropout = nn.Dropout(0.5)
+        self.to(DTYPES[problem.dtype])
+
+    def forward(self, x):
+        """Logits; for "two_losses" a pair; and the squares of hidden units."""
+        layers = self.layers
+        if "embedding" in layers:
+            x = layers["embedding"](x)
+        if "normalised" in layers:
+            x = layers["normalised"](x)
+        if self.model == "dropout":
+            x = self.dropout(x)
+        activity = x.new_zeros(())
+        if "hidden" in layers:
+            x = torch.tanh(layers["hidden"](x))
+            activity = x.square().sum()
+        outputs = layers["output"](x)
+        if "row" in layers:
+            outputs = (layers["row"](x[:, 0]), outputs)
+        return outputs, activity
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Parameters by the names of `problems.initial_weights`."""
+        found = {}
+        for name, layer in self.layers.items():
+            if name == "embedding":
+                found["embedding"] = layer.weight
+            elif name == "normalised":
+                found |= {"scale": layer.weight, "offset": layer.bias}
+            else:
+                found[f"{name}_kernel"] = layer.weight.T
+                if layer.bias is not None:
+                    found[f"{name}_bias"] = layer.bias
+        return found
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The same in NumPy."""
+        return {
+            name: value.detach().double().numpy().copy()
+            for name, value in self.named().items()
+        }
+
+
+def tensors(batch: Batch, problem: Problem, rank: int = 0):
+    """Inputs, labels and weights of a batch: of one process, its own rows.
+
+    Labels of padding are `IGNORED`.
+    """
+    size = batch.rows // problem.replicas
+    part = slice(rank * size, (rank + 1) * size)
+
+    def own(array):
+        return torch.from_numpy(array[part].copy())
+
+    def of_tokens(labels):
+        return own(labels).long().masked_fill(x == 0, problems.IGNORED)
+
+    x = own(batch.x)
+    if problem.model == "tagger":
+        y = of_tokens(batch.y)
+    elif problem.model == "two_losses":
+        y = (own(batch.y[0]).long(), of_tokens(batch.y[1]))
+    else:
+        y = own(batch.y)
+        y = y if problem.model == "dropout" else y.long()
+    if x.is_floating_point():
+        x = x.to(DTYPES[problem.dtype])
+    return x, y, None if batch.weight is None else own(batch.weight)
+
+
+def pairs(outputs, labels):
+    """The outputs and labels of each loss."""
+    if isinstance(labels, tuple):
+        return list(zip(outputs, labels, strict=True))
+    return [(outputs, labels)]
+
+
+def numerators(outputs, labels, weight) -> list[torch.Tensor]:
+    """Each loss, summed."""
+    sums = []
+    for output, label in pairs(outputs, labels):
+        if label.is_floating_point():
+            entries = functional.mse_loss(output, label, reduction="none")
+        else:
+            entries = functional.cross_entropy(
+                output.flatten(0, -2).to(
+                    torch.promote_types(output.dtype, torch.float32)
+                ),
+                label.flatten(),
+                ignore_index=problems.IGNORED,
+                reduction="none",
+            )
+        sums.append((entries if weight is None else entries * weight).sum())
+    return sums
+
+
+def denominators(problem: Problem, labels, weight) -> list[float]:
+    """What each of them is divided by, in a mean."""
+    every = labels if isinstance(labels, tuple) else (labels,)
+    if problem.reduction == "sum":
+        return [1.0] * len(every)
+    if problem.reduction == "weighted_mean":
+        return [float(weight.sum())]
+    return [float((each != problems.IGNORED).sum()) for each in every]
+
+
+def penalty(problem: Problem, network: Network) -> torch.Tensor:
+    """L2 of the hidden kernel."""
+    if not problem.l2:
+        return torch.zeros(())
+    return problem.l2 * network.layers["hidden"].weight.square().sum()
+
+
+def loss_of(problem: Problem, network, inner: Network, data) -> torch.Tensor:
+    """The loss of a batch, as it would be written without accumulation."""
+    x, y, weight = data
+    outputs, activity = network(x)
+    loss = penalty(problem, inner)
+    loss = loss + problem.activity_l2 * activity / len(x)
+    for top, bottom in zip(
+        numerators(outputs, y, weight),
+        denominators(problem, y, weight),
+        strict=True,
+    ):
+        # A mean over nothing is NaN in PyTorch; who has such batches says 0.
+        loss = loss + top / max(bottom, 1.0 if top == 0 else bottom)
+    return loss
+
+
+class Training:
+    """A network, its optimizer, and what follows each of its steps."""
+
+    def __init__(self, problem: Problem) -> None:
+        torch.manual_seed(0)
+        self.problem = problem
+        self.network = Network(problem)
+        self.parameters = list(self.network.parameters())
+        self.optimizer = make_optimizer(problem, self.parameters)
+        self.schedule = torch.optim.lr_scheduler.ExponentialLR(
+            self.optimizer, 0.5 if problem.halving else 1.0
+        )
+        self.average = None
+        if problem.average is not None:
+            self.average = torch.optim.swa_utils.AveragedModel(
+                self.network,
+                multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(
+                    problem.average
+                ),
+            )
+            # It begins with the first weights, and not with the first update.
+            self.average.update_parameters(self.network)
+        # With a scale at which no step overflows, and is left out.
+        self.scaler = torch.amp.GradScaler(
+            "cpu",
+            init_scale=2.0**10,
+            enabled=problem.dtype == "mixed_float16",
+        )
+
+    def autocast(self):
+        """The context of the forward pass."""
+        if self.problem.dtype != "mixed_float16":
+            return contextlib.nullcontext()
+        return torch.autocast("cpu", torch.float16)
+
+    def update(self) -> None:
+        """Takes the optimizer's step, and what follows it."""
+        problem = self.problem
+        self.scaler.unscale_(self.optimizer)
+        if problem.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, problem.clip_norm)
+        if problem.clip_value is not None:
+            nn.utils.clip_grad_value_(self.parameters, problem.clip_value)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.after_update()
+
+    def after_update(self) -> None:
+        """The constraint and the moving average."""
+        if self.problem.nonnegative:
+            with torch.no_grad():
+                self.network.layers["hidden"].weight.clamp_(min=0)
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+
+    def outcome(self) -> Outcome:
+        """What it left behind."""
+        result = Outcome(self.network.arrays())
+        states = list(self.optimizer.state.values())
+        if states and "step" in states[0]:
+            result.updates = int(states[0]["step"])
+        if self.average is not None:
+            result.averages = self.average.module.arrays()
+        if "normalised" in self.network.layers:
+            layer = self.network.layers["normalised"]
+            result.moving_mean = layer.running_mean.double().numpy()
+            result.moving_variance = layer.running_var.double().numpy()
+        return result
+
+
+def make_optimizer(problem: Problem, parameters) -> torch.optim.Optimizer:
+    """The optimizer."""
+    rate = problem.learning_rate
+    if problem.optimizer == "adam":
+        return torch.optim.Adam(parameters, rate)
+    if problem.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, rate, weight_decay=0.1)
+    momentum = 0.9 if problem.optimizer == "momentum" else 0.0
+    return torch.optim.SGD(parameters, rate, momentum=momentum)
+
+
+def plain(problem: Problem) -> Outcome:
+    """Trains on the large batches, in one process."""
+    problem = dataclasses.replace(problem, replicas=1)
+    training, losses = Training(problem), []
+    for batches in problem.large_batches():
+        sums = []
+        for batch in batches:
+            data = tensors(batch, problem)
+            with training.autocast():
+                loss = loss_of(
+                    problem, training.network, training.network, data
+                )
+            training.scaler.scale(loss).backward()
+            training.update()
+            sums.append((float(loss), batch.rows))
+        rows = sum(each for _, each in sums)
+        losses.append(sum(loss * each for loss, each in sums) / max(rows, 1))
+    outcome = training.outcome()
+    outcome.losses = losses
+    return outcome
+
+
+def in_processes(function, problem: Problem, *args) -> Outcome:
+    """Calls `function(problem, rank, *args)` in each of the replicas.
+
+    They find each other by the usual variables of the environment. Returns
+    what the first returned.
+    """
+    if problem.replicas == 1:
+        return function(problem, 0, *args)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(
+            in_process,
+            (function, problem, args, port, folder),
+            nprocs=problem.replicas,
+        )
+        return torch.load(f"{folder}/outcome", weights_only=False)
+
+
+def in_process(rank, function, problem, args, port, folder) -> None:
+    """One of the processes; see `in_processes`."""
+    os.environ |= {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(problem.replicas),
+    }
+    outcome = function(problem, rank, *args)
+    if rank == 0:
+        torch.save(outcome, f"{folder}/outcome")
+
+
+def refuse_other_subjects(problem: Problem) -> None:
+    """Raises for what PyTorch has no part in."""
+    if problem.xla:
+        raise DoesNotApply("PyTorch has a compiler of its own.")
+
+
+class Loop(System):
+    """The loop that PyTorch documents."""
+
+    def plain(self, problem):
+        refuse_other_subjects(problem)
+        return plain(problem)
+
+    def accumulated(self, problem):
+        refuse_other_subjects(problem)
+        if problem.nonfinite != "propagate":
+            raise DoesNotApply("What a loop leaves out is up to the user.")
+        return in_processes(train_in_loop, problem, add_microbatches)
+
+
+class SummingLoop(Loop):
+    """The loop that sums, and divides by what all of the window amounts to."""
+
+    def accumulated(self, problem):
+        refuse_other_subjects(problem)
+        if problem.nonfinite != "propagate":
+            raise DoesNotApply("What a loop leaves out is up to the user.")
+        return in_processes(train_in_loop, problem, add_sums)
+
+
+def train_in_loop(problem, rank, add) -> Outcome:
+    """Trains on all windows; `add` makes the gradients of one."""
+    training = Training(problem)
+    model = training.network
+    if problem.replicas > 1:
+        torch.distributed.init_process_group("gloo")
+        model = nn.parallel.DistributedDataParallel(model)
+    seen = 0
+    for windows in problem.windows():
+        for window in windows:
+            data = [tensors(batch, problem, rank) for batch in window]
+            stop = problem.resume_after
+            if stop is not None and seen < stop < seen + len(window):
+                add(training, model, data[: stop - seen], len(data))
+                training = resumed(training)
+                model = training.network
+                data = data[stop - seen :]
+            add(training, model, data, len(window))
+            training.update()
+            seen += len(window)
+    if problem.replicas > 1:
+        torch.distributed.destroy_process_group()
+    return training.outcome()
+
+
+def resumed(training: Training) -> Training:
+    """A training of its own, from what is saved as PyTorch documents it."""
+    with tempfile.TemporaryFile() as file:
+        torch.save(
+            {
+                "model": training.network.state_dict(),
+                "optimizer": training.optimizer.state_dict(),
+            },
+            file,
+        )
+        file.seek(0)
+        state = torch.load(file)
+    training = Training(training.problem)
+    training.network.load_state_dict(state["model"])
+    training.optimizer.load_state_dict(state["optimizer"])
+    return training
+
+
+def synchronised(model, is_last: bool):
+    """The context of a backward pass: only the last one reduces."""
+    if is_last or not hasattr(model, "no_sync"):
+        return contextlib.nullcontext()
+    return model.no_sync()
+
+
+def add_microbatches(training, model, data, steps) -> None:
+    """Adds up the mean losses' gradients, each over k."""
+    problem = training.problem
+    # A sum is not divided. A short window is known to be one.
+    divisor = 1 if problem.reduction == "sum" else steps
+    for index, each in enumerate(data):
+        with synchronised(model, index == len(data) - 1):
+            with training.autocast():
+                loss = loss_of(problem, model, training.network, each)
+            training.scaler.scale(loss / divisor).backward()
+
+
+def add_sums(training, model, data, steps) -> None:
+    """Adds up the sums' gradients, over the denominators of the window."""
+    del steps
+    problem, network = training.problem, training.network
+    bottoms = torch.tensor(
+        [denominators(problem, y, weight) for _, y, weight in data],
+        dtype=torch.float64,
+    ).sum(0)
+    rows = torch.tensor([float(sum(len(x) for x, _, _ in data))])
+    if problem.reduction == "sum":
+        bottoms = torch.ones_like(bottoms)
+    elif problem.replicas > 1:
+        torch.distributed.all_reduce(bottoms)
+        torch.distributed.all_reduce(rows)
+    # DistributedDataParallel takes the mean over the processes.
+    scale = problem.replicas
+    for index, (x, y, weight) in enumerate(data):
+        is_last = index == len(data) - 1
+        with synchronised(model, is_last):
+            with training.autocast():
+                outputs, activity = model(x)
+                loss = scale * problem.activity_l2 * activity / float(rows)
+                tops = numerators(outputs, y, weight)
+                for top, bottom in zip(tops, bottoms, strict=True):
+                    loss = loss + scale * top / float(bottom)
+                if is_last:
+                    loss = loss + penalty(problem, network)
+            training.scaler.scale(loss).backward()

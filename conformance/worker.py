@@ -1,0 +1,61 @@
+"""Runs the checks on one system, in the environment that it is run in.
+
+    python -m conformance.worker --system=keras
+
+It prints a line of JSON for each check: its claim, and the figure that was
+measured, or why there is none. `conformance.report` runs it, and makes the
+environments.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+
+from conformance import checks
+from conformance import systems
+from conformance.system import DoesNotApply
+from conformance.system import NoOption
+
+
+def result(check: checks.Check, system) -> dict:
+    """What came of a check: a figure, or a reason under another name."""
+    try:
+        return {"figure": check.figure(system)}
+    except DoesNotApply as reason:
+        return {"does_not_apply": str(reason)}
+    except NoOption as reason:
+        return {"no_option": str(reason)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(filter(None, lines), "")
+
+
+def main():
+    """Prints the results."""
+    # Not absl's: Keras 2 makes other tensors when it is imported within.
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--system", required=True, choices=systems.SYSTEMS)
+    parser.add_argument(
+        "--claim", default="", help="Only checks whose claim has this in it."
+    )
+    arguments = parser.parse_args()
+    about = systems.SYSTEMS[arguments.system]
+    module = importlib.import_module(f"conformance.{about.module}")
+    system = getattr(module, about.adapter)()
+    # What frameworks print does not mix with the results.
+    results, sys.stdout = sys.stdout, sys.stderr
+    for check in checks.all_checks():
+        if arguments.claim in check.claim:
+            line = {"claim": check.claim, "bound": check.bound}
+            line |= result(check, system)
+            print(json.dumps(line), file=results, flush=True)
+
+
+if __name__ == "__main__":
+    main()
