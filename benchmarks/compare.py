@@ -42,7 +42,7 @@ PROGRAMS = {
     "keras_accum": (
         "compare_keras",
         "accum_steps",
-        ("window", "cut", "keras", *OTHERS),
+        ("window", "steps", "cut", "keras", *OTHERS),
     ),
     "gradient_accumulator": (
         "compare_keras",
@@ -62,6 +62,7 @@ PROGRAMS = {
 # The rows of the tables: what accumulates, and in which process.
 ROWS = {
     "keras_accum, `accum_steps`": ("keras_accum", "window"),
+    "the same, `steps_per_execution=k`": ("keras_accum", "steps"),
     "keras_accum, `microbatch_size`": ("keras_accum", "cut"),
     "Keras": ("keras_accum", "keras"),
     "gradient-accumulator": ("gradient_accumulator", "window"),
@@ -75,6 +76,9 @@ FIRST_STEPS = (2, 8, 64)
 
 _MODELS = flags.DEFINE_list("models", list(CASES), "Which models.")
 _SYSTEMS = flags.DEFINE_list("systems", list(PROGRAMS), "Which systems.")
+_PARTS = flags.DEFINE_list(
+    "parts", ["times", "first", "memory", "traces", "ours"], "What to measure."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 21, "Rounds that are timed.")
 _FIRST_ROUNDS = flags.DEFINE_integer(
     "first_rounds", 3, "Rounds of first steps."
@@ -186,24 +190,32 @@ def rows():
     return [row for row in ROWS.items() if row[1][0] in _SYSTEMS.value]
 
 
+def look_at_ours(model: str) -> dict:
+    """Scratch memory and work of the host, which are of this library alone."""
+    if "keras_accum" not in _SYSTEMS.value:
+        return {}
+    with Process("keras_accum", model) as process:
+        return {"scratch": process.ask("scratch"), "host": process.ask("host")}
+
+
+PARTS = {
+    "times": time_windows,
+    "first": time_first_steps,
+    "memory": measure_memory,
+    "traces": count_traces,
+    "ours": look_at_ours,
+}
+
+
 def measure(model: str) -> None:
-    """Measures all of a model; adds it to what the folder has."""
+    """Measures a model; adds it to what the folder has."""
     path = results_path(model)
     results = json.loads(path.read_text()) if path.exists() else {}
-    measured = {
-        "times": time_windows(model),
-        "first": time_first_steps(model),
-        "memory": measure_memory(model),
-        "traces": count_traces(model),
-    }
-    if "keras_accum" in _SYSTEMS.value:
-        with Process("keras_accum", model) as process:
-            measured["scratch"] = process.ask("scratch")
-            measured["host"] = process.ask("host")
-    for key, value in measured.items():
-        results[key] = results.get(key, {}) | value
-    results["date"] = datetime.date.today().isoformat()
-    path.write_text(json.dumps(results, indent=1))
+    for part in _PARTS.value:
+        logging.info("%s: %s", model, part)
+        results[part] = results.get(part, {}) | PARTS[part](model)
+        results["date"] = datetime.date.today().isoformat()
+        path.write_text(json.dumps(results, indent=1))
 
 
 def results_path(model: str) -> pathlib.Path:
@@ -358,8 +370,8 @@ def page(results: dict[str, dict], versions: dict[str, str]) -> str:
     for model, result in results.items():
         lines += ["", f"## {model}", "", *time_table(result)]
         lines += ["", *other_table(result), ""]
-        if "scratch" in result:
-            scratch, host = result["scratch"], result["host"]
+        if ours := result["ours"]:
+            scratch, host = ours["scratch"], ours["host"]
             lines += [
                 f"Scratch memory that XLA plans, `accum_steps`: "
                 f"{scratch['window'] / 1e6:.1f} MB for a micro-batch in a "
@@ -375,12 +387,15 @@ def page(results: dict[str, dict], versions: dict[str, str]) -> str:
 def main(argv):
     """Measures, and writes the page and its picture."""
     del argv
-    for given, known in ((_MODELS, CASES), (_SYSTEMS, PROGRAMS)):
+    for given, known in (
+        (_MODELS, CASES),
+        (_SYSTEMS, PROGRAMS),
+        (_PARTS, PARTS),
+    ):
         unknown = set(given.value) - set(known)
         if unknown:
             sys.exit(f"--{given.name} has no {', '.join(sorted(unknown))}.")
     for model in _MODELS.value:
-        logging.info("%s", model)
         measure(model)
     results = {
         model: json.loads(results_path(model).read_text())

@@ -82,11 +82,14 @@ class Keras(compare_worker.Contestants):
         rows, calls = case.rows, accum_steps
         if name in ("whole", "cut"):
             rows, calls = case.rows * accum_steps, 1
+        if name == "steps":
+            calls = 1
         return self._calls(self._model(name, accum_steps), rows, calls)
 
     def first_step(self, name, accum_steps):
         """See `Contestants`."""
         rows = self.case.rows * (accum_steps if name == "cut" else 1)
+        # With "steps" it is a window's, since there is no shorter call.
         return self._calls(self._model(name, accum_steps), rows, 1)
 
     def traces(self, name):
@@ -101,10 +104,11 @@ class Keras(compare_worker.Contestants):
                 return inputs
 
         model = self._model(name, 2, Counting())
-        self._calls(model, self.case.rows, 2)()
+        rows = self.case.rows * (2 if name == "cut" else 1)
+        self._calls(model, rows, 2)()
         before = times[0]
         self.change_steps(model, 4)
-        self._calls(model, self.case.rows, 8)()
+        self._calls(model, 2 * rows if name == "cut" else rows, 8)()
         return times[0] - before
 
     def change_steps(self, model, accum_steps):
@@ -134,6 +138,7 @@ class Keras(compare_worker.Contestants):
             optimizer,
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             jit_compile=True,
+            **({"steps_per_execution": accum_steps} if name == "steps" else {}),
         )
         return model
 
@@ -185,18 +190,18 @@ class Keras(compare_worker.Contestants):
 class KerasAccum(Keras):
     """This library, and what it is compared with in the same process.
 
-    "window" is `accum_steps`, "cut" is `microbatch_size`, "keras" is Keras's
-    own accumulation.
+    "window" is `accum_steps`, "steps" the same with `steps_per_execution=k`,
+    "cut" is `microbatch_size`, "keras" is Keras's own accumulation.
     """
 
-    names = ("window", "cut", "keras", "plain", "whole", "ideal")
+    names = ("window", "steps", "cut", "keras", "plain", "whole", "ideal")
 
     def model_arguments(self, name, accum_steps):
         """See `Keras`."""
         import keras_accum
 
         ours = keras_accum.GradientAccumulationModel
-        if name == "window":
+        if name in ("window", "steps"):
             return ours, {"accum_steps": accum_steps}, {}
         if name == "cut":
             return ours, {"microbatch_size": self.case.rows}, {}

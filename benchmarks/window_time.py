@@ -14,21 +14,8 @@ are the medians over the rounds of the ratios, not the times.
 * cut: `GradientAccumulationModel(microbatch_size=rows)`, one update, given all
   the rows at once.
 
-Medians of three runs of 61 rounds each, on two cores, with TensorFlow 2.21.0
-and Keras 3.15.1: window / keras 0.394 to 0.397, window / plain 0.626 to 0.634,
-window / ideal 1.065 to 1.095, one / plain 0.998 to 1.035. In one run of 31
-rounds, cut / window 0.884 (0.849 to 0.928): the train function is called once.
-
-What separates a window from its ideal is memory traffic. With P bytes of
-gradients, the first micro-batch moves 2P that the ideal does not: XLA on a CPU
-writes a matrix product to scratch memory, and from there, weighted, to the
-buffer. Each further one moves 3P: it reads product and buffer, and writes the
-buffer. The update moves what the ideal's does, 10P for Adam, with the buffers
-in place of the gradients. Weighting the loss instead of the gradients would
-save the first 2P, 1 in 100, but not under float16, whose range it would leave.
-Adding within the matrix product would save the rest, which this compiler cannot
-do. A fourth program that adds the last micro-batch and updates moves as much as
-the two do, 13P, and took as long: 1.12 of the ideal.
+It takes a minute, where `benchmarks.compare` measures all of it, on three
+models and against other frameworks.
 
 All are fed by the same `tf.data` pipeline, compiled by XLA, and called through
 the train function that `fit` calls.

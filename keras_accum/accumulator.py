@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import outer_products
 from keras_accum import replicas
 
 # What a gradient may be: dense, rows of an embedding, or missing.
@@ -79,6 +80,8 @@ def add_one(variable, buffer, gradient, weight, first):
     if compat.is_overwritten(variable):
         add_maximum(buffer, tf.cast(gradient, buffer.dtype), first)
         return
+    if compat.is_compiled_by_xla() and "CPU" in buffer.device:
+        gradient = outer_products.written_out(gradient)
     gradient = weighted(
         gradient, 1.0 if weight is None else weight, buffer.dtype
     )

@@ -28,6 +28,7 @@ from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.python.data.experimental.ops import distribute as data_ops
 from tensorflow.python.data.ops import rebatch_op
 from tensorflow.python.distribute import input_lib
+from tensorflow.python.ops import control_flow_util
 from tensorflow.python.ops import resource_variable_ops
 
 # The name of `CheckpointMixin`'s part in checkpoints.
@@ -230,6 +231,12 @@ def first_batch(epoch_iterator):
             next(iterator),
         )
     return None
+
+
+def is_compiled_by_xla() -> bool:
+    """Whether what is traced here is a part of a program of XLA's."""
+    graph = tf.compat.v1.get_default_graph()
+    return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
 def has_local_strategy(model) -> bool:

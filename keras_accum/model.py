@@ -421,6 +421,7 @@ class GradientAccumulationMixin(
             return
         if self._accum_update is None:
             self._accum_update = training.make_flush_function(self)
+        self._accum_window.catch_up()
         self._accum_update()
 
     def reset_window(self) -> None:

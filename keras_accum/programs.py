@@ -21,11 +21,19 @@ def compile_for_replica(model: keras.Model, function: Callable) -> Callable:
     return lambda *args: compiled(*args)
 
 
-def trace_for_replica(model: keras.Model, function: Callable) -> Callable:
+def trace_for_replica(
+    model: keras.Model, function: Callable, inline: bool = True
+) -> Callable:
     """Returns `function` as a `tf.function`, compiled if the model is.
 
     If the model runs eagerly, or is compiled for TPUs as a whole, it stays a
     plain function.
+
+    Args:
+        model: A `GradientAccumulationModel`.
+        function: A function of nested tensors.
+        inline: Whether TensorFlow may put its ops in the place of a call. They
+            need not wait for what the call waits for.
     """
     function = tf.autograph.experimental.do_not_convert(function)
     if model.run_eagerly or replicas.on_tpu(model.distribute_strategy):
@@ -35,4 +43,5 @@ def trace_for_replica(model: keras.Model, function: Callable) -> Callable:
         autograph=False,
         jit_compile=model.jit_compile or None,
         reduce_retracing=True,
+        experimental_attributes=None if inline else {"_noinline": True},
     )

@@ -8,10 +8,12 @@ train function                     one tf.function, on the host
 └─ at the boundary: the update     a third one
 ```
 
-Each program is compiled by XLA on its own, and the host picks. A conditional
-inside one program would make every micro-batch carry the optimizer's variables
-through it; one program for all micro-batches would have to zero the buffers, or
-select, which reads them once more. `benchmarks/window_time.py` has the figures.
+Each program is compiled by XLA on its own, and the host picks: Python, where it
+calls for one micro-batch at a time, and else conditionals around the programs.
+A conditional inside one program would make every micro-batch carry the
+optimizer's variables through it; one program for all micro-batches would have
+to zero the buffers, or select, which reads them once more.
+`docs/performance.md` has the figures.
 """
 
 import contextlib
@@ -94,6 +96,7 @@ def make_train_function(model, update, make_function):
     """
     traced = set()
     function = make_function(model, update, traced)
+    model._accum_window.catch_up()
 
     def train_function(iterator):
         # A variable that had no gradient when the programs were traced may have
@@ -110,8 +113,40 @@ def make_train_function(model, update, make_function):
 
 def make_window_function(model, update, traced):
     """Returns a function that trains on batches, each a micro-batch."""
+    window = model._accum_window
+    if (
+        model.steps_per_execution == 1
+        and window.kind == "size"
+        and not model.run_eagerly
+        # Each replica would be traced once for each place.
+        and not replicas.has_several(model.distribute_strategy)
+    ):
+        return make_counting_function(model, update, traced)
     step = make_step_function(model, update, traced)
     return make_iterating_function(model, step)
+
+
+def make_counting_function(model, update, traced):
+    """Returns a function that trains on a micro-batch; Python counts them.
+
+    For each place in a window it has a function, which does what is to be done
+    there and no more. Where the device picks, all variables of the model are
+    handed to both branches of two conditionals, in every micro-batch.
+    """
+    window = model._accum_window
+    step_at = make_placed_step(model, update, traced)
+    functions = {}
+
+    def function(iterator):
+        place = window.place()
+        if place not in functions:
+            functions[place] = make_iterating_function(model, step_at(place))
+        logs = functions[place](iterator)
+        # A step that fails is not counted.
+        window.count(place)
+        return logs
+
+    return function
 
 
 def make_batch_function(model, update, traced):
@@ -129,15 +164,9 @@ def make_step_function(model, update, traced):
         traced: A set that gets the number of buffers that there were
             whenever the program that starts a window was traced.
     """
-
-    def start_window(data):
-        logs = model._first_microbatch(data)
-        traced.add(model._number_of_buffers())
-        return logs
-
     window = model._accum_window
     strategy = model.distribute_strategy
-    start = programs.compile_for_replica(model, start_window)
+    start = programs.compile_for_replica(model, starting(model, traced))
     proceed = programs.compile_for_replica(model, model._next_microbatch)
 
     def step(data):
@@ -166,6 +195,58 @@ def make_step_function(model, update, traced):
         return tf.cond(full, lambda: newer(logs, update()), lambda: logs)
 
     return step
+
+
+def make_placed_step(model, update, traced):
+    """Returns a function of a place in a window, for one replica.
+
+    It returns a function of one batch: a micro-batch, and what follows it.
+
+    Args:
+        model: A `GradientAccumulationModel`.
+        update: What `make_update_function` returned.
+        traced: As for `make_step_function`.
+    """
+    start, proceed = (
+        programs.trace_for_replica(model, function, inline=False)
+        for function in (starting(model, traced), model._next_microbatch)
+    )
+
+    def step_at(place):
+        def step(data):
+            # An exhausted iterator stops what depends on its data.
+            with tf.control_dependencies(tensors_in(data)):
+                logs = model.distribute_strategy.run(
+                    lambda data: (start if place.is_first else proceed)(data),
+                    args=(data,),
+                )
+            if place.is_first:
+                # Now, so that no change of k traces anything.
+                proceed.get_concrete_function(data)
+            if not place.is_last:
+                return logs
+            with tf.control_dependencies(tensors_in(logs)):
+                return newer(logs, update())
+
+        return step
+
+    return step_at
+
+
+def starting(model, traced):
+    """Returns the train step for the first micro-batch of a window.
+
+    Args:
+        model: A `GradientAccumulationModel`.
+        traced: As for `make_step_function`.
+    """
+
+    def start_window(*args):
+        logs = model._first_microbatch(*args)
+        traced.add(model._number_of_buffers())
+        return logs
+
+    return start_window
 
 
 def build_for_resumed(model, data):
@@ -226,14 +307,8 @@ def make_adding_function(model, traced):
         model: A `GradientAccumulationModel` with a `microbatch_size`.
         traced: As for `make_step_function`.
     """
-
-    def start_window(*args):
-        logs = model._first_microbatch(*args)
-        traced.add(model._number_of_buffers())
-        return logs
-
     return microbatching.EachMicrobatch(
-        model, start_window, model._next_microbatch
+        model, starting(model, traced), model._next_microbatch
     )
 
 

@@ -7,6 +7,7 @@ the host wait for the device at every micro-batch.
 import contextlib
 from collections.abc import Callable
 from numbers import Integral
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +18,13 @@ from keras_accum import replicas
 AccumSteps = int | Callable[[int], int]
 
 PARTIAL_WINDOW_POLICIES = ("flush", "carry", "drop")
+
+
+class Place(NamedTuple):
+    """Where in its window a micro-batch is; it may be both."""
+
+    is_first: bool
+    is_last: bool
 
 
 class Window:
@@ -34,7 +42,8 @@ class Window:
 
     The real thing is the same in TensorFlow variables on the host's CPU, since
     several steps may run in one call of a compiled loop. Changing `accum_steps`
-    assigns a variable, so nothing is traced again.
+    assigns a variable, so nothing is traced again. Where steps are called one
+    by one, Python counts, and the variables catch up when they are asked for.
 
     Args:
         accum_steps: Micro-batches per window: a positive int, or a function
@@ -43,9 +52,7 @@ class Window:
             `accum_steps`, which follows from it and from the first batch.
 
     Attributes:
-        position: Micro-batches in the window so far; an int64 scalar.
-        size: Micro-batches that the current window was begun for; likewise.
-        completed: Windows that were filled so far; likewise.
+        completed: Windows that were filled so far; an int64 scalar.
         schedule_error: What was raised, on the host, by `accum_steps`, a
             function, or because the effective batch size is no multiple.
     """
@@ -56,14 +63,28 @@ class Window:
         effective_batch_size: int | None = None,
     ) -> None:
         names = ("position", "size", "completed", "next_size")
-        self.position, self.size, self.completed, self._next_size = (
+        self._position, self._size, self.completed, self._next_size = (
             replicas.on_host(lambda: [host_counter(name) for name in names])
         )
+        # Position and size, where Python is ahead of the variables.
+        self._counted: tuple[int, int] | None = None
         self.schedule_error: Exception | None = None
         self._effective_batch_size: int | None = None
         self.accum_steps = accum_steps
         if effective_batch_size is not None:
             self.effective_batch_size = effective_batch_size
+
+    @property
+    def position(self) -> tf.Variable:
+        """Micro-batches in the window so far; an int64 scalar."""
+        self.catch_up()
+        return self._position
+
+    @property
+    def size(self) -> tf.Variable:
+        """Micro-batches that the current window was begun for; likewise."""
+        self.catch_up()
+        return self._size
 
     @property
     def accum_steps(self) -> AccumSteps:
@@ -130,21 +151,49 @@ class Window:
             size = on_host_python(
                 lambda rows: self._solved(int(rows), replicas), rows()
             )
-        return tf.identity(self.size.assign(size))
+        return tf.identity(self._size.assign(size))
 
     def advance(self) -> tf.Tensor:
         """Counts a micro-batch; returns whether the window is now full."""
-        self.position.assign_add(1)
-        return self.position >= self.size
+        self._position.assign_add(1)
+        return self._position >= self._size
 
     def complete(self) -> None:
         """Ends a full window; the next one may begin."""
         self.completed.assign_add(1)
-        self.rewind()
+        self._position.assign(0)
 
     def rewind(self) -> None:
         """Goes back to the start of a window."""
         self.position.assign(0)
+
+    def place(self) -> Place:
+        """Where the next micro-batch is, for steps that are called one by one.
+
+        Takes the place of `begin`, where `accum_steps` is an int.
+        """
+        position, size = self._counted or self._read()
+        if position == 0:
+            size = int(self._accum_steps)
+        self._counted = position, size
+        return Place(position == 0, position + 1 >= size)
+
+    def count(self, place: Place) -> None:
+        """Counts the micro-batch at `place`; takes that of `advance`."""
+        # Somebody may have asked for the variables since.
+        position, size = self._counted or self._read()
+        self._counted = 0 if place.is_last else position + 1, size
+
+    def _read(self):
+        return int(self._position), int(self._size)
+
+    def catch_up(self) -> None:
+        """Lets the variables hold what Python counted."""
+        if self._counted is not None:
+            (position, size), self._counted = self._counted, None
+            with tf.init_scope():
+                self._position.assign(position)
+                self._size.assign(size)
 
     def _scheduled(self, updates):
         with self._keeping_errors():

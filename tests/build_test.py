@@ -20,7 +20,7 @@ FOLDERS = (
 
 # Modules of keras_accum import those of the rows above theirs, and no others.
 LAYERS = (
-    {"compat", "forecast", "replicas"},
+    {"compat", "forecast", "outer_products", "replicas"},
     {
         "accumulator",
         "loss_tracker",

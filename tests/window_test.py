@@ -46,6 +46,46 @@ class WindowTest(test_utils.TestCase):
         self.assertEqual(seen, [0, 1, 2, 3])
 
 
+class CountingTest(test_utils.TestCase, parameterized.TestCase):
+    def counted(self, state, microbatches, asks=False):
+        """Positions of first and last micro-batches, counted in Python."""
+        first, last = [], []
+        for index in range(microbatches):
+            place = state.place()
+            if asks:
+                self.assertEqual(int(state.position) == 0, place.is_first)
+            first += [index] * place.is_first
+            last += [index] * place.is_last
+            if place.is_last:
+                state.complete()
+            state.count(place)
+        return first, last
+
+    @parameterized.parameters(False, True)
+    def test_counts_as_the_variables_do(self, asks):
+        state = window.Window(3)
+        self.assertEqual(self.counted(state, 8, asks), ([0, 3, 6], [2, 5]))
+        self.assertEqual(state.position, 2)
+        self.assertEqual(state.size, 3)
+        self.assertEqual(state.completed, 2)
+        self.assertEqual(run(state, 5), [0, 3])
+        self.assertEqual(self.counted(state, 3, asks), ([2], [1]))
+
+    def test_change_waits_for_the_next_window(self):
+        state = window.Window(3)
+        self.counted(state, 2)
+        state.accum_steps = 2
+        self.assertEqual(self.counted(state, 5), ([1, 3], [0, 2, 4]))
+
+    def test_what_fails_is_not_counted(self):
+        state = window.Window(2)
+        self.assertTrue(state.place().is_first)
+        self.assertTrue(state.place().is_first)
+        self.counted(state, 1)
+        state.rewind()
+        self.assertTrue(state.place().is_first)
+
+
 class ErrorTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(0, -1, np.int64(0))
     def test_not_positive(self, value):
