@@ -221,8 +221,10 @@ def make_placed_step(model, update, traced):
                     args=(data,),
                 )
             if place.is_first:
-                # Now, so that no change of k traces anything.
+                # Now, so that no change of k traces anything, and what is saved
+                # in mid-window has the optimizer's variables.
                 proceed.get_concrete_function(data)
+                model._build_optimizer()
             if not place.is_last:
                 return logs
             with tf.control_dependencies(tensors_in(logs)):
