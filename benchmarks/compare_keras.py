@@ -261,6 +261,28 @@ class KerasAccum(Keras):
         # The first round traces.
         return statistics.quantiles(ratios[1:], n=4)
 
+    def machine(self):
+        """See `Contestants`."""
+        entries, width = 2**26, 2048
+        total, term = (tf.Variable(tf.ones(entries)) for _ in range(2))
+        factor = tf.ones((width, width))
+
+        @tf.function(jit_compile=True)
+        def add():
+            total.assign_add(term)
+
+        multiply = tf.function(tf.matmul, jit_compile=True)
+        programs = {
+            # It reads both, and writes one of them.
+            "bytes": (add, 3 * 4 * entries),
+            "operations": (lambda: multiply(factor, factor), 2 * width**3),
+        }
+        fastest = {}
+        for name, (program, amount) in programs.items():
+            times = [compare_worker.seconds(program) for _ in range(21)]
+            fastest[name] = amount / min(times)
+        return fastest
+
 
 class GradientAccumulatorPackage(Keras):
     """`GradientAccumulateModel` of the gradient-accumulator package."""

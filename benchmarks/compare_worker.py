@@ -10,7 +10,7 @@ commands from standard input, a line of JSON each, and answers likewise:
 * `{"do": "traces", "name": "window"}`: what was traced or compiled when k
   changed, after a window with the first k; the number, or null where nothing
   is compiled or k cannot be changed.
-* `{"do": "scratch"}` and `{"do": "host"}`: see `Contestants`.
+* `{"do": "scratch"}`, `{"do": "host"}`, `{"do": "machine"}`: see `Contestants`.
 """
 
 import abc
@@ -74,6 +74,14 @@ class Contestants(abc.ABC):
         """
         raise NotImplementedError
 
+    def machine(self) -> dict[str, float]:
+        """What the machine can do in a second, at best.
+
+        "bytes" to and from the memory, in a sum of two long vectors;
+        "operations" in the product of two large matrices, in float32.
+        """
+        raise NotImplementedError
+
 
 def seconds(function: Callable[[], None]) -> float:
     """Wall time of one call."""
@@ -89,7 +97,7 @@ def answer(contestants, made, command):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if do == "traces":
         return contestants.traces(name)
-    if do in ("scratch", "host"):
+    if do in ("scratch", "host", "machine"):
         return getattr(contestants, do)()
     if do == "first":
         return seconds(contestants.first_step(name, command["accum_steps"]))

@@ -1,0 +1,329 @@
+"""The page that `benchmarks.compare` writes, and its picture."""
+
+import os
+import pathlib
+import platform
+import statistics
+
+import matplotlib
+
+from benchmarks import compare_limits
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+# What a window is compared with, in its own framework.
+OTHERS = ("plain", "whole", "ideal")
+# The rows of the tables: what accumulates, and in which process.
+ROWS = {
+    "keras_accum, `accum_steps`": ("keras_accum", "window"),
+    "the same, `steps_per_execution=k`": ("keras_accum", "steps"),
+    "keras_accum, `microbatch_size`": ("keras_accum", "cut"),
+    "Keras": ("keras_accum", "keras"),
+    "gradient-accumulator": ("gradient_accumulator", "window"),
+    "optax.MultiSteps": ("multi_steps", "window"),
+    "optax.microbatching": ("optax_microbatch", "window"),
+    "PyTorch, loop": ("torch_loop", "window"),
+    "Lightning": ("lightning", "window"),
+    "Accelerate": ("accelerate", "window"),
+}
+FIRST_STEPS = (2, 8, 64)
+
+
+def ratio(times, top: str, bottom: str) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of a ratio over the rounds."""
+    pairs = zip(times[top], times[bottom], strict=True)
+    return tuple(statistics.quantiles([a / b for a, b in pairs], n=4))
+
+
+def said(quartiles) -> str:
+    """A ratio in the table: median, and the middle half."""
+    low, middle, high = quartiles
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table: the first column is text, the others are numbers."""
+    return [
+        line(head),
+        line(["---", *["---:"] * (len(head) - 1)]),
+        *map(line, rows),
+    ]
+
+
+def line(cells) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def time_table(results) -> list[str]:
+    """The table of times of a model."""
+    times, rows = results["times"], []
+    for title, (system, name) in ROWS.items():
+        way = f"{system} {name}"
+        if way in times:
+            others = [f"{system} {other}" for other in OTHERS]
+            ratios = [ratio(times, way, bottom) for bottom in others]
+            ratios.append(ratio(times, way, "keras_accum window"))
+            median = f"{1e3 * statistics.median(times[way]):.1f}"
+            rows.append([title, median, *map(said, ratios)])
+    return table(
+        [
+            "",
+            "ms per window",
+            "/ k plain steps",
+            "/ one step of the whole",
+            "/ its ideal",
+            "/ `accum_steps`",
+        ],
+        rows,
+    )
+
+
+def other_table(results) -> list[str]:
+    """The table of memory, first steps and traces of a model."""
+    rows = []
+    for title in ROWS:
+        if title in results["memory"]:
+            memory = results["memory"][title]
+            first = results["first"][title]
+            medians = [statistics.median(first[str(k)]) for k in FIRST_STEPS]
+            traces = results["traces"][title]
+            rows.append(
+                [
+                    title,
+                    f"{memory['window'] / 1e6:.0f}",
+                    f"{(memory['window'] - memory['plain']) / 1e6:.0f}",
+                    *(f"{median:.2f}" for median in medians),
+                    f"{medians[-1] / medians[0]:.2f}",
+                    "–" if traces is None else str(traces),
+                ]
+            )
+    return table(
+        [
+            "",
+            "peak, MB",
+            "over plain, MB",
+            *(f"first step, k = {k}, s" for k in FIRST_STEPS),
+            "k = 64 / k = 2",
+            "traces",
+        ],
+        rows,
+    )
+
+
+def best_of(results: dict[str, dict]) -> tuple[float, float]:
+    """Bytes and operations that the machine did in a second, at best."""
+    machines = [result["ours"]["machine"] for result in results.values()]
+    return tuple(
+        max(machine[name] for machine in machines)
+        for name in ("bytes", "operations")
+    )
+
+
+def limit_table(results: dict[str, dict]) -> list[str]:
+    """The table of floors on the machine that measured."""
+    windows, rows = compare_limits.windows(), []
+    for model, result in results.items():
+        window = windows[model]
+        floors = compare_limits.floors(window, *best_of(results))
+        measured = [
+            statistics.median(result["times"][f"keras_accum {name}"])
+            for name in ("window", "cut")
+        ]
+        rows.append(
+            [
+                model,
+                f"{window.transfers / 1e6:.0f}",
+                f"{window.operations / 1e9:.1f}",
+                *(f"{1e3 * seconds:.1f}" for seconds in floors),
+                *(f"{seconds / max(floors):.2f}" for seconds in measured),
+            ]
+        )
+    return table(
+        [
+            "",
+            "MB",
+            "10^9 operations",
+            "floor of the bytes, ms",
+            "floor of the operations, ms",
+            "`accum_steps` / higher floor",
+            "`microbatch_size` / higher floor",
+        ],
+        rows,
+    )
+
+
+def accelerator_table() -> list[str]:
+    """The table of floors on H200s, by arithmetic."""
+    limits, rows = compare_limits, []
+    for model, window in limits.windows().items():
+        large = model == limits.LARGE
+        floors = limits.floors(
+            window,
+            limits.H200_BYTES,
+            limits.H200_BF16 if large else limits.H200_TF32,
+        )
+        one = max(floors)
+        nvlink = limits.reduction(window, limits.GPUS, limits.NVLINK)
+        ethernet = limits.reduction(window, limits.HOSTS, limits.ETHERNET)
+        seconds = [
+            *floors,
+            one + nvlink,
+            one + window.accum_steps * nvlink,
+            one + nvlink + ethernet,
+            one + window.accum_steps * (nvlink + ethernet),
+        ]
+        rows.append([model, *(f"{1e3 * each:.3g}" for each in seconds)])
+    gpus, hosts = limits.GPUS, limits.HOSTS
+    return table(
+        [
+            "ms per window",
+            "bytes",
+            "operations",
+            f"{gpus} GPUs",
+            f"{gpus} GPUs, k reductions",
+            f"{hosts} hosts",
+            f"{hosts} hosts, k reductions",
+        ],
+        rows,
+    )
+
+
+def draw(results: dict[str, dict], path: pathlib.Path) -> None:
+    """Draws windows over k plain steps of the same framework."""
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(4 * len(results), 3.6), sharey=True
+    )
+    for axis, (model, result) in zip(
+        axes if len(results) > 1 else [axes], results.items(), strict=True
+    ):
+        times = result["times"]
+        shown = [
+            (title, ratio(times, f"{system} {name}", f"{system} plain"))
+            for title, (system, name) in reversed(ROWS.items())
+            if f"{system} {name}" in times
+        ]
+        names = [title.replace("`", "") for title, _ in shown]
+        middles = [quartiles[1] for _, quartiles in shown]
+        spread = [
+            [q[1] - q[0] for _, q in shown],
+            [q[2] - q[1] for _, q in shown],
+        ]
+        colors = ["C0" if "accum," in name else "0.7" for name in names]
+        axis.barh(names, middles, xerr=spread, color=colors)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(model)
+        axis.set_xlabel("window / k plain steps")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+INTRODUCTION = """\
+# Performance
+
+What accumulation costs, in time and memory, on a CPU. `python -m
+benchmarks.compare` measured it and wrote this page. Each system trains three
+models, the same in every framework and from the same data, in processes that
+take turns, with as many threads as there are cores. Ratios are medians over the
+rounds, with the middle half of them in brackets.
+
+- **MLP**: 8.9 million parameters, micro-batches of 4 rows, k = 8, Adam.
+- **transformer**: decoder-only, 2.9 million parameters, 4 rows of 64 tokens,
+  k = 8, AdamW.
+- **convolutional**: 1.1 million parameters, with batch normalisation, 8 images
+  of 32 x 32, k = 4, SGD.
+
+"k plain steps" are updates without accumulation, one for each micro-batch; "one
+step of the whole" is one update from all rows at once, for those who have the
+memory; "its ideal" is k gradients that nothing is done with, and one update.
+All three are of the same framework as the row, so that frameworks' kernels do
+not count; the last column compares across frameworks, where they do. PyTorch is
+not compiled, the others are.
+
+Peaks are of a process that only trains in this way, and that over one that
+takes plain steps. A first step is that of a new model: of a micro-batch, or,
+where a call takes a whole window, of that: with `steps_per_execution=k`, with
+`microbatch_size` and in optax.microbatching it does k times the work. Traces
+are how often a change of k makes Python run through the model again, or JAX
+compile.
+
+![Time of a window over that of k plain steps](performance.png)
+"""
+
+
+LIMIT = """\
+## Where the limit is
+
+What a window of k micro-batches has to move and to compute, at the least. With
+P bytes of weights in float32, each micro-batch reads them twice, forward and
+backward; the first writes P bytes of sums, each further one reads and writes
+them; the update moves 7P with Adam, 3P without moments. Operations are those of
+matrix products and convolutions, forward, and twice that backward.
+[compare_limits.py](../benchmarks/compare_limits.py) counts them. Activations
+are left out, and so is that a cache keeps something: a model whose weights fit
+the cache can be faster than the floor of its bytes.
+
+The floors follow from what this machine does at best: {bytes:.1f} GB/s in a
+sum of two long vectors, {operations:.0f} * 10^9 operations a second in a
+product of two matrices of 2048 by 2048.
+
+{table}
+
+The same by arithmetic, on one H200 ({hbm} TB/s; {tf32:.0f} * 10^12 operations
+a second in TF32), on {gpus} of them with NVLink ({nvlink:.0f} GB/s each way),
+and on {hosts} hosts of {gpus} with 400 Gbit/s of Ethernet each; every GPU has
+micro-batches of its own. A ring reduces P bytes once a window, or, without
+accumulation, k times; none of it is hidden behind anything. {large} stands for
+a model of a size that is trained there: 1.4 billion parameters, 2048 tokens,
+4 rows, k = 8, in bfloat16 with float32 sums ({bf16:.0f} * 10^12 operations a
+second). **None of this was measured**: there was no GPU to run it on. The times
+are of the higher floor, and of the reductions.
+
+{arithmetic}
+"""
+
+
+def limit(results: dict[str, dict]) -> str:
+    """The section on limits."""
+    limits = compare_limits
+    bandwidth, speed = best_of(results)
+    return LIMIT.format(
+        bytes=bandwidth / 1e9,
+        operations=speed / 1e9,
+        table="\n".join(limit_table(results)),
+        arithmetic="\n".join(accelerator_table()),
+        hbm=limits.H200_BYTES / 1e12,
+        tf32=limits.H200_TF32 / 1e12,
+        bf16=limits.H200_BF16 / 1e12,
+        nvlink=limits.NVLINK / 1e9,
+        gpus=limits.GPUS,
+        hosts=limits.HOSTS,
+        large=limits.LARGE,
+    )
+
+
+def page(results: dict[str, dict], versions: dict[str, str]) -> str:
+    """The whole of `docs/performance.md`."""
+    dates = sorted({result["date"] for result in results.values()})
+    lines = [
+        INTRODUCTION,
+        f"Measured on {' to '.join(dates)}, {platform.machine()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}: "
+        f"{'; '.join(versions.values())}.",
+    ]
+    for model, result in results.items():
+        lines += ["", f"## {model}", "", *time_table(result)]
+        lines += ["", *other_table(result), ""]
+        if ours := result["ours"]:
+            scratch, host = ours["scratch"], ours["host"]
+            lines += [
+                f"Scratch memory that XLA plans, `accum_steps`: "
+                f"{scratch['window'] / 1e6:.1f} MB for a micro-batch in a "
+                f"window, {scratch['plain'] / 1e6:.1f} MB for a plain step: "
+                f"{scratch['window'] / scratch['plain']:.2f}.",
+                "",
+                "Host work per micro-batch, an almost empty model in `fit`, "
+                f"over `keras.Model`: {said(host)}.",
+            ]
+    return "\n".join([*lines, "", limit(results)])
