@@ -220,7 +220,7 @@ def make_placed_step(model, update, traced):
                     lambda data: (start if place.is_first else proceed)(data),
                     args=(data,),
                 )
-            if place.is_first:
+            if place.is_first and tf.inside_function():
                 # Now, so that no change of k traces anything, and what is saved
                 # in mid-window has the optimizer's variables.
                 proceed.get_concrete_function(data)
