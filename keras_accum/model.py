@@ -282,8 +282,7 @@ class GradientAccumulationMixin(
             loss = self._microbatch_loss(
                 x, y, y_pred, sample_weight, training=True
             )
-            if self._needs_optimizer_early():
-                self._build_optimizer()
+            self._build_optimizer()
             scaled_loss = self.optimizer.scale_loss(loss)
         if self.trainable_weights:
             gradients = tape.gradient(scaled_loss, self.trainable_weights)
@@ -604,24 +603,20 @@ class GradientAccumulationMixin(
             )
         return self._accum_buffers
 
-    def _needs_optimizer_early(self):
-        """Whether the optimizer's variables are needed before an update.
-
-        Without them a `LossScaleOptimizer` scales by a constant, which would be
-        traced as such, and no variables are made within replicas.
-        """
-        return (
-            replicas.has_several(self.distribute_strategy)
-            or isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
-            or self.nonfinite != "propagate"
-        )
-
     def _build_optimizer(self):
-        """Makes the optimizer's variables, unless they are there."""
-        if not self.optimizer.built:
-            replicas.on_each(
-                self.distribute_strategy, self._build_optimizer_now
-            )
+        """Makes the optimizer's variables, where the update would be too late.
+
+        Without its variables a `LossScaleOptimizer` scales by a constant, which
+        would be traced as such, and no variables are made within replicas. All
+        others are left for Keras to build at the first update.
+        """
+        optimizer, strategy = self.optimizer, self.distribute_strategy
+        is_late = replicas.has_several(strategy) or isinstance(
+            optimizer, keras.optimizers.LossScaleOptimizer
+        )
+        is_late = is_late or self.nonfinite != "propagate"
+        if is_late and not optimizer.built:
+            replicas.on_each(strategy, self._build_optimizer_now)
 
     def _build_optimizer_now(self):
         with keras.name_scope(self.optimizer.name, caller=self.optimizer):

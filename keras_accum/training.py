@@ -224,7 +224,7 @@ def make_placed_step(model, update, traced):
                 # Now, so that no change of k traces anything, and what is saved
                 # in mid-window has the optimizer's variables.
                 proceed.get_concrete_function(data)
-                model._build_optimizer()
+                tf.function(update, autograph=False).get_concrete_function()
             if not place.is_last:
                 return logs
             with tf.control_dependencies(tensors_in(logs)):

@@ -1,6 +1,6 @@
 """One training that is killed after some batches, for a test.
 
-    python -m tests.checkpoint_cases --folder=/tmp/backup --batches=1
+    python -m tests.checkpoint_cases --backups=/tmp/backup --batches=1
 
 Goes on where the last one was killed, and saves the weights at the end.
 """
@@ -19,7 +19,7 @@ import keras_accum
 
 BATCHES, EPOCHS, ROWS = 4, 2, 2
 
-_FOLDER = flags.DEFINE_string("folder", None, "Where backups are kept.")
+_BACKUPS = flags.DEFINE_string("backups", None, "Where backups are kept.")
 _BATCHES = flags.DEFINE_integer("batches", None, "Batches until it is killed.")
 _POLICY = flags.DEFINE_string("partial_window", "flush", "The model's.")
 
@@ -85,7 +85,7 @@ def state(model):
 def main(argv):
     """Trains, until the end or until it is killed."""
     del argv
-    folder = pathlib.Path(_FOLDER.value)
+    folder = pathlib.Path(_BACKUPS.value)
     model = build(accum_steps=3, partial_window=_POLICY.value)
     backup = keras.callbacks.BackupAndRestore(
         folder / "backup", save_freq=1, delete_checkpoint=False

@@ -120,7 +120,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
             "ignore",
             "-m",
             "tests.checkpoint_cases",
-            f"--folder={folder}",
+            f"--backups={folder}",
             f"--partial_window={partial_window}",
         ]
         for left in reversed(range(cases.BATCHES * cases.EPOCHS)):
