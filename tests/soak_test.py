@@ -15,7 +15,7 @@ ROUNDS, MICROBATCHES = 80, 250
 WARM = 20
 # The buffers, or the batches of a round, would be more.
 FEATURES, ROWS = 700, 4
-ALLOWED_MIB = 1
+ALLOWED_MIB = 1.5
 
 
 class CountedOptimizer(keras.optimizers.Adam):
