@@ -4,9 +4,9 @@
 
 Three models, the same in every framework, and each system in an environment of
 its own, which `conformance.report` makes too. All of a model's processes are
-started, and then asked for a window in turn, round after round, so that a busy
-machine slows all alike; those that wait take no time. The figures to quote are
-medians over the rounds of ratios within a round.
+started, and then asked for windows in turn, round after round, in an order that
+changes, so that a busy machine slows all alike; those that wait take no time.
+The figures to quote are medians over the rounds of ratios within a round.
 
 `--models=MLP --systems=keras_accum` measures less; what was measured before is
 kept in the folder, and the page is written from all of it.
@@ -15,6 +15,7 @@ kept in the folder, and the page is written from all of it.
 import datetime
 import json
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -114,12 +115,14 @@ def time_windows(model: str) -> dict[str, list[float]]:
         (system, name) for system in processes for name in PROGRAMS[system][2]
     ]
     times = {f"{system} {name}": [] for system, name in ways}
-    # Two rounds before: they trace and compile.
-    for index in range(_ROUNDS.value + 2):
-        start = index % len(ways)
-        for system, name in ways[start:] + ways[:start]:
+    rng = random.Random(0)
+    # One round before: they trace and compile.
+    for index in range(_ROUNDS.value + 1):
+        # Nobody always follows the same one.
+        rng.shuffle(ways)
+        for system, name in ways:
             seconds = processes[system].ask("window", name=name)
-            if index >= 2:
+            if index > 0:
                 times[f"{system} {name}"].append(seconds)
     for process in processes.values():
         process.__exit__()

@@ -3,7 +3,8 @@
 A framework's program subclasses `Contestants` and calls `serve`. It then reads
 commands from standard input, a line of JSON each, and answers likewise:
 
-* `{"do": "window", "name": "plain"}`: trains on one window; the seconds.
+* `{"do": "window", "name": "plain"}`: trains on two windows; the seconds of the
+  second, since the first finds caches and cores as another process left them.
 * `{"do": "first", "name": "window", "accum_steps": 8}`: makes a new model, and
   takes its first step; the seconds of the step alone.
 * `{"do": "memory"}`: the most memory that the process has had, in bytes.
@@ -103,6 +104,7 @@ def answer(contestants, made, command):
         return seconds(contestants.first_step(name, command["accum_steps"]))
     if name not in made:
         made[name] = contestants.make(name, contestants.case.accum_steps)
+    made[name]()
     return seconds(made[name])
 
 
