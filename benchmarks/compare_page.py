@@ -65,6 +65,7 @@ def time_table(results) -> list[str]:
             others = [f"{system} {other}" for other in OTHERS]
             ratios = [ratio(times, way, bottom) for bottom in others]
             ratios.append(ratio(times, way, "keras_accum window"))
+            ratios.append(ratio(times, f"{system} plain", "keras_accum plain"))
             median = f"{1e3 * statistics.median(times[way]):.1f}"
             rows.append([title, median, *map(said, ratios)])
     return table(
@@ -75,6 +76,7 @@ def time_table(results) -> list[str]:
             "/ one step of the whole",
             "/ its ideal",
             "/ `accum_steps`",
+            "k plain steps / Keras's",
         ],
         rows,
     )
@@ -174,7 +176,7 @@ def accelerator_table() -> list[str]:
             one + nvlink + ethernet,
             one + window.accum_steps * (nvlink + ethernet),
         ]
-        rows.append([model, *(f"{1e3 * each:.3g}" for each in seconds)])
+        rows.append([model, *map(milliseconds, seconds)])
     gpus, hosts = limits.GPUS, limits.HOSTS
     return table(
         [
@@ -188,6 +190,12 @@ def accelerator_table() -> list[str]:
         ],
         rows,
     )
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, and no powers of ten."""
+    number = 1e3 * seconds
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 # The largest ratio in the picture. Bars that end beyond it say where.
@@ -274,8 +282,12 @@ rounds, with the middle half of them in brackets.
 step of the whole" is one update from all rows at once, for those who have the
 memory; "its ideal" is k gradients that nothing is done with, and one update.
 All three are of the same framework as the row, so that frameworks' kernels do
-not count; the last column compares across frameworks, where they do. PyTorch is
-not compiled, the others are.
+not count. "/ `accum_steps`" compares across frameworks, where they do; how much
+is in the last column, which has no accumulation in it. PyTorch is not compiled,
+the others are. XLA on a CPU has slow convolutions inside a loop of its own:
+that is optax.microbatching's time on the convolutional network, and why our
+loop over micro-batches stands outside of XLA there
+(`python -m benchmarks.loop_forms`).
 
 Peaks are of a process that only trains in this way, and that over one that
 takes plain steps. A first step is that of a new model: of a micro-batch, or,
