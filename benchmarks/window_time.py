@@ -2,7 +2,7 @@
 
     python -m benchmarks.window_time
 
-Six ways to train on k micro-batches, in turn, round after round in one
+Eight ways to train on k micro-batches, in turn, round after round in one
 process, so that a busy machine slows all of them alike. The figures to quote
 are the medians over the rounds of the ratios, not the times.
 
@@ -13,6 +13,7 @@ are the medians over the rounds of the ratios, not the times.
 * one: `GradientAccumulationModel(accum_steps=1)`, k updates.
 * cut: `GradientAccumulationModel(microbatch_size=rows)`, one update, given all
   the rows at once.
+* skip_window, skip_microbatch: as window, with that policy for `nonfinite`.
 
 It takes a minute, where `benchmarks.compare` measures all of it, on three
 models and against other frameworks.
@@ -171,6 +172,13 @@ def contestants() -> dict[str, Callable[[], None]]:
             iter(dataset(replicas=steps)),
             calls=1,
         ),
+    } | {
+        policy: through_train_function(
+            compile_model(
+                multilayer_perceptron(ours, accum_steps=steps, nonfinite=policy)
+            )
+        )
+        for policy in ("skip_window", "skip_microbatch")
     }
 
 
@@ -212,16 +220,18 @@ def main(argv):
     """Prints the times and the ratios."""
     del argv
     times = in_turn(contestants(), _ROUNDS.value)
-    print(f"{'':8}{'median ms':>10}{'least ms':>10}")
+    print(f"{'':16}{'median ms':>10}{'least ms':>10}")
     for name, each in times.items():
         median, least = 1e3 * statistics.median(each), 1e3 * min(each)
-        print(f"{name:8}{median:10.1f}{least:10.1f}")
+        print(f"{name:16}{median:10.1f}{least:10.1f}")
     for top, bottom in (
         ("window", "keras"),
         ("window", "plain"),
         ("window", "ideal"),
         ("one", "plain"),
         ("cut", "window"),
+        ("skip_window", "window"),
+        ("skip_microbatch", "window"),
     ):
         print(f"{top} / {bottom}: {ratio(times, top, bottom)}")
 

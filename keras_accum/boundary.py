@@ -7,7 +7,6 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
-from keras_accum import microbatch
 from keras_accum import moments
 from keras_accum import replicas
 from keras_accum.accumulator import after_everything_so_far
@@ -63,10 +62,10 @@ class BoundaryMixin:
         """Has BatchNormalization update its statistics once a window."""
         # Tensors of another graph, such as that of a loop, stay in it. Then the
         # layer does what it does in Keras.
-        graph = microbatch.current_graph()
+        graph = compat.current_graph()
 
         def note(layer, *args):
-            if microbatch.current_graph() is graph:
+            if compat.current_graph() is graph:
                 now.moments.append(moments.moments_of(layer, *args))
                 now.held |= set(map(id, compat.moving_statistics(layer)))
 

@@ -233,6 +233,13 @@ def first_batch(epoch_iterator):
     return None
 
 
+def current_graph() -> tf.Graph | None:
+    """What is being traced in this thread; None if nothing is."""
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph()
+
+
 def is_compiled_by_xla() -> bool:
     """Whether what is traced here is a part of a program of XLA's."""
     graph = tf.compat.v1.get_default_graph()
@@ -304,7 +311,7 @@ def without_communication(optimizer, is_tpu) -> Iterator[None]:
         for part in parts:
             if part is not None:
                 stack.enter_context(
-                    _attribute(
+                    attribute(
                         part, "_all_reduce_sum_gradients", lambda pairs: pairs
                     )
                 )
@@ -312,13 +319,13 @@ def without_communication(optimizer, is_tpu) -> Iterator[None]:
             # As TensorFlow's own tests do it: each replica then runs what it
             # would have left to `merge_call`, on its own copies.
             stack.enter_context(
-                _attribute(extended, "_use_merge_call", lambda: False)
+                attribute(extended, "_use_merge_call", lambda: False)
             )
             for part in parts:
                 for variable in getattr(part, "variables", []):
                     # The number of updates would be sent by the first replica.
                     stack.enter_context(
-                        _attribute(
+                        attribute(
                             variable.value,
                             "_aggregation",
                             tf.VariableAggregation.NONE,
@@ -341,13 +348,13 @@ def ending_training_by(optimizer, function):
     """
     name = "finalize_variable_values"
     end = getattr(optimizer, name)
-    return _attribute(
+    return attribute(
         optimizer, name, lambda *args, **kwargs: function(end, *args, **kwargs)
     )
 
 
 @contextlib.contextmanager
-def _attribute(owner, name, value):
+def attribute(owner, name, value):
     """Gives an object another attribute for a while."""
     missing = object()
     before = vars(owner).get(name, missing)
@@ -600,7 +607,7 @@ def asking_no_other_workers() -> Iterator[None]:
         has_value = [each.has_value() for each in tf.nest.flatten(optionals)]
         return tf.math.count_nonzero(tf.stack(has_value))
 
-    with _attribute(input_lib, "_calculate_replicas_with_values", count_here):
+    with attribute(input_lib, "_calculate_replicas_with_values", count_here):
         yield
 
 
@@ -677,7 +684,7 @@ def weighting_losses(compiled, factors) -> Iterator[None]:
         )
         for entry, factor in zip(compiled._flat_losses, factors, strict=True)
     ]
-    with _attribute(compiled, "_flat_losses", entries):
+    with attribute(compiled, "_flat_losses", entries):
         yield
 
 

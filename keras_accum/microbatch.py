@@ -8,6 +8,8 @@ from typing import Self
 import keras
 import tensorflow as tf
 
+from keras_accum import compat
+
 # Replicas are traced in threads of their own, each with a context of its own.
 _CURRENT = contextvars.ContextVar("keras_accum_microbatch", default=None)
 
@@ -68,7 +70,7 @@ class Microbatch:
         self.totals = totals
         self.is_finite = None
         self._before = {}
-        self._graph = current_graph()
+        self._graph = compat.current_graph()
         self.has_accumulated = False
         self.row_share = None
         self.loss_without_rows = tf.zeros(())
@@ -93,7 +95,10 @@ class Microbatch:
     def note_state(self, variable: keras.Variable) -> None:
         """Notes what a variable holds that the step is about to assign."""
         # A branch's tensors are not known outside of it.
-        if current_graph() is self._graph and id(variable) not in self._before:
+        if (
+            compat.current_graph() is self._graph
+            and id(variable) not in self._before
+        ):
             self._before[id(variable)] = variable, tf.identity(variable.value)
 
     def note_finite(self, is_finite: tf.Tensor) -> None:
@@ -168,13 +173,6 @@ class Microbatch:
             )
             for gradient, other in zip(gradients, others, strict=True)
         ]
-
-
-def current_graph():
-    """What is being traced in this thread; None if nothing is."""
-    if tf.executing_eagerly():
-        return None
-    return tf.compat.v1.get_default_graph()
 
 
 def current(model: keras.Model) -> Microbatch | None:

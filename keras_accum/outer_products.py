@@ -27,6 +27,29 @@ import tensorflow as tf
 ROWS = 4
 
 
+def factors(gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor] | None:
+    """What a gradient is the matrix product of, `x` and `dy` in `x^T dy`.
+
+    Args:
+        gradient: Of any shape, and of any making.
+
+    Returns:
+        Two matrices with a row for each outer product, or None if it is no
+        matrix product, or that is not known.
+    """
+    if not tf.is_symbolic_tensor(gradient) or gradient.op.type != "MatMul":
+        return None
+    # Half precision would round each partial sum.
+    if gradient.dtype.size < tf.float32.size:
+        return None
+    x, dy = gradient.op.inputs
+    if not gradient.op.get_attr("transpose_a"):
+        x = tf.transpose(x)
+    if gradient.op.get_attr("transpose_b"):
+        dy = tf.transpose(dy)
+    return x, dy
+
+
 def written_out(gradient: tf.Tensor) -> tf.Tensor:
     """`gradient`, as a sum of outer products where that pays.
 
@@ -34,21 +57,18 @@ def written_out(gradient: tf.Tensor) -> tf.Tensor:
 
     Args:
         gradient: Of any shape, and of any making. Only what a matrix product of
-            few rows returned is written otherwise.
+            few rows returned is written otherwise, and a choice of that.
 
     Returns:
         A tensor of the same values, up to rounding.
     """
-    if not tf.is_symbolic_tensor(gradient) or gradient.op.type != "MatMul":
+    if tf.is_symbolic_tensor(gradient) and gradient.op.type == "SelectV2":
+        condition, chosen, other = gradient.op.inputs
+        return tf.where(condition, written_out(chosen), other)
+    product = factors(gradient)
+    if product is None:
         return gradient
-    # Half precision would round each partial sum.
-    if gradient.dtype.size < tf.float32.size:
-        return gradient
-    x, dy = gradient.op.inputs
-    if not gradient.op.get_attr("transpose_a"):
-        x = tf.transpose(x)
-    if gradient.op.get_attr("transpose_b"):
-        dy = tf.transpose(dy)
+    x, dy = product
     rows = x.shape[0]
     if rows is None or rows > ROWS:
         return gradient

@@ -27,6 +27,7 @@ LAYERS = (
         "microbatch",
         "programs",
         "progress",
+        "selection",
         "weighting",
         "window",
     },

@@ -66,6 +66,21 @@ class WrittenOutTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertNotIn("Mul", types)
 
+    def test_a_choice_of_a_product(self):
+        x, dy, function = product(3, True, False)
+
+        def chosen(condition, x, dy):
+            product = tf.where(condition, function(x, dy), 7.0)
+            return outer_products.written_out(product)
+
+        condition = tf.constant(True)
+        self.assertIn("Mul", types_of(chosen, condition, x, dy))
+        chosen = tf.function(chosen)
+        actual = chosen(condition, x, dy)
+        self.assertAllClose(actual, function(x, dy), 1e-13, 1e-13)
+        actual = chosen(tf.constant(False), x, dy)
+        self.assertAllEqual(actual, np.full((7, 5), 7.0))
+
     def test_leaves_values_alone(self):
         value = tf.ones((2, 2))
         self.assertIs(outer_products.written_out(value), value)
