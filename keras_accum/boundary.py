@@ -10,8 +10,8 @@ from keras_accum import compat
 from keras_accum import moments
 from keras_accum import replicas
 from keras_accum.accumulator import after_everything_so_far
+from keras_accum.finite import is_finite
 from keras_accum.loss_tracker import WindowLoss
-from keras_accum.nonfinite import is_finite
 
 
 class BoundaryMixin:

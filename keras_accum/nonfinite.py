@@ -5,7 +5,7 @@ As ordinary code, for `nonfinite="skip_microbatch"`:
 ```python
 for x, y in window:
     gradient = gradient_of(x, y)
-    if all_finite(gradient):
+    if finite.all_finite(gradient):
         total, weight = total + len(x) * gradient, weight + len(x)
 if weight:
     optimizer.apply(total / weight)
@@ -18,25 +18,19 @@ multiplies by zero, which leaves a NaN what it is.
 `"skip_window"` looks once a window, at the sum: what was added to a NaN or an
 infinity is not finite either.
 
-Each look would read the gradients once more. On a CPU those that are matrix
-products are not read, but their factors, where these are much smaller: they
-bound the product, and only beyond the bound it is computed to be looked at. The
-sum of a window is read once more. `python -m benchmarks.window_time` measures
-both, on a model whose time goes into reading and writing weights:
-1.00 of the time without for `"skip_microbatch"`, 1.03 for `"skip_window"`.
+`python -m benchmarks.window_time` measures what that takes, on a model whose
+time goes into reading and writing weights: 1.00 of the time without for
+`"skip_microbatch"`, 1.03 for `"skip_window"`, which reads the sums once more.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
-from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 from keras_accum import compat
-from keras_accum import microbatch
-from keras_accum import outer_products
+from keras_accum import finite
 from keras_accum import replicas
 from keras_accum import selection
 from keras_accum.window import check_policy
@@ -110,7 +104,7 @@ class NonfiniteMixin:
         if self.nonfinite != "skip_microbatch" or now.is_finite is not None:
             return
         counts = self._nonfinite_counts()
-        now.note_finite(all_finite(gradients, counts.are_on_cpu))
+        now.note_finite(finite.all_finite(gradients, counts.are_on_cpu))
         counts.add(now.is_finite, now.counts, now.first)
 
     def _nonfinite_sums(self):
@@ -131,7 +125,7 @@ class NonfiniteMixin:
         counts = self._nonfinite_counts()
         if self.nonfinite == "skip_window":
             # Not the means, which would have to be written out for it.
-            is_good = all_finite(gathered)
+            is_good = finite.all_finite(gathered)
             number = self.distribute_strategy.num_replicas_in_sync
             bad = 1 - tf.cast(is_good, tf.float32)
             # All replicas found the same, and their counts are summed.
@@ -222,80 +216,6 @@ class Counts:
     def forget(self) -> None:
         """Starts an epoch."""
         self.skipped.assign(tf.zeros(()))
-
-
-def all_finite(gradients: Sequence, looks_at_factors=False) -> tf.Tensor:
-    """Whether there is no NaN and no infinity in gradients; a bool scalar.
-
-    Args:
-        gradients: Of any kind.
-        looks_at_factors: Whether to look at what they are matrix products of,
-            first. That is much less, but takes a conditional.
-    """
-    values = [microbatch.values_of(g) for g in gradients if g is not None]
-    products = [
-        small_factors(value) if looks_at_factors else None for value in values
-    ]
-    found = [
-        is_finite(value)
-        for value, product in zip(values, products, strict=True)
-        if product is None
-    ]
-    products = [product for product in products if product is not None]
-    if products:
-        # The factors go into the branch, where the products are made again:
-        # they themselves would have to be written out for it.
-        found.append(
-            tf.cond(
-                tf.reduce_all([is_bounded(*product) for product in products]),
-                lambda: tf.constant(True),
-                lambda: tf.reduce_all(
-                    [
-                        is_finite(tf.matmul(x, dy, transpose_a=True))
-                        for x, dy in products
-                    ]
-                ),
-            )
-        )
-    return tf.reduce_all(tf.stack(found)) if found else tf.constant(True)
-
-
-def small_factors(value):
-    """What a tensor is the matrix product of, if that is much less to read."""
-    product = outer_products.factors(value)
-    if product is None or not value.shape.is_fully_defined():
-        return None
-    size = sum(factor.shape.num_elements() or math.inf for factor in product)
-    return product if 8 * size <= value.shape.num_elements() else None
-
-
-def is_bounded(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-    """Whether `x^T dy` is finite for certain; a bool scalar.
-
-    No entry is larger than the product of the factors' norms (Cauchy, Schwarz).
-    A NaN is not less than anything.
-    """
-    return norm(x) * norm(dy) < tf.constant(1e37, x.dtype)
-
-
-def norm(value: tf.Tensor) -> tf.Tensor:
-    """The Frobenius norm; a scalar."""
-    # As a matrix product, for the reason that `is_finite` has.
-    row = tf.reshape(value, [1, -1])
-    return tf.sqrt(tf.squeeze(tf.matmul(row, row, transpose_b=True)))
-
-
-def is_finite(value: tf.Tensor) -> tf.Tensor:
-    """Whether there is no NaN and no infinity in a tensor; a bool scalar."""
-    is_narrow = value.dtype not in (tf.float32, tf.float64)
-    if value.shape.rank is None or value.shape.rank < 2 or is_narrow:
-        return tf.reduce_all(tf.math.is_finite(value))
-    # XLA on a CPU reduces to a scalar one number after the other, and makes a
-    # matrix product as fast as memory is. The factor is small enough for no
-    # finite sum to overflow, and not zero, which a compiler might see through.
-    rows = tf.reshape(value, [-1, value.shape[-1]])
-    factor = tf.fill([value.shape[-1], 1], tf.constant(1e-30, value.dtype))
-    return tf.reduce_all(tf.math.is_finite(tf.linalg.matmul(rows, factor)))
 
 
 def lower_scale(optimizer, is_bad, before):

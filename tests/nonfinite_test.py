@@ -4,7 +4,6 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
-from keras_accum import nonfinite
 from tests import test_utils
 
 WINDOW = 3
@@ -260,49 +259,11 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(model.nonfinite_microbatches, 1)
 
 
-class FactorsTest(test_utils.TestCase, parameterized.TestCase):
+class WideModelTest(test_utils.TestCase, parameterized.TestCase):
     """Gradients that are much larger than what they are products of."""
 
     @parameterized.product(
-        factors_and_finite=(
-            ((1.0, 1.0), True),
-            ((np.nan, 1.0), False),
-            ((1.0, -np.inf), False),
-            # Each is finite, and their product is not.
-            ((1e25, 1e25), False),
-            ((1e20, -1e20), False),
-            # Larger than what is finite for certain.
-            ((5e18, 4e18), True),
-            # The squares are not finite.
-            ((1e30, 1e-10), True),
-        ),
-        jit_compile=(True, False),
-    )
-    def test_all_finite(self, factors_and_finite, jit_compile):
-        (in_x, in_dy), expected = factors_and_finite
-        x, dy = np.zeros((2, 2, 64), "float32")
-        x[1, 5], dy[1, 7] = in_x, in_dy
-
-        @tf.function(jit_compile=jit_compile)
-        def found(x, dy):
-            gradient = tf.matmul(x, dy, transpose_a=True)
-            self.assertIsNotNone(nonfinite.small_factors(gradient))
-            return nonfinite.all_finite([gradient], looks_at_factors=True)
-
-        self.assertEqual(bool(found(x, dy)), expected)
-
-    def test_only_where_they_are_small(self):
-        def assert_not_small(x, dy):
-            gradient = tf.matmul(x, dy, transpose_a=True)
-            self.assertIsNone(nonfinite.small_factors(gradient))
-            self.assertIsNone(nonfinite.small_factors(2 * gradient))
-
-        for shape in (2, 8), (32, 64), (None, 64):
-            spec = tf.TensorSpec(shape)
-            tf.function(assert_not_small).get_concrete_function(spec, spec)
-
-    @parameterized.product(
-        value=(np.nan, np.inf, 1e38, 1e15), jit_compile=(True, False)
+        value=(np.nan, np.inf, 1e38, 1e4), jit_compile=(True, False)
     )
     def test_a_wide_model(self, value, jit_compile):
         def make(cls, **kwargs):
@@ -331,8 +292,8 @@ class FactorsTest(test_utils.TestCase, parameterized.TestCase):
         inputs = [good[0], bad, *good[1:]]
         for x, y in zip(inputs, targets, strict=True):
             model.train_on_batch(x, y)
-        # Finite gradients count, however large.
-        counts = [0, 1, 2, 3] if value == 1e15 else [0, 2, 3]
+        # Finite gradients count.
+        counts = [0, 1, 2, 3] if value == 1e4 else [0, 2, 3]
         expected.train_on_batch(
             np.concatenate([inputs[i] for i in counts]),
             np.concatenate(targets[counts]),

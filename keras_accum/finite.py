@@ -1,0 +1,95 @@
+"""Whether there is a NaN or an infinity in gradients.
+
+As ordinary code:
+
+```python
+all(np.isfinite(gradient).all() for gradient in gradients)
+```
+
+That reads all gradients once more, and has XLA write out what it would have
+added to the buffers at once. On a CPU those that are matrix products are not
+read, but their factors, where these are much smaller: they bound the product,
+and only beyond the bound it is computed to be looked at.
+"""
+
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from keras_accum import microbatch
+from keras_accum import outer_products
+
+
+def all_finite(gradients: Sequence, looks_at_factors=False) -> tf.Tensor:
+    """Whether there is no NaN and no infinity in gradients; a bool scalar.
+
+    Args:
+        gradients: Of any kind.
+        looks_at_factors: Whether to look at what they are matrix products of,
+            first. That is much less, but takes a conditional.
+    """
+    values = [microbatch.values_of(g) for g in gradients if g is not None]
+    products = [
+        small_factors(value) if looks_at_factors else None for value in values
+    ]
+    found = [
+        is_finite(value)
+        for value, product in zip(values, products, strict=True)
+        if product is None
+    ]
+    products = [product for product in products if product is not None]
+    if products:
+        # The factors go into the branch, where the products are made again:
+        # they themselves would have to be written out for it.
+        found.append(
+            tf.cond(
+                tf.reduce_all([is_bounded(*product) for product in products]),
+                lambda: tf.constant(True),
+                lambda: tf.reduce_all(
+                    [
+                        is_finite(tf.matmul(x, dy, transpose_a=True))
+                        for x, dy in products
+                    ]
+                ),
+            )
+        )
+    return tf.reduce_all(tf.stack(found)) if found else tf.constant(True)
+
+
+def small_factors(value):
+    """What a tensor is the matrix product of, if that is much less to read."""
+    product = outer_products.factors(value)
+    if product is None or not value.shape.is_fully_defined():
+        return None
+    size = sum(factor.shape.num_elements() or math.inf for factor in product)
+    return product if 8 * size <= value.shape.num_elements() else None
+
+
+def is_bounded(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+    """Whether `x^T dy` is finite for certain; a bool scalar.
+
+    No entry is larger than the product of the factors' norms (Cauchy, Schwarz).
+    A NaN is not less than anything.
+    """
+    return norm(x) * norm(dy) < tf.constant(1e37, x.dtype)
+
+
+def norm(value: tf.Tensor) -> tf.Tensor:
+    """The Frobenius norm; a scalar."""
+    # As a matrix product, for the reason that `is_finite` has.
+    row = tf.reshape(value, [1, -1])
+    return tf.sqrt(tf.squeeze(tf.matmul(row, row, transpose_b=True)))
+
+
+def is_finite(value: tf.Tensor) -> tf.Tensor:
+    """Whether there is no NaN and no infinity in a tensor; a bool scalar."""
+    is_narrow = value.dtype not in (tf.float32, tf.float64)
+    if value.shape.rank is None or value.shape.rank < 2 or is_narrow:
+        return tf.reduce_all(tf.math.is_finite(value))
+    # XLA on a CPU reduces to a scalar one number after the other, and makes a
+    # matrix product as fast as memory is. The factor is small enough for no
+    # finite sum to overflow, and not zero, which a compiler might see through.
+    rows = tf.reshape(value, [-1, value.shape[-1]])
+    factor = tf.fill([value.shape[-1], 1], tf.constant(1e-30, value.dtype))
+    return tf.reduce_all(tf.math.is_finite(tf.linalg.matmul(rows, factor)))
