@@ -80,9 +80,10 @@ class Guard:
 
     def close(self) -> None:
         """Selects now, if any assignment was not seen."""
-        # As those in a conditional, and of methods that assign a part.
+        # As those in a conditional, of methods that assign a part, or, on TPUs,
+        # of all copies by one name.
         writes = len(self._writes()) - self._known
-        if self._graph is None or writes != self._selected:
+        if not self._selected or writes != self._selected:
             self._assign(self._select(self._variable))
 
     def _selecting(self, value_of):
