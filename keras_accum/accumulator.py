@@ -80,7 +80,7 @@ def add_one(variable, buffer, gradient, weight, first):
     if compat.is_overwritten(variable):
         add_maximum(buffer, tf.cast(gradient, buffer.dtype), first)
         return
-    if compat.is_compiled_by_xla() and "CPU" in buffer.device:
+    if compat.is_compiled_by_xla() and replicas.on_cpu(buffer):
         gradient = outer_products.written_out(gradient)
     gradient = weighted(
         gradient, 1.0 if weight is None else weight, buffer.dtype

@@ -30,15 +30,13 @@ def all_finite(gradients: Sequence, looks_at_factors=False) -> tf.Tensor:
             first. That is much less, but takes a conditional.
     """
     values = [microbatch.values_of(g) for g in gradients if g is not None]
-    products = [
-        small_factors(value) if looks_at_factors else None for value in values
-    ]
-    found = [
-        is_finite(value)
-        for value, product in zip(values, products, strict=True)
-        if product is None
-    ]
-    products = [product for product in products if product is not None]
+    found, products = [], []
+    for value in values:
+        product = small_factors(value) if looks_at_factors else None
+        if product is None:
+            found.append(is_finite(value))
+        else:
+            products.append(product)
     if products:
         # The factors go into the branch, where the products are made again:
         # they themselves would have to be written out for it.

@@ -185,7 +185,7 @@ def make_attempt(model, traced):
 def make_forecast(model, add_all, add_by, reserve):
     """Returns a `Forecast` of what steps need, or None where none is needed."""
     strategy = model.distribute_strategy
-    if "CPU" not in model._gradient_accumulator().weight.device:
+    if not replicas.on_cpu(model._gradient_accumulator().weight):
         return None
     if model.jit_compile and not model.run_eagerly:
         return forecast.Planned(add_all.planned_bytes, reserve)

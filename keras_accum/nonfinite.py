@@ -5,7 +5,7 @@ As ordinary code, for `nonfinite="skip_microbatch"`:
 ```python
 for x, y in window:
     gradient = gradient_of(x, y)
-    if finite.all_finite(gradient):
+    if all_finite(gradient):
         total, weight = total + len(x) * gradient, weight + len(x)
 if weight:
     optimizer.apply(total / weight)
@@ -104,7 +104,9 @@ class NonfiniteMixin:
         if self.nonfinite != "skip_microbatch" or now.is_finite is not None:
             return
         counts = self._nonfinite_counts()
-        now.note_finite(finite.all_finite(gradients, counts.are_on_cpu))
+        now.note_finite(
+            finite.all_finite(gradients, replicas.on_cpu(counts.skipped))
+        )
         counts.add(now.is_finite, now.counts, now.first)
 
     def _nonfinite_sums(self):
@@ -154,7 +156,9 @@ class NonfiniteMixin:
             self._build_optimizer_now()
         variables = self.trainable_weights + optimizer.variables
         own = [compat.own_copy(variable.value) for variable in variables]
-        before = {id(variable): tf.identity(variable) for variable in own}
+        if scales:
+            scale = compat.own_copy(optimizer.dynamic_scale.value)
+            before = tf.identity(scale)
         with selection.assigning_if(is_good, own):
             yield
         if scales:
@@ -182,11 +186,6 @@ class Counts:
     def variables(self) -> list[tf.Variable]:
         """All that steps assign."""
         return [self.window, self.skipped]
-
-    @property
-    def are_on_cpu(self) -> bool:
-        """Whether what counts, and so what is looked at, is on a CPU."""
-        return "CPU" in compat.own_copy(self.skipped).device
 
     def add(
         self,
@@ -224,11 +223,11 @@ def lower_scale(optimizer, is_bad, before):
     Args:
         optimizer: The optimizer.
         is_bad: A bool tensor.
-        before: Its variables' values before the update, by `id`.
+        before: The scale before the update.
     """
     scale = compat.own_copy(optimizer.dynamic_scale.value)
     steps = compat.own_copy(optimizer.step_counter.value)
-    scale.assign(tf.where(is_bad, 0.5 * before[id(scale)], scale))
+    scale.assign(tf.where(is_bad, 0.5 * before, scale))
     steps.assign(tf.where(is_bad, tf.zeros_like(steps), steps))
 
 

@@ -39,7 +39,7 @@ def factors(gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor] | None:
     """
     if not tf.is_symbolic_tensor(gradient) or gradient.op.type != "MatMul":
         return None
-    # Half precision would round each partial sum.
+    # Half precision would round each partial sum, and has other bounds.
     if gradient.dtype.size < tf.float32.size:
         return None
     x, dy = gradient.op.inputs

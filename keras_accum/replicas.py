@@ -50,6 +50,11 @@ def check_strategy() -> None:
         )
 
 
+def on_cpu(variable: tf.Variable) -> bool:
+    """Whether a variable, or within a replica its own copy, is on a CPU."""
+    return "CPU" in variable.device
+
+
 def on_tpu(strategy: tf.distribute.Strategy) -> bool:
     """Whether the replicas of a strategy are TPUs.
 
