@@ -187,6 +187,9 @@ def make_forecast(model, add_all, add_by, reserve):
     strategy = model.distribute_strategy
     if not replicas.on_cpu(model._gradient_accumulator().weight):
         return None
+    if forecast.free_bytes() == forecast.UNKNOWN:
+        # Steps on trial would cost time, and be compared with nothing.
+        return None
     if model.jit_compile and not model.run_eagerly:
         return forecast.Planned(add_all.planned_bytes, reserve)
 

@@ -14,7 +14,6 @@ for each row.
 import contextlib
 import mmap
 import pathlib
-import resource
 from collections.abc import Callable
 from collections.abc import Iterator
 
@@ -37,11 +36,17 @@ COMPILATION = 64 * 2**20
 UNEVENNESS = 1.15
 # Rows of one step on trial, over rows of the one before.
 GROWTH = 4
+# What is free where the system says nothing of it: more than there ever is.
+UNKNOWN = 2**62
 
 
 def free_bytes() -> int:
-    """How much this process may still allocate, as far as the system says."""
-    free = [2**62]
+    """How much this process may still allocate, as far as the system says.
+
+    Linux says all of it. Elsewhere it is `UNKNOWN`: nothing is forecast then,
+    and what TensorFlow's allocator says counts, as on a GPU.
+    """
+    free = [UNKNOWN]
     limit = address_limit()
     if limit is not None:
         free.append(limit - address_space())
@@ -56,13 +61,21 @@ def free_bytes() -> int:
 
 def address_limit() -> int | None:
     """The most bytes of address space that the process may have, if limited."""
+    try:
+        # Windows has neither the module nor such a limit.
+        import resource
+    except ModuleNotFoundError:
+        return None
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return None if limit == resource.RLIM_INFINITY else limit
+    # macOS takes a limit, but does not hold to it, nor say what is used of it.
+    if limit == resource.RLIM_INFINITY or not address_space():
+        return None
+    return limit
 
 
 def room_of_machine() -> int:
     """The bytes that Linux says are available without swapping."""
-    meminfo = pathlib.Path("/proc/meminfo").read_text()
+    meminfo = read_kernel(pathlib.Path("/proc/meminfo"))
     return 1024 * number_after("MemAvailable:", meminfo)
 
 
@@ -74,10 +87,15 @@ def room_of_group(folder: str = "/sys/fs/cgroup") -> int:
             read counts as used there, and can be had again.
     """
     group = pathlib.Path(folder)
-    limit = int(group.joinpath("memory.max").read_text())
-    used = int(group.joinpath("memory.current").read_text())
-    statistics = group.joinpath("memory.stat").read_text()
+    limit = int(read_kernel(group / "memory.max"))
+    used = int(read_kernel(group / "memory.current"))
+    statistics = read_kernel(group / "memory.stat")
     return limit - used + number_after("inactive_file", statistics)
+
+
+def read_kernel(file: pathlib.Path) -> str:
+    """What is in a file of Linux's kernel; an `OSError` on other systems."""
+    return file.read_text(encoding="utf-8")
 
 
 def number_after(name: str, text: str) -> int:
@@ -295,7 +313,7 @@ def bytes_for(known: dict[int, int], rows: int) -> int:
 def address_space() -> int:
     """Bytes of this process's address space; 0 where that is not known."""
     try:
-        pages = pathlib.Path("/proc/self/statm").read_text().split()[0]
+        pages = read_kernel(pathlib.Path("/proc/self/statm")).split()[0]
         return int(pages) * mmap.PAGESIZE
     except OSError:
         return 0
