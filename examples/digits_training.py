@@ -1,8 +1,8 @@
 """One training of the digits example, with what there is to measure in it."""
 
+import contextlib
 import dataclasses
 import pathlib
-import resource
 import time
 
 import keras
@@ -175,11 +175,16 @@ def train(settings: Settings, accumulate: bool) -> Run:
 
 
 def _peak_memory_mib() -> float:
-    """The most memory that this process has had resident."""
-    try:
+    """The most memory that this process has had resident; NaN if unknown."""
+    with contextlib.suppress(FileNotFoundError):
         # Linux hands a parent's `ru_maxrss` on to its children, even to those
         # that run another program. This figure begins with the program.
-        status = pathlib.Path("/proc/self/status").read_text()
+        status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
-    except FileNotFoundError:  # macOS, which counts `ru_maxrss` in bytes.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    try:
+        # Windows has no such module.
+        import resource
+    except ModuleNotFoundError:
+        return float("nan")
+    # macOS counts it in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -125,6 +125,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    # The sample may hold characters that the terminal does not have.
+    sys.stdout.reconfigure(errors="replace")
     language_model_flags.define()
     # For `--help`, which shows the flags of this file alone.
     flags.adopt_module_key_flags(language_model_flags)

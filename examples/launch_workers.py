@@ -7,6 +7,7 @@ Each worker is a process that runs the command after `--`, with a `TF_CONFIG` of
 its own: addresses on the loopback interface, at free ports. Their output is
 shown line by line, after the worker's number. If one fails, all others are
 ended, and the status is that of the failed one; a signal is passed on to all.
+On Windows, which has no signals to pass on, workers are ended at once.
 """
 
 import contextlib
@@ -44,7 +45,14 @@ flags.DEFINE_float(
 )
 
 _SECONDS_BETWEEN_LOOKS = 0.05
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Those of them that this system has.
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP")
+    if hasattr(signal, name)
+]
+# What Python writes to a pipe differs between systems, unless it is told.
+_UTF8 = {"PYTHONIOENCODING": "utf-8"}
 
 
 def free_addresses(number: int) -> list[str]:
@@ -115,11 +123,18 @@ def _show(worker, index):
         sys.stdout.flush()
 
 
-def _signal_all(workers, number):
+def _signal_all(workers, number=None):
+    """Sends a signal; None stands for the one that cannot be ignored."""
     for worker in workers:
+        if not hasattr(os, "killpg"):
+            # Windows has no groups, and no other way to end a process.
+            worker.kill()
+            continue
         # The group, so that what a worker has started ends with it.
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(worker.pid, number)
+            os.killpg(
+                worker.pid, signal.SIGKILL if number is None else number
+            )
 
 
 def _wait(workers, received, grace):
@@ -132,7 +147,7 @@ def _wait(workers, received, grace):
             deadline = time.monotonic() + grace
             _signal_all(workers, received[0] if received else signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:
-            _signal_all(workers, signal.SIGKILL)
+            _signal_all(workers)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     if not status:
         status = next((w.returncode for w in workers if w.returncode), 0)
@@ -166,11 +181,11 @@ def launch(
         for index, environment in enumerate(worker_environments):
             worker = subprocess.Popen(
                 command,
-                env=os.environ | environment,
+                env=os.environ | _UTF8 | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
                 start_new_session=True,
             )
@@ -180,7 +195,7 @@ def launch(
             threads.append(thread)
         return _wait(workers, received, grace)
     finally:
-        _signal_all(workers, signal.SIGKILL)
+        _signal_all(workers)
         for worker, thread in zip(workers, threads, strict=True):
             worker.wait()
             thread.join()
@@ -208,4 +223,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Workers may write characters that the terminal here does not have.
+    sys.stdout.reconfigure(errors="replace")
     app.run(main)

@@ -15,7 +15,7 @@ def silent_stderr() -> Iterator[None]:
     """
     sys.stderr.flush()
     stderr = os.dup(2)
-    with open(os.devnull, "w") as null:
+    with open(os.devnull, "w", encoding="utf-8") as null:
         os.dup2(null.fileno(), 2)
     try:
         yield
