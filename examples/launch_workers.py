@@ -123,18 +123,25 @@ def _show(worker, index):
         sys.stdout.flush()
 
 
-def _signal_all(workers, number=None):
-    """Sends a signal; None stands for the one that cannot be ignored."""
+def end(worker: subprocess.Popen, number: int | None = None) -> None:
+    """Ends a process that leads a session, and what it has started.
+
+    Args:
+        worker: The process, which may have ended.
+        number: The signal to send; None stands for the one that no process can
+            ignore.
+    """
+    if not hasattr(os, "killpg"):
+        # Windows has no groups, and this one way to end a process.
+        worker.kill()
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker.pid, signal.SIGKILL if number is None else number)
+
+
+def _end_all(workers, number=None):
     for worker in workers:
-        if not hasattr(os, "killpg"):
-            # Windows has no groups, and no other way to end a process.
-            worker.kill()
-            continue
-        # The group, so that what a worker has started ends with it.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(
-                worker.pid, signal.SIGKILL if number is None else number
-            )
+        end(worker, number)
 
 
 def _wait(workers, received, grace):
@@ -145,9 +152,9 @@ def _wait(workers, received, grace):
         if deadline is None and (failed or received):
             status = 128 + received[0] if received else failed[0].returncode
             deadline = time.monotonic() + grace
-            _signal_all(workers, received[0] if received else signal.SIGTERM)
+            _end_all(workers, received[0] if received else signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:
-            _signal_all(workers)
+            _end_all(workers)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     if not status:
         status = next((w.returncode for w in workers if w.returncode), 0)
@@ -195,7 +202,7 @@ def launch(
             threads.append(thread)
         return _wait(workers, received, grace)
     finally:
-        _signal_all(workers)
+        _end_all(workers)
         for worker, thread in zip(workers, threads, strict=True):
             worker.wait()
             thread.join()
