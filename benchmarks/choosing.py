@@ -52,6 +52,7 @@ import itertools
 import multiprocessing
 import pathlib
 import statistics
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -141,7 +142,7 @@ def training(way: Way, model: keras.Model) -> Callable[[], None]:
 
 def peak_mib() -> float:
     """The most memory that this process has had resident."""
-    status = pathlib.Path("/proc/self/status").read_text()
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
@@ -239,6 +240,8 @@ def draw(
 def main(argv):
     """Prints the table, and draws it."""
     del argv
+    if sys.platform != "linux":
+        sys.exit("It needs Linux, whose processes say what memory they took.")
     grid = [
         way_of(rows, size, jit_compile)
         for jit_compile in (False, True)

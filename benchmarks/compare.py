@@ -195,12 +195,14 @@ PARTS = {
 def measure(model: str) -> None:
     """Measures a model; adds it to what the folder has."""
     path = results_path(model)
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    )
     for part in _PARTS.value:
         logging.info("%s: %s", model, part)
         results[part] = results.get(part, {}) | PARTS[part](model)
         results["date"] = datetime.date.today().isoformat()
-        path.write_text(json.dumps(results, indent=1))
+        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 def results_path(model: str) -> pathlib.Path:
@@ -222,7 +224,7 @@ def main(argv):
     for model in _MODELS.value:
         measure(model)
     results = {
-        model: json.loads(results_path(model).read_text())
+        model: json.loads(results_path(model).read_text(encoding="utf-8"))
         for model in CASES
         if results_path(model).exists()
     }
@@ -235,7 +237,7 @@ def main(argv):
     }
     page = ROOT / "docs" / "performance.md"
     compare_page.draw(results, page.with_suffix(".png"))
-    page.write_text(compare_page.page(results, versions))
+    page.write_text(compare_page.page(results, versions), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import abc
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -91,11 +90,19 @@ def seconds(function: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has had resident, on Linux."""
+    # Windows has no such module, and macOS counts bytes.
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def answer(contestants, made, command):
     """Does what a command says; returns what is to be answered."""
     do, name = command["do"], command.get("name")
     if do == "memory":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_bytes()
     if do == "traces":
         return contestants.traces(name)
     if do in ("scratch", "host", "machine"):
@@ -119,7 +126,7 @@ def serve(classes: dict[str, type[Contestants]]) -> None:
     parser.add_argument("--system", required=True, choices=classes)
     arguments = parser.parse_args()
     # What frameworks print does not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     contestants = classes[arguments.system](arguments.model)
     made = {}

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import resource
 import time
 from collections.abc import Iterator
 
@@ -146,7 +145,7 @@ def first_weights(model: keras.Model) -> list[np.ndarray]:
 
 def memory_mib(name: str) -> float:
     """A figure of this process, by its name in `/proc/self/status`."""
-    status = pathlib.Path("/proc/self/status").read_text()
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) / 2**10
 
 
@@ -157,6 +156,9 @@ def flat(weights: list[np.ndarray]) -> list[float]:
 
 def train(training: Training) -> Outcome:
     """Trains in this process."""
+    # Windows has no such module; `memory_limit` says that it needs Linux.
+    import resource
+
     model = classifier(training)
     start = first_weights(model)
     model.fit(dataset(WARM_UP_ROWS, 2), verbose=0)

@@ -429,7 +429,7 @@ def train_and_print_memory(form: str) -> None:
     window = FORMS[form](training).window
     for _ in range(3):
         window(*training.batch)
-    status = pathlib.Path("/proc/self/status").read_text()
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6)
 
 
@@ -461,6 +461,8 @@ def print_memory() -> None:
 def main(argv):
     """Prints times, plans and memory."""
     del argv
+    if sys.platform != "linux":
+        sys.exit("It needs Linux, whose processes say what memory they took.")
     if _FORM.value:
         train_and_print_memory(_FORM.value)
         return

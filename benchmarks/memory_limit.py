@@ -63,7 +63,7 @@ FIRST_ROWS = 32
 # Our batches, over the largest that `keras.Model` trained under the limit.
 MULTIPLES = (1, 16, 64)
 # How a process dies where TensorFlow is refused memory and does not say so.
-SIGNALS = (signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV)
+SIGNALS = ("SIGABRT", "SIGBUS", "SIGSEGV")
 PLAIN, OURS, LIMIT = "#b5460f", "#08519c", "#555555"
 
 _LIMIT = flags.DEFINE_integer(
@@ -127,12 +127,16 @@ def run(rows: int, ours: bool, limited: bool, dtype: str = "float32") -> Row:
     )
     if result.returncode == 0:
         outcome = limited_training.Outcome(**json.loads(result.stdout))
-    elif limited and -result.returncode in SIGNALS:
-        name = signal.Signals(-result.returncode).name
+    elif limited and (name := signal_of(result.returncode)) in SIGNALS:
         outcome = limited_training.Outcome(died=name)
     else:
         raise RuntimeError(f"{training} failed:\n{result.stderr[-2000:]}")
     return Row(training, outcome)
+
+
+def signal_of(status: int) -> str | None:
+    """The name of the signal that ended a process, if one did."""
+    return signal.Signals(-status).name if status < 0 else None
 
 
 def double_until_death() -> list[Row]:
@@ -251,6 +255,8 @@ def draw(dead: int, rows: list[Row], path: str) -> None:
 def main(argv: list[str]) -> None:
     """Trains, prints the table and draws the picture."""
     del argv
+    if sys.platform != "linux":
+        sys.exit("It needs Linux: other systems do not hold to the limit.")
     print(
         f"{'':12}{'dtype':>8}{'rows':>6}{'limit':>7}{'address':>9}"
         f"{'resident':>10}{'ms/row':>8}{'weights':>9}{'/ keras':>8}"

@@ -49,6 +49,7 @@ the ratio closer to 1.
 import functools
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -138,7 +139,8 @@ def contestants(
 def sent_so_far() -> int:
     """Bytes that went through the loopback interface since it is up."""
     # Not from /sys, which may show the interface of another namespace.
-    for line in pathlib.Path("/proc/net/dev").read_text().splitlines():
+    devices = pathlib.Path("/proc/net/dev").read_text(encoding="utf-8")
+    for line in devices.splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "lo":
             return int(counters.split()[0])
@@ -172,6 +174,8 @@ def bytes_sent(function: Callable[[], None], idle: float) -> float:
 def main(argv):
     """Prints bytes, times and ratios, on the chief."""
     del argv
+    if sys.platform != "linux":
+        sys.exit("It needs Linux, which counts what the interface sends.")
     # It tells of every reduction that it traces.
     tf.get_logger().setLevel("ERROR")
     strategy = strategies.multi_worker()

@@ -1,5 +1,6 @@
 """Environments of the systems: each has its own, with what it needs."""
 
+import os
 import pathlib
 import subprocess
 import venv
@@ -17,7 +18,8 @@ FOLDER = flags.DEFINE_string(
 
 def python_of(name: str) -> pathlib.Path:
     """The Python of an environment, which may not be made yet."""
-    return pathlib.Path(FOLDER.value) / name / "bin" / "python"
+    inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
+    return pathlib.Path(FOLDER.value) / name / inside
 
 
 def make(name: str, packages: tuple[str, ...]) -> pathlib.Path:

@@ -81,7 +81,7 @@ def measure(name: str) -> None:
             logging.error("%s ended early: %s", name, finished.stderr[-2000:])
             reason = {"error": "The process ended.", "bound": check.bound}
             results["checks"][check.claim] = reason
-    with open(results_path(name), "w") as file:
+    with open(results_path(name), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)
 
 
@@ -215,9 +215,12 @@ def main(argv):
     results = {}
     for name in systems.SYSTEMS:
         if results_path(name).exists():
-            results[name] = json.loads(results_path(name).read_text())
-    TABLE.write_text(page(results))
-    README.write_text(with_totals(README.read_text(), results))
+            results[name] = json.loads(
+                results_path(name).read_text(encoding="utf-8")
+            )
+    TABLE.write_text(page(results), encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    README.write_text(with_totals(readme, results), encoding="utf-8")
     print("\n".join(totals(results)))
 
 
