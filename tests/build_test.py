@@ -63,7 +63,9 @@ def read_targets():
     for `data`, which stays as the parser read it.
     """
     targets = {}
-    for statement in ast.parse((ROOT / "BUILD").read_text()).body:
+    for statement in ast.parse(
+        (ROOT / "BUILD").read_text(encoding="utf-8")
+    ).body:
         call = getattr(statement, "value", None)
         rule = getattr(getattr(call, "func", None), "id", "")
         if not rule.startswith("py_"):
@@ -84,7 +86,7 @@ def read_targets():
 def imported_files(file):
     """The project's files that `file` imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             modules = [(alias.name,) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -2,10 +2,10 @@
 
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
+import unittest
 import warnings
 
 import h5py
@@ -111,6 +111,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertSameState(model, whole)
 
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGKILL.")
     @parameterized.parameters("flush", "carry")
     def test_killed_after_every_batch(self, partial_window):
         folder = self.folder()
@@ -231,8 +232,11 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         cases.train(model)
 
     # HDF5 raises too, and may end the process when it closes the file.
+    @unittest.skipIf(os.name == "nt", "Windows does not limit files.")
     @parameterized.parameters("keras", "tf")
     def test_a_full_disk_changes_nothing(self, kind):
+        import resource
+
         model = cases.build(accum_steps=ACCUM_STEPS, partial_window="carry")
         model.fit(cases.dataset(2), verbose=0)
         before = cases.state(model)

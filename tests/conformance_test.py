@@ -122,7 +122,7 @@ class ReportTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEndsWith(replaced, f"|\n{end}\nb\n")
 
     def test_the_page_is_of_these_checks_and_systems(self):
-        page = (ROOT / "docs" / "conformance.md").read_text()
+        page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
         for check in checks.all_checks():
             self.assertIn(f"| {check.claim} |", page)
         for about in systems.SYSTEMS.values():

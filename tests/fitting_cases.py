@@ -6,8 +6,8 @@ Prints what came of it, as JSON: the size, the weights, the error.
 """
 
 import json
+import mmap
 import pathlib
-import resource
 import sys
 
 import keras
@@ -60,9 +60,8 @@ def batches():
 
 def address_space():
     """Bytes of this process's address space."""
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * (
-        resource.getpagesize()
-    )
+    statm = pathlib.Path("/proc/self/statm").read_text(encoding="utf-8")
+    return int(statm.split()[0]) * mmap.PAGESIZE
 
 
 def main(argv):
@@ -89,6 +88,9 @@ def main(argv):
     ]
     before = [v.numpy() for v in variables]
     if _LIMIT.value is not None:
+        # Not all systems have the module.
+        import resource
+
         limit = address_space() + _LIMIT.value * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     outcome = {"error": None, "losses": []}

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import unittest
 from unittest import mock
 
 import keras
@@ -250,12 +251,29 @@ class ForecastTest(tf.test.TestCase):
             ("memory.current", "700\n"),
             ("memory.stat", "anon 500\ninactive_file 150\nactive_file 50\n"),
         ):
-            folder.joinpath(name).write_text(text)
+            folder.joinpath(name).write_text(text, encoding="utf-8")
         self.assertEqual(forecast.room_of_group(folder), 450)
-        folder.joinpath("memory.max").write_text("max\n")
+        folder.joinpath("memory.max").write_text("max\n", encoding="utf-8")
         with self.assertRaises(ValueError):
             forecast.room_of_group(folder)
         self.assertGreater(forecast.free_bytes(), 0)
+
+    def test_forecasts_nothing_where_the_system_says_nothing(self):
+        model = compiled("auto", "eager")
+        (data,) = batches([8], [1])
+        with (
+            mock.patch.object(
+                forecast, "read_kernel", side_effect=FileNotFoundError
+            ),
+            mock.patch.dict(sys.modules, {"resource": None}),
+            mock.patch.object(forecast, "counted_bytes") as counted,
+        ):
+            self.assertEqual(forecast.free_bytes(), forecast.UNKNOWN)
+            self.assertIsNone(forecast.address_limit())
+            # Eight rows are tried, and do not fit.
+            model.train_on_batch(*data)
+        counted.assert_not_called()
+        self.assertEqual(model.microbatch_size, 4)
 
     def test_no_room_for_a_row(self):
         for limit, raises in ((None, False), (10**15, True)):
@@ -277,6 +295,9 @@ class ForecastTest(tf.test.TestCase):
                     self.assertEqual(model.microbatch_size, 1)
 
 
+@unittest.skipUnless(
+    sys.platform == "linux", "Linux alone holds to a limit of addresses."
+)
 class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
     """Processes that run out of addresses for real."""
 

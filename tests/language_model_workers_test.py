@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import time
+import unittest
 
 import keras
 import tensorflow as tf
@@ -125,6 +126,7 @@ class TrainingTest(test_utils.TestCase):
 
 
 class FaultTest(tf.test.TestCase):
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGKILL.")
     def test_launcher_ends_all_when_a_worker_is_killed(self):
         folder = pathlib.Path(tempfile.mkdtemp(dir=TEMP_DIR))
         # It tells its number before it becomes the program.
@@ -138,7 +140,7 @@ class FaultTest(tf.test.TestCase):
         while "Epoch 2/" not in output and time.monotonic() < deadline:
             self.assertIsNone(process.poll(), output)
             time.sleep(0.1)
-            output = (folder / "output").read_text()
+            output = (folder / "output").read_text(encoding="utf-8")
         workers = dict(re.findall(r"\[(\d)\] number (\d+)\n", output))
         os.kill(int(workers["1"]), signal.SIGKILL)
         start = time.monotonic()

@@ -14,7 +14,9 @@ README = pathlib.Path(__file__).parent.parent / "README.md"
 class ReadmeTest(test_utils.TestCase):
     def test_examples(self):
         one, whole, several = re.findall(
-            r"```python\n(.*?)```", README.read_text(), re.DOTALL
+            r"```python\n(.*?)```",
+            README.read_text(encoding="utf-8"),
+            re.DOTALL,
         )
         names = {}
         self.run_code(one, names)

@@ -1,8 +1,8 @@
 """20,000 micro-batches: memory stays flat, and nothing is traced again."""
 
 import gc
+import mmap
 import pathlib
-import resource
 
 import keras
 import numpy as np
@@ -31,8 +31,8 @@ class CountedOptimizer(keras.optimizers.Adam):
 def resident_mib():
     """Memory of this process."""
     gc.collect()
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+    statm = pathlib.Path("/proc/self/statm").read_text(encoding="utf-8")
+    return int(statm.split()[1]) * mmap.PAGESIZE / 2**20
 
 
 class SoakTest(test_utils.TestCase):

@@ -1,11 +1,9 @@
 """Workers of a training: processes on this machine that run the same cases."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -43,7 +41,7 @@ class Ended:
 def start(command, folder, **others):
     """Starts a process; what it writes goes to `folder / "output"`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "output", "w") as output:
+    with open(folder / "output", "w", encoding="utf-8") as output:
         return subprocess.Popen(
             command,
             env=environment(**others),
@@ -70,15 +68,16 @@ def wait_for(processes, folders, timeout=PLENTY):
             time.sleep(0.02)
     finally:
         for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            launch_workers.end(process)
             process.wait()
     first = min(ended.values(), default=0.0)
     return [
         Ended(
             process.returncode,
             ended.get(i, time.monotonic()) - first,
-            (folders[i] / "output").read_text(errors="replace"),
+            (folders[i] / "output").read_text(
+                encoding="utf-8", errors="replace"
+            ),
         )
         for i, process in enumerate(processes)
     ]

@@ -1,5 +1,6 @@
 """Training on several workers, beside one process with one device."""
 
+import os
 import pathlib
 import shutil
 import signal
@@ -145,6 +146,7 @@ class CheckpointTest(WorkersTestCase):
 
 
 class FaultTest(WorkersTestCase):
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGKILL.")
     def test_goes_on_after_a_worker_was_killed(self):
         folder = pathlib.Path(tempfile.mkdtemp(dir=TEMP_DIR))
         survivor, killed = worker_processes.run_cases(
