@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 from keras.src import backend
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.backend.tensorflow.trainer import TFEpochIterator
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
 from keras.src.losses import loss as loss_module
 from keras.src.models.functional import Functional
@@ -369,11 +370,11 @@ def attribute(owner, name, value):
 
 
 class _Hook:
-    """A method of Keras's that calls a function, in threads that ask for it.
+    """A function of others that calls one of ours, in threads that ask for it.
 
     Args:
-        owner: The class.
-        name: Name of its method.
+        owner: The class or module.
+        name: Name of its method or function.
     """
 
     def __init__(self, owner, name):
@@ -412,6 +413,8 @@ class _Hook:
 
 _assignments = _Hook(backend.Variable, "_direct_assign")
 _moments = _Hook(keras.layers.BatchNormalization, "_moments")
+_new_iterators = _Hook(input_lib, "_create_iterators_per_worker")
+_begun_epochs = _Hook(TFEpochIterator, "_get_iterator")
 # What updates anything ends in one of these.
 _updates = [
     _Hook(cls, "apply")
@@ -547,6 +550,49 @@ def computing_assignments() -> Iterator[None]:
                 stack.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, methods[name])
         yield
+
+
+def iterating_over(function):
+    """Has a function say what distributed data are iterated over, likewise.
+
+    Args:
+        function: Called with each worker's `tf.data.Dataset`; returns one.
+
+    Returns:
+        A context manager.
+    """
+    return _new_iterators.calling(
+        lambda make, datasets, *args, **kwargs: make(
+            [function(dataset) for dataset in datasets], *args, **kwargs
+        )
+    )
+
+
+def noting_epoch_iterators(function):
+    """Has a function see each epoch iterator when it begins, likewise.
+
+    Args:
+        function: Called with what Keras counts the steps of an epoch with.
+
+    Returns:
+        A context manager.
+    """
+
+    def note(data_of, epoch_iterator):
+        function(epoch_iterator)
+        return data_of(epoch_iterator)
+
+    return _begun_epochs.calling(note)
+
+
+def end_epoch(epoch_iterator) -> None:
+    """Lets go of the data of an epoch, which may be in its middle.
+
+    Keras does the same before the next one. The generator of the steps refers
+    to what has it.
+    """
+    epoch_iterator._current_iterator = None
+    epoch_iterator._epoch_iterator = None
 
 
 def number_of_batches(iterator) -> int:

@@ -19,6 +19,7 @@ from keras_accum import compat
 from keras_accum import epochs
 from keras_accum import fitting
 from keras_accum import functional
+from keras_accum import iterators
 from keras_accum import microbatch
 from keras_accum import microbatching
 from keras_accum import replicas
@@ -452,8 +453,11 @@ class GradientAccumulationMixin(
             super().fit, args, kwargs, end_of_epoch
         )
         try:
-            with epochs.keeping_weights_without_update(
-                getattr(self, "optimizer", None)
+            with (
+                iterators.ending(),
+                epochs.keeping_weights_without_update(
+                    getattr(self, "optimizer", None)
+                ),
             ):
                 return super().fit(*args, **kwargs)
         except BaseException:
@@ -462,6 +466,16 @@ class GradientAccumulationMixin(
             raise
         finally:
             self._accum_progress.end_training()
+
+    @functools.wraps(keras.Model.evaluate)
+    def evaluate(self, *args, **kwargs):  # noqa: D102
+        with iterators.ending():
+            return super().evaluate(*args, **kwargs)
+
+    @functools.wraps(keras.Model.predict)
+    def predict(self, *args, **kwargs):  # noqa: D102
+        with iterators.ending():
+            return super().predict(*args, **kwargs)
 
     def make_train_function(self, force: bool = False):
         """Makes `self.train_function`, if it is not there or `force` is set."""

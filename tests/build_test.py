@@ -35,6 +35,7 @@ LAYERS = (
         "epochs",
         "finite",
         "functional",
+        "iterators",
         "losses",
         "microbatching",
         "moments",

@@ -1,7 +1,6 @@
 """Models, micro-batches and the yardstick that the tests share."""
 
 import functools
-import gc
 import os
 import re
 import unittest
@@ -17,12 +16,6 @@ FEATURES, CLASSES = 6, 3
 
 # Whether to test what takes too long for every change as well.
 IS_NIGHTLY = "KERAS_ACCUM_NIGHTLY" in os.environ
-
-# An iterator over several devices that is found to be garbage in the middle of
-# a trace is destroyed with Python's lock held, and waits for threads that may
-# want it. So garbage is collected between tests. What is there now stays.
-gc.disable()
-gc.freeze()
 
 LOGICAL_CPUS = 8
 # TensorFlow splits a device once, before it runs anything.
@@ -203,10 +196,6 @@ class TestCase(tf.test.TestCase):
     """
 
     microbatch_size = None
-
-    def tearDown(self):
-        super().tearDown()
-        gc.collect()
 
     def assertSameWeights(self, actual, expected, initial, tolerance=1e-5):
         """Compares weights, in units of how far they moved.

@@ -1,0 +1,148 @@
+"""Whatever drops an iterator: no process dies, and nothing is left behind."""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import tensorflow as tf
+from absl.testing import parameterized
+
+from tests import iterators_cases
+from tests import test_utils
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+# Has glibc overwrite what is let go of.
+DETECTING = {
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=165"
+}
+ROUNDS = 300 if test_utils.IS_NIGHTLY else 5
+
+
+def live_through(strategy, *options):
+    """Runs the cases in a process of its own; returns it."""
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.iterators_cases",
+            strategy,
+            str(ROUNDS),
+            *options,
+        ],
+        env=os.environ | DETECTING | {"PYTHONPATH": path},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+class ProcessTest(tf.test.TestCase, parameterized.TestCase):
+    """It died of one in four rounds at the latest, before it was mended."""
+
+    @parameterized.parameters(
+        ("one_device",),
+        ("mirrored_1", "threads"),
+        ("mirrored_2",),
+    )
+    def test_lives(self, strategy, *options):
+        finished = live_through(strategy, *options)
+        self.assertEqual(finished.returncode, 0, finished.stderr)
+        self.assertEqual(finished.stdout, "lived\n")
+
+
+class Source:
+    """Rows without end, which a `with` of Python's would close."""
+
+    def __init__(self):
+        self.opened = self.closed = 0
+
+    def __call__(self):
+        self.opened += 1
+        (batch,) = test_utils.microbatches([4])
+        try:
+            while True:
+                yield tuple(leaf.copy() for leaf in batch)
+        finally:
+            self.closed += 1
+
+    def dataset(self):
+        return tf.data.Dataset.from_generator(
+            self,
+            output_signature=(
+                tf.TensorSpec((None, test_utils.FEATURES)),
+                tf.TensorSpec((None,), tf.int64),
+            ),
+        )
+
+
+class EndTest(test_utils.TestCase, parameterized.TestCase):
+    """A generator is closed when the method that read it returns."""
+
+    def setUp(self):
+        super().setUp()
+        self.model = test_utils.accumulating(accum_steps=2)
+        self.model.compile("sgd", test_utils.crossentropy(), run_eagerly=True)
+        self.source = Source()
+
+    def assertClosed(self):
+        self.assertGreaterEqual(self.source.opened, 1)
+        self.assertEqual(self.source.closed, self.source.opened)
+
+    @parameterized.parameters(iterators_cases.Interruption, KeyboardInterrupt)
+    def test_raising(self, error):
+        with contextlib.suppress(error):
+            self.model.fit(
+                self.source.dataset(),
+                callbacks=[iterators_cases.Raising(error)],
+                verbose=0,
+            )
+        self.assertClosed()
+
+    def test_stopping(self):
+        self.model.accum_steps = 1
+        self.model.fit(
+            self.source.dataset(),
+            callbacks=[iterators_cases.Stopping()],
+            verbose=0,
+        )
+        self.assertClosed()
+
+    def test_steps(self):
+        data = self.source.dataset()
+        self.model.fit(
+            data,
+            steps_per_epoch=2,
+            epochs=2,
+            validation_data=data,
+            validation_steps=1,
+            verbose=0,
+        )
+        self.assertClosed()
+        self.model.evaluate(data, steps=1, verbose=0)
+        self.assertClosed()
+        self.model.predict(data.map(lambda x, y: x), steps=1, verbose=0)
+        self.assertClosed()
+
+    def test_epochs_go_on_with_the_data(self):
+        seen = []
+
+        class Seeing(keras.callbacks.Callback):
+            def on_epoch_end(_, epoch, logs=None):
+                seen.append(self.source.opened)
+
+        self.model.fit(
+            self.source.dataset(),
+            steps_per_epoch=2,
+            epochs=3,
+            callbacks=[Seeing()],
+            verbose=0,
+        )
+        self.assertEqual(seen, [seen[0]] * 3)
+
+
+if __name__ == "__main__":
+    tf.test.main()
