@@ -389,6 +389,10 @@ class PropertyTest(test_utils.TestCase):
                 mine.accum_steps = run.accum_steps
             fit(mine, model, run)
             by_hand.run(run)
+            # One that explodes multiplies what rounding did.
+            hypothesis.assume(
+                all(np.abs(v.numpy()).max() < 1e3 for v in state_of(plain))
+            )
             for variable, expected in zip(
                 state_of(mine), state_of(plain), strict=True
             ):
