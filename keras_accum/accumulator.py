@@ -400,7 +400,8 @@ class GradientAccumulator:
         self._make_buffers([state.get(name) for name in known])
         self.reset()
         replicas.assign_total(self._strategy, self._weight, state["weight"])
-        self._strategy.run(lambda: self._count.assign(int(state["count"])))
+        for count in replicas.copies(self._strategy, self._count):
+            count.assign(int(state["count"]))
         for name, variable, buffer in zip(
             known, self._variables, self._buffers, strict=True
         ):

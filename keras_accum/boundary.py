@@ -202,7 +202,7 @@ class BoundaryMixin:
     @contextlib.contextmanager
     def _updating_own_copies(self) -> Iterator[None]:
         strategy = self.distribute_strategy
-        if not replicas.has_several(strategy):
+        if not replicas.has_copies(strategy):
             yield
             return
         on_tpu = replicas.on_tpu(strategy)

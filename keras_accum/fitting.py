@@ -34,6 +34,7 @@ import tensorflow as tf
 from keras_accum import compat
 from keras_accum import forecast
 from keras_accum import microbatching
+from keras_accum import programs
 from keras_accum import replicas
 from keras_accum import training
 
@@ -94,7 +95,7 @@ def make_fitting_step(model, update, traced):
         return training.newer(logs, update())
 
     if replicas.has_several(strategy) and not model.run_eagerly:
-        finish = tf.function(finish, autograph=False)
+        finish = programs.in_graph(finish)
 
     is_built = False
 
@@ -149,7 +150,7 @@ def make_attempt(model, traced):
     forecasts, allowed, reserve = {}, {}, forecast.Reserve()
 
     def add(data, size):
-        return training.add_batch(strategy, add_all, data, size)
+        return training.first_replica(add_all(data, size), strategy)
 
     @functools.cache
     def add_by(size):
@@ -157,7 +158,7 @@ def make_attempt(model, traced):
         by_size = functools.partial(add, size=size)
         if model.run_eagerly:
             return by_size
-        return tf.function(by_size, autograph=False, reduce_retracing=True)
+        return programs.in_graph(by_size, reduce_retracing=True)
 
     def attempt(data, size):
         shapes = shapes_of(strategy, data)
@@ -235,9 +236,7 @@ def make_rehearsal(model):
         is_done = True
 
     is_done = model.jit_compile or replicas.on_tpu(strategy)
-    function = tf.function(
-        lambda known: strategy.run(rehearse), autograph=False
-    )
+    function = programs.in_graph(lambda known: strategy.run(rehearse))
     return run
 
 

@@ -122,6 +122,27 @@ class WindowLoss(keras.metrics.Mean):
         self.count.assign_add(share * rows)
         self._forget_window()
 
+    def close_copies(self, strategy: tf.distribute.Strategy) -> None:
+        """Does what `close` does, on each of this worker's replicas by itself.
+
+        For the host, which asks no other worker.
+        """
+        for window, total, count in zip(
+            *(
+                replicas.copies(strategy, variable)
+                for variable in (
+                    self.window,
+                    self.total.value,
+                    self.count.value,
+                )
+            ),
+            strict=True,
+        ):
+            summand, rows = window_total(window)
+            total.assign_add(summand)
+            count.assign_add(rows)
+            window.assign(tf.zeros_like(window))
+
     def add_window_to(
         self, totals: dict[int, tf.Tensor], window: tf.Tensor
     ) -> None:

@@ -80,10 +80,11 @@ class MicrobatchSize:
 
 
 class EachMicrobatch:
-    """A function of a replica's part of a batch: steps on its micro-batches.
+    """A function of a batch: steps on the micro-batches of each replica's part.
 
-    Where the losses of a batch need denominators of their own, these are
-    summed first, in a pass without gradients.
+    It is for the host: in cross-replica context. Where the losses of a batch
+    need denominators of their own, these are summed first, in a pass without
+    gradients.
 
     Args:
         model: A `GradientAccumulationModel`.
@@ -95,23 +96,23 @@ class EachMicrobatch:
         self._model = model
         # A `tf.function` takes one number of arguments.
         self._without_totals, self._with_totals = (
-            [
-                programs.trace_for_replica(model, step)
-                for step in (first, further)
-            ]
+            [programs.in_loop(model, step) for step in (first, further)]
             for _ in range(2)
         )
-        self._measure = programs.trace_for_replica(
-            model, model._addends_of_totals
-        )
+        self._measure = programs.in_loop(model, model._addends_of_totals)
+        self._fold = programs.with_loop(model, self._fold_part)
 
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, data, size: int | None, number=None):
-        """Makes the steps, in replica context; see `fold`.
+    def __call__(self, data, size: int | None):
+        """Makes the steps; see `fold`.
 
         Returns:
-            The logs of the last step.
+            The logs of the last step, on each replica.
         """
+        strategy = self._model.distribute_strategy
+        number = replicas.number_of_parts(strategy, data, size)
+        return self._fold(data, size, number)
+
+    def _fold_part(self, data, size, number):
         data = as_tensors(data)
         if not self._model._uses_totals():
             self._find_out(first_of(data, size))
@@ -143,11 +144,13 @@ class EachMicrobatch:
             losses = compat.number_of_losses(compat.compiled_loss(model))
             args.append(weighting.as_weight(tf.zeros(1 + losses)))
 
-        def of_replica():
+        def plan():
             return max(compat.planned_bytes(step, *args) for step in steps)
 
         return sum(
-            strategy.experimental_local_results(strategy.run(of_replica))
+            strategy.experimental_local_results(
+                programs.with_loop(model, plan)()
+            )
         )
 
     def _find_out(self, data):
@@ -158,7 +161,7 @@ class EachMicrobatch:
         else:
             # It is called later, and not traced a second time.
             first, _ = self._without_totals
-            tf.function(first).get_concrete_function(data)
+            programs.in_graph(first).get_concrete_function(data)
 
     def _totals(self, data, size):
         total = fold(
@@ -252,6 +255,22 @@ def loop(data, size, number, rows, result, further):
         # The next one would need the memory of this one.
         parallel_iterations=1,
     )[1]
+
+
+def concatenating(model, step: Callable) -> Callable:
+    """Returns a function of a batch, and of the most rows of a micro-batch.
+
+    It is for the host, and returns on each replica what the step returns for
+    its micro-batches, put together.
+
+    Args:
+        model: A `GradientAccumulationModel`.
+        step: Returns nested tensors with a row for each of its own.
+    """
+    step = programs.in_loop(model, step)
+    return programs.with_loop(
+        model, lambda data, size: concatenated(data, size, step)
+    )
 
 
 def concatenated(data, size: int | None, function: Callable):

@@ -434,7 +434,10 @@ class GradientAccumulationMixin(
         if self._accum_moments is not None:
             self._accum_moments.forget()
         # Each replica for itself: another worker may have failed.
-        self.distribute_strategy.run(self._close_trackers)
+        for tracker in self._window_trackers():
+            tracker.close_copies(self.distribute_strategy)
+        if self._accum_nonfinite is not None:
+            self._accum_nonfinite.forget_window()
 
     def _resume_window(self):
         """Goes on with what calls of `train_step` by hand have gathered."""
@@ -625,7 +628,7 @@ class GradientAccumulationMixin(
         others are left for Keras to build at the first update.
         """
         optimizer, strategy = self.optimizer, self.distribute_strategy
-        is_late = replicas.has_several(strategy) or isinstance(
+        is_late = replicas.has_copies(strategy) or isinstance(
             optimizer, keras.optimizers.LossScaleOptimizer
         )
         is_late = is_late or self.nonfinite != "propagate"

@@ -127,7 +127,7 @@ class WindowMoments:
                 self._merged(each, self._strategy.reduce("SUM", vector, None))
                 for each, vector in zip(
                     self._sums.values(),
-                    self._strategy.run(self.sums),
+                    self._strategy.run(tf.function(self.sums, autograph=False)),
                     strict=True,
                 )
             ]

@@ -68,6 +68,17 @@ def has_several(strategy: tf.distribute.Strategy) -> bool:
     return strategy.num_replicas_in_sync > 1
 
 
+def has_copies(strategy: tf.distribute.Strategy) -> bool:
+    """Whether a replica has copies of variables, even if it is the only one.
+
+    Such variables merge what replicas assign them, and within a replica none
+    can be made.
+    """
+    return isinstance(strategy, STRATEGIES) and not isinstance(
+        strategy, tf.distribute.OneDeviceStrategy
+    )
+
+
 def has_several_workers(strategy: tf.distribute.Strategy) -> bool:
     """Whether other processes run the same program."""
     resolver = strategy.cluster_resolver
@@ -120,6 +131,17 @@ def on_host(make: Callable[[], T]) -> T:
     return outside_of_tracing(make_on_cpu)
 
 
+def copies(
+    strategy: tf.distribute.Strategy, variable: tf.Variable
+) -> tuple[tf.Variable, ...]:
+    """The copies of a variable that this worker's replicas have.
+
+    What the host does with these needs no replica: TensorFlow warns of a
+    `strategy.run` that is not traced.
+    """
+    return strategy.experimental_local_results(variable)
+
+
 class Snapshot:
     """What variables held, to be restored.
 
@@ -136,7 +158,7 @@ class Snapshot:
         self._copies = [
             copy
             for variable in variables
-            for copy in strategy.experimental_local_results(variable)
+            for copy in copies(strategy, variable)
         ]
         self._values = [copy.read_value() for copy in self._copies]
 
@@ -165,14 +187,17 @@ def total(variable: tf.Variable) -> np.ndarray:
 def assign_total(strategy, variable: tf.Variable, value) -> None:
     """Gives a `sum_variable` a value, all of it on the first replica."""
     value = tf.cast(value, variable.dtype)
-
-    def assign():
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        variable.assign(
-            tf.where(tf.equal(replica, 0), value, tf.zeros_like(value))
+    values = strategy.experimental_distribute_values_from_function(
+        lambda replica: (
+            tf.zeros_like(value) if replica.replica_id_in_sync_group else value
         )
-
-    strategy.run(assign)
+    )
+    for copy, share in zip(
+        copies(strategy, variable),
+        strategy.experimental_local_results(values),
+        strict=True,
+    ):
+        copy.assign(share)
 
 
 def placed(variable: tf.Variable, strategy: tf.distribute.Strategy):
@@ -182,7 +207,7 @@ def placed(variable: tf.Variable, strategy: tf.distribute.Strategy):
     """
     context = tf.distribute.get_replica_context()
     if context is None:
-        return tf.stack(strategy.experimental_local_results(variable))
+        return tf.stack(copies(strategy, variable))
     number = strategy.num_replicas_in_sync
     places = tf.one_hot(
         context.replica_id_in_sync_group, number, True, False, dtype=tf.bool
@@ -241,9 +266,9 @@ def sum_over_replicas(values, destination: tf.Variable):
         values: A nested structure of float tensors or variables.
         destination: As for `reduce_across`.
     """
-    context = tf.distribute.get_replica_context()
-    if not has_several(context.strategy):
+    if not has_several(tf.distribute.get_strategy()):
         return tf.nest.map_structure(tf.convert_to_tensor, values)
+    context = tf.distribute.get_replica_context()
     vector = pack(values)
     if on_tpu(context.strategy):
         vector = context.all_reduce(tf.distribute.ReduceOp.SUM, vector)
@@ -257,7 +282,9 @@ def numbers_of_all(strategy: tf.distribute.Strategy, number: int) -> list[int]:
 
     All workers have to ask, in cross-replica context.
     """
-    own = strategy.run(lambda: tf.constant([number], tf.int64))
+    own = strategy.experimental_distribute_values_from_function(
+        lambda replica: tf.constant([number], tf.int64)
+    )
     return strategy.gather(own, axis=0).numpy().tolist()
 
 

@@ -45,7 +45,7 @@ def make_update_function(model):
     # XLA knows reductions on TPUs alone; else they come between two programs.
     splits = several and not replicas.on_tpu(strategy)
     # A program knows the buffers that there were when it was traced.
-    program = programs.compile_for_replica(
+    end_window = programs.on_replicas(
         model, lambda known, sums=None: model._end_window(sums)
     )
 
@@ -57,7 +57,7 @@ def make_update_function(model):
             vector = strategy.run(model._pack_sums)
             where = model._accum_buffers.weight
             args += (replicas.reduce_across(strategy, vector, where),)
-        logs = strategy.run(program, args=args)
+        logs = end_window(*args)
         model._accum_window.complete()
         return first_replica(logs, strategy)
 
@@ -65,7 +65,7 @@ def make_update_function(model):
     # With reductions it must not be one, since it is called in a `tf.cond`, and
     # TensorFlow numbers the reductions of a function where it is called.
     if not model.run_eagerly and not several:
-        update = tf.function(update, autograph=False)
+        update = programs.in_graph(update)
     # Not the `tf.function` itself: Keras would save it with the model.
     return lambda: update(model._known_sums())
 
@@ -75,7 +75,7 @@ def make_flush_function(model):
     update = make_update_function(model)
     if model.run_eagerly:
         return update
-    traced = tf.function(lambda known: update(), autograph=False)
+    traced = programs.in_graph(lambda known: update())
     # Not the `tf.function` itself: Keras would save it with the model.
     return lambda: traced(model._known_sums())
 
@@ -166,8 +166,8 @@ def make_step_function(model, update, traced):
     """
     window = model._accum_window
     strategy = model.distribute_strategy
-    start = programs.compile_for_replica(model, starting(model, traced))
-    proceed = programs.compile_for_replica(model, model._next_microbatch)
+    start = programs.on_replicas(model, starting(model, traced))
+    proceed = programs.on_replicas(model, model._next_microbatch)
 
     def step(data):
         if tf.inside_function():
@@ -180,11 +180,10 @@ def make_step_function(model, update, traced):
                 strategy.num_replicas_in_sync,
             )
             with tf.control_dependencies([size]):
-                logs = strategy.run(start, args=(data,))
-            return first_replica(logs, strategy)
+                return first_replica(start(data), strategy)
 
         def further():
-            return first_replica(strategy.run(proceed, args=(data,)), strategy)
+            return first_replica(proceed(data), strategy)
 
         # An exhausted iterator stops what depends on its data, and no more.
         with tf.control_dependencies(tensors_in(data)):
@@ -208,7 +207,7 @@ def make_placed_step(model, update, traced):
         traced: As for `make_step_function`.
     """
     start, proceed = (
-        programs.trace_for_replica(model, function, inline=False)
+        programs.on_replicas(model, function, inline=False)
         for function in (starting(model, traced), model._next_microbatch)
     )
 
@@ -216,15 +215,12 @@ def make_placed_step(model, update, traced):
         def step(data):
             # An exhausted iterator stops what depends on its data.
             with tf.control_dependencies(tensors_in(data)):
-                logs = model.distribute_strategy.run(
-                    lambda data: (start if place.is_first else proceed)(data),
-                    args=(data,),
-                )
+                logs = (start if place.is_first else proceed)(data)
             if place.is_first and tf.inside_function():
                 # Now, so that no change of k traces anything, and what is saved
                 # in mid-window has the optimizer's variables.
                 proceed.get_concrete_function(data)
-                tf.function(update, autograph=False).get_concrete_function()
+                programs.in_graph(update).get_concrete_function()
             if not place.is_last:
                 return logs
             with tf.control_dependencies(tensors_in(logs)):
@@ -276,7 +272,7 @@ def make_batch_step_function(model, update, traced):
 
     def step(data):
         def add():
-            return add_batch(strategy, add_all, data, model.microbatch_size)
+            return first_replica(add_all(data, model.microbatch_size), strategy)
 
         # An exhausted iterator stops what depends on its data, and no more; in
         # a branch all does. There is one, since the position is always 0.
@@ -288,22 +284,8 @@ def make_batch_step_function(model, update, traced):
     return step
 
 
-def add_batch(strategy, add_all, data, size):
-    """Adds a batch on all replicas; returns the logs of the first.
-
-    Args:
-        strategy: The strategy.
-        add_all: What `make_adding_function` returned.
-        data: The batch.
-        size: Most rows of a micro-batch on each replica.
-    """
-    number = replicas.number_of_parts(strategy, data, size)
-    logs = strategy.run(add_all, args=(data, size, number))
-    return first_replica(logs, strategy)
-
-
 def make_adding_function(model, traced):
-    """Returns a function for `strategy.run`: a window of one batch.
+    """Returns a function of a batch, which is a window, and of a size.
 
     Args:
         model: A `GradientAccumulationModel` with a `microbatch_size`.
@@ -323,20 +305,20 @@ def make_test_function(model):
     """
     strategy, size = model.distribute_strategy, model._accum_size.known
     if size is None:
-        program = programs.compile_for_replica(model, model._first_test)
+        test = programs.on_replicas(model, model._first_test)
+
+        def step(data):
+            return first_replica(test(data), strategy)
     else:
         test_all = microbatching.EachMicrobatch(
             model, model._first_test, model._next_test
         )
 
-        def program(data):
-            logs = test_all(data, size)
+        def step(data):
+            logs = first_replica(test_all(data, size), strategy)
             with tf.control_dependencies(tensors_in(logs)):
-                model._close_trackers()
+                strategy.run(model._close_trackers)
             return logs
-
-    def step(data):
-        return first_replica(strategy.run(program, args=(data,)), strategy)
 
     return make_iterating_function(model, step)
 
@@ -344,20 +326,14 @@ def make_test_function(model):
 def make_predict_function(model):
     """Returns what `model.predict_function` is to be, for the same cases."""
     strategy, size = model.distribute_strategy, model._accum_size.known
-    predict = programs.compile_for_replica(model, model.predict_step)
-
-    def program(data):
-        return microbatching.concatenated(data, size, predict)
-
-    program = tf.autograph.experimental.do_not_convert(program)
+    predict = microbatching.concatenating(model, model.predict_step)
 
     def step(data):
-        outputs = strategy.run(program, args=(data,))
-        return compat.concatenate_outputs(outputs, strategy)
+        return compat.concatenate_outputs(predict(data, size), strategy)
 
     step = compat.optionals_to_none(model, step)
     if not model.run_eagerly:
-        step = tf.function(step, autograph=False, reduce_retracing=True)
+        step = programs.in_graph(step, reduce_retracing=True)
 
     def predict_function(batches):
         outputs = [step(batch) for batch in batches]
@@ -380,8 +356,8 @@ def make_iterating_function(model, step, total=None):
     step = compat.optionals_to_none(model, step)
     steps = make_steps_function(model, step, total)
     if not model.run_eagerly:
-        steps = tf.function(steps, autograph=False)
-        step = tf.function(step, autograph=False, reduce_retracing=True)
+        steps = programs.in_graph(steps)
+        step = programs.in_graph(step, reduce_retracing=True)
     strategy = model.distribute_strategy
     last, end_together = lambda: None, False
 

@@ -21,6 +21,7 @@ class ReplicaCountsTest(tf.test.TestCase, parameterized.TestCase):
         *test_utils.with_nightly(
             [
                 ("one_device", *CLAIMS),
+                ("mirrored_1", *CLAIMS),
                 ("mirrored_4", "RowsTest", "PrecisionTest"),
                 ("mirrored_8", "RowsTest"),
             ],

@@ -57,9 +57,12 @@ STRATEGIES = {
     "none": tf.distribute.get_strategy,
     "one_device": lambda: tf.distribute.OneDeviceStrategy("CPU:0"),
     "mirrored": mirrored,
+    "mirrored_1": lambda: mirrored(1),
     "mirrored_2": lambda: mirrored(2),
     "mirrored_4": lambda: mirrored(4),
     "mirrored_8": lambda: mirrored(8),
+    # Without a cluster it is one worker.
+    "multi_worker_1": tf.distribute.MultiWorkerMirroredStrategy,
     "tpu": tpu,
 }
 
