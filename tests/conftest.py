@@ -16,3 +16,7 @@ def pytest_configure(config):
     if name:
         # Test modules are read later, and processes that they start, too.
         os.environ["KERAS_ACCUM_STRATEGY"] = name
+    # Each process takes the tests in their order, and then those that another
+    # one has left: what a class prepares is prepared once, and none waits.
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "worksteal"
