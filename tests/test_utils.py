@@ -166,6 +166,15 @@ def dataset(batches, known_length=False):
     return result
 
 
+def eagerly(compile_args):
+    """Arguments of `compile` for a reference, which nothing is traced for.
+
+    A reference is plain Keras on one device: it has the same numbers, up to
+    rounding, whether it is traced or not, and tracing is most of its time.
+    """
+    return compile_args | {"run_eagerly": True, "jit_compile": False}
+
+
 def train_on(model, batches):
     """Calls `train_on_batch` for each batch of `(x, y[, sample_weight])`."""
     for batch in batches:
@@ -235,7 +244,7 @@ class TestCase(tf.test.TestCase):
         actual = accumulating(build, 1 if self.microbatch_size else 4, **kwargs)
         initial = [w.astype("float64") for w in expected.get_weights()]
         self.assertAllClose(initial, actual.get_weights(), 0, 0)
-        expected.compile(**compile_args())
+        expected.compile(**eagerly(compile_args()))
         actual.compile(**compile_args())
         for window in windows:
             if self.microbatch_size:
