@@ -227,6 +227,7 @@ class TestCase(tf.test.TestCase):
         windows,
         tolerance=1e-5,
         slots_tolerance=None,
+        traces_reference=False,
         **kwargs,
     ):
         """Trains on windows of micro-batches, and on what they concatenate to.
@@ -237,6 +238,7 @@ class TestCase(tf.test.TestCase):
             windows: List of lists of batches.
             tolerance: As for `assertSameWeights`.
             slots_tolerance: Relative, for the optimizer's variables.
+            traces_reference: Whether the reference is no eager one.
             **kwargs: For `GradientAccumulationModel`.
         """
         expected = build(keras.Model)
@@ -244,7 +246,10 @@ class TestCase(tf.test.TestCase):
         actual = accumulating(build, 1 if self.microbatch_size else 4, **kwargs)
         initial = [w.astype("float64") for w in expected.get_weights()]
         self.assertAllClose(initial, actual.get_weights(), 0, 0)
-        expected.compile(**eagerly(compile_args()))
+        reference_args = compile_args()
+        if not traces_reference:
+            reference_args = eagerly(reference_args)
+        expected.compile(**reference_args)
         actual.compile(**compile_args())
         for window in windows:
             if self.microbatch_size:

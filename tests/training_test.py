@@ -5,6 +5,7 @@ import warnings
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -62,15 +63,18 @@ INPUTS = {
     "py_dataset": lambda batches: {"x": Batches(batches)},
 }
 
+# Keras's default is "auto", which is XLA here.
 MODES = {
-    "graph": {},
+    "graph": {"jit_compile": False},
     "xla": {"jit_compile": True},
-    "auto": {"jit_compile": "auto"},
     "eager": {"run_eagerly": True},
-    "loop": {"steps_per_execution": 5},
+    "loop": {"steps_per_execution": 5, "jit_compile": False},
+}
+OTHER_MODES = {
+    "auto": {"jit_compile": "auto"},
     "loop_xla": {"steps_per_execution": 7, "jit_compile": True},
     "loop_eager": {"steps_per_execution": 5, "run_eagerly": True},
-    "loop_of_all": {"steps_per_execution": 100},
+    "loop_of_all": {"steps_per_execution": 100, "jit_compile": False},
 }
 
 
@@ -98,7 +102,9 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             test_utils.concatenate(batches[i : i + K])
             for i in range(0, len(batches), K)
         ]
-        expected_history = fit(expected, large, inputs="known_length")
+        expected_history = fit(
+            expected, large, inputs="known_length", run_eagerly=True
+        )
         history = fit(actual, batches, **kwargs)
         self.assertSameWeights(
             actual.get_weights(), expected.get_weights(), initial
@@ -108,22 +114,39 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
 
     @parameterized.named_parameters((name, name) for name in INPUTS)
     def test_inputs(self, name):
-        self.assertFitsAlike(data(), inputs=name)
+        self.assertFitsAlike(data(), inputs=name, jit_compile=False)
 
     @parameterized.named_parameters((name, name) for name in MODES)
     def test_modes(self, name):
         self.assertFitsAlike(data(), **MODES[name])
 
-    @parameterized.product(steps=(2, 5), unrolled=(2, 3, 200))
+    @parameterized.named_parameters((name, name) for name in OTHER_MODES)
+    @pytest.mark.thorough
+    def test_other_modes(self, name):
+        self.assertFitsAlike(data(), **OTHER_MODES[name])
+
+    # As many as there are, fewer, and more.
+    @parameterized.parameters((2, 2), (5, 3), (2, 200))
     def test_unrolled_loops(self, steps, unrolled):
         self.assertFitsAlike(
-            data(), steps_per_execution=steps, unrolled=unrolled
+            data(),
+            steps_per_execution=steps,
+            unrolled=unrolled,
+            jit_compile=False,
         )
 
-    @parameterized.parameters("graph", "xla", "eager", "loop", "loop_xla")
-    def test_uneven_microbatches_and_partial_windows(self, mode):
+    def check_uneven(self, **mode):
         sizes = [8, 1, 1, 7, 2, 9, 5, 5, 3, 4]
-        self.assertFitsAlike(test_utils.microbatches(sizes), **MODES[mode])
+        self.assertFitsAlike(test_utils.microbatches(sizes), **mode)
+
+    @parameterized.parameters("graph", "loop")
+    def test_uneven_microbatches_and_partial_windows(self, mode):
+        self.check_uneven(**MODES[mode])
+
+    @parameterized.parameters("xla", "eager", "loop_xla")
+    @pytest.mark.thorough
+    def test_uneven_microbatches_and_partial_windows_elsewhere(self, mode):
+        self.check_uneven(**(MODES | OTHER_MODES)[mode])
 
     def test_sample_weight(self):
         rng = np.random.default_rng(0)
@@ -141,7 +164,11 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             (test_utils.mlp(), K * ROWS),
             (test_utils.accumulating(), ROWS),
         ):
-            model.compile("adam", loss=test_utils.crossentropy())
+            model.compile(
+                "adam",
+                loss=test_utils.crossentropy(),
+                run_eagerly=batch_size > ROWS,
+            )
             histories.append(
                 model.fit(
                     x,
@@ -230,6 +257,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             (test_utils.accumulating(build), batches),
         ):
             model.compile("sgd", loss=test_utils.crossentropy())
+            model.run_eagerly = each is large
             batches_of_each = test_utils.dataset(each, known_length=True)
             history = model.fit(batches_of_each, epochs=2, verbose=0)
             losses.append(history.history["loss"])
@@ -248,6 +276,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             model.compile(
                 "sgd", loss=test_utils.crossentropy(reduction=reduction)
             )
+            model.run_eagerly = each is large
             batches_of_each = test_utils.dataset(each, known_length=True)
             history = model.fit(batches_of_each, epochs=2, verbose=0)
             losses.append(history.history["loss"])
@@ -294,6 +323,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
                     "b": keras.losses.MeanAbsoluteError(reduction=reduction),
                 },
                 loss_weights={"a": 0.5, "b": 2.0},
+                # How Keras weighs these losses depends on it.
                 **MODES[mode],
             )
             fed = test_utils.dataset(each, known_length=True)
@@ -311,7 +341,16 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.assertIn("val_b_loss", histories[0])
         self.assertAllClose(*histories, rtol=1e-5)
 
-    def test_subclassed_unbuilt_model(self):
+    @parameterized.parameters("graph", "loop")
+    def test_subclassed_unbuilt_model(self, mode):
+        self.check_unbuilt(**MODES[mode])
+
+    @parameterized.parameters("xla", "eager", *OTHER_MODES)
+    @pytest.mark.thorough
+    def test_subclassed_unbuilt_model_elsewhere(self, mode):
+        self.check_unbuilt(**(MODES | OTHER_MODES)[mode])
+
+    def check_unbuilt(self, **mode):
         class Net(keras_accum.GradientAccumulationModel):
             def __init__(self, **kwargs):
                 super().__init__(**kwargs)
@@ -326,12 +365,9 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
                 hidden = self.norm(self.dense(inputs), training=training)
                 return self.out(self.drop(hidden, training=training))
 
-        for mode in MODES.values():
-            model = Net(accum_steps=2)
-            fit(model, data(), **mode)
-            self.assertEqual(
-                int(model.optimizer.iterations), 2 * WINDOWS * K // 2
-            )
+        model = Net(accum_steps=2)
+        fit(model, data(), **mode)
+        self.assertEqual(int(model.optimizer.iterations), 2 * WINDOWS * K // 2)
 
     def test_no_trainable_weights(self):
         model = test_utils.accumulating()
@@ -344,12 +380,20 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
 class OneTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.named_parameters((name, name) for name in MODES)
     def test_accum_steps_1_is_keras_model_to_the_bit(self, name):
+        self.check_bits(**MODES[name])
+
+    @parameterized.named_parameters((name, name) for name in OTHER_MODES)
+    @pytest.mark.thorough
+    def test_accum_steps_1_is_keras_model_elsewhere(self, name):
+        self.check_bits(**OTHER_MODES[name])
+
+    def check_bits(self, **mode):
         results = []
         for model in (
             test_utils.mlp(),
             test_utils.mlp(keras_accum.GradientAccumulationModel),
         ):
-            history = fit(model, data(), **MODES[name])
+            history = fit(model, data(), **mode)
             state = [v.numpy() for v in model.optimizer.variables]
             results.append((model.get_weights(), state, history))
         self.assertAllClose(*results, rtol=0, atol=0)
@@ -390,6 +434,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
     def test_train_on_batch_reports_the_micro_batch(self):
         model, plain = test_utils.accumulating(), test_utils.mlp()
         plain.compile("sgd", loss=test_utils.crossentropy(), metrics=["acc"])
+        plain.run_eagerly = True
         model.compile("sgd", loss=test_utils.crossentropy(), metrics=["acc"])
         for batch in data()[:K]:
             expected = plain.test_on_batch(*batch)
@@ -405,6 +450,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
                 "adam",
                 loss=test_utils.crossentropy(reduction="sum"),
             )
+        expected.run_eagerly = True
         step = tf.function(actual.train_step) if in_graph else actual.train_step
         for _ in range(3):
             for batch in batches:
@@ -435,6 +481,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
         initial = expected.get_weights()
         for model in (expected, actual):
             model.compile("sgd", loss=test_utils.crossentropy())
+        expected.run_eagerly = True
         actual.fit(test_utils.dataset(batches), verbose=0)
         for batch in batches:
             actual.train_step(batch)
@@ -468,6 +515,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
             each.compile(
                 "adam", loss=test_utils.crossentropy(), jit_compile=jit_compile
             )
+        expected.run_eagerly = True
         history = model.fit(test_utils.dataset(batches), verbose=0).history
         self.assertEqual(sorted(history), ["my_loss", "one"])
         test_utils.train_on(expected, large)
@@ -627,7 +675,7 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertEqual(int(model.optimizer.iterations), 12 + 3)
 
-    @parameterized.parameters("graph", "loop", "eager", "loop_xla")
+    @parameterized.parameters(*MODES)
     def test_schedule(self, mode):
         seen = []
 
@@ -641,8 +689,14 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(seen, [0, 1, 2, 3, 4])
         self.assertEqual(int(model.optimizer.iterations), 5)
 
-    @parameterized.product(
-        value=(0, 2.5, True, "8"), mode=("graph", "eager", "loop")
+    # Both errors in each mode.
+    @parameterized.parameters(
+        (0, "graph"),
+        (2.5, "graph"),
+        (0, "eager"),
+        (True, "eager"),
+        (0, "loop"),
+        ("8", "loop"),
     )
     def test_schedule_that_returns_nonsense(self, value, mode):
         model = test_utils.accumulating(accum_steps=lambda updates: value)
@@ -763,8 +817,15 @@ class GradientsTest(test_utils.TestCase):
 
 
 class FailureTest(test_utils.TestCase, parameterized.TestCase):
-    @parameterized.parameters("graph", "eager", "loop", "loop_eager")
+    @parameterized.parameters("graph", "eager", "loop")
     def test_a_failed_step_leaves_the_window_as_it_was(self, mode):
+        self.check_failure(**MODES[mode])
+
+    @pytest.mark.thorough
+    def test_a_failed_step_of_an_eager_loop(self):
+        self.check_failure(**OTHER_MODES["loop_eager"])
+
+    def check_failure(self, **mode):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(7)
             tokens = keras.Input((3,), dtype="int32")
@@ -773,7 +834,7 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
             return cls(tokens, keras.layers.Dense(3)(hidden), **kwargs)
 
         model = test_utils.accumulating(build, accum_steps=4)
-        model.compile("sgd", loss=test_utils.crossentropy(), **MODES[mode])
+        model.compile("sgd", loss=test_utils.crossentropy(), **mode)
         fine = (np.full((2, 3), 7), np.array([0, 1]))
         bad = (np.full((2, 3), 70), np.array([0, 1]))
         test_utils.train_on(model, [fine, fine])
@@ -835,6 +896,7 @@ class CallbackTest(test_utils.TestCase):
             model.compile(
                 keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.5),
                 loss=test_utils.crossentropy(),
+                run_eagerly=batch_size > ROWS,
             )
             x, y = test_utils.concatenate(data())
             history = model.fit(
