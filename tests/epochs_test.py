@@ -20,7 +20,7 @@ def compiled(model, **kwargs):
 
 def reference(epochs_of_windows):
     """Weights of a plain model after these windows of micro-batches."""
-    model = compiled(test_utils.mlp())
+    model = compiled(test_utils.mlp(), run_eagerly=True)
     for window in epochs_of_windows:
         model.train_on_batch(*test_utils.concatenate(window))
     return model
@@ -302,7 +302,7 @@ class ShortEpochTest(test_utils.TestCase, parameterized.TestCase):
 class LogsTest(test_utils.TestCase):
     def test_loss_within_a_window_is_that_of_its_micro_batches(self):
         model = compiled(test_utils.accumulating())
-        plain = compiled(test_utils.mlp())
+        plain = compiled(test_utils.mlp(), run_eagerly=True)
         losses = []
         model.fit(
             test_utils.dataset(FULL),

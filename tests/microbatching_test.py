@@ -5,6 +5,7 @@ import os
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -121,14 +122,24 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
 
     microbatch_size = 3
 
-    @parameterized.product(
-        mode=tuple(MODES),
-        reductions=(
-            ("sum_over_batch_size", "sum_over_batch_size"),
-            ("mean_with_sample_weight", "sum"),
-        ),
+    @parameterized.parameters(
+        ("graph", "mean_with_sample_weight", "sum"),
+        ("xla", "sum_over_batch_size", "sum_over_batch_size"),
+        ("eager", "mean_with_sample_weight", "sum"),
     )
-    def test_outputs_with_different_masks_and_weights(self, mode, reductions):
+    def test_outputs_with_different_masks_and_weights(self, mode, *reductions):
+        self.check_outputs(mode, reductions)
+
+    @parameterized.parameters(
+        ("graph", "sum_over_batch_size", "sum_over_batch_size"),
+        ("xla", "mean_with_sample_weight", "sum"),
+        ("eager", "sum_over_batch_size", "sum_over_batch_size"),
+    )
+    @pytest.mark.thorough
+    def test_outputs_with_other_reductions(self, mode, *reductions):
+        self.check_outputs(mode, reductions)
+
+    def check_outputs(self, mode, reductions):
         rng = np.random.default_rng(0)
         windows = []
         for seed in range(3):
@@ -200,8 +211,16 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
 
 
 class FitTest(test_utils.TestCase, parameterized.TestCase):
-    @parameterized.product(mode=tuple(MODES), known=(False, True))
+    @parameterized.parameters(("graph", True), ("xla", False), ("eager", False))
     def test_fit_evaluate_and_predict(self, mode, known):
+        self.check_fit(mode, known)
+
+    @parameterized.parameters(("graph", False), ("xla", True), ("eager", True))
+    @pytest.mark.thorough
+    def test_fit_evaluate_and_predict_otherwise(self, mode, known):
+        self.check_fit(mode, known)
+
+    def check_fit(self, mode, known):
         # The last batch is shorter than a micro-batch.
         batches = test_utils.microbatches([10, 10, 2])
         x, y = test_utils.concatenate(batches)
@@ -213,7 +232,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
                 "adam",
                 loss=test_utils.crossentropy(),
                 metrics=["accuracy"],
-                **MODES[mode],
+                **MODES["eager" if model is expected else mode],
             )
             history = model.fit(
                 test_utils.dataset(batches, True)
@@ -277,6 +296,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             model.compile(
                 "adam", loss=test_utils.crossentropy(), steps_per_execution=2
             )
+            model.run_eagerly = model is expected
             model.fit(test_utils.dataset(batches, True), verbose=0)
         self.assertSameTraining(actual, expected, initial)
 
@@ -358,6 +378,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         initial = expected.get_weights()
         for model in (expected, actual):
             model.compile("adam", loss=test_utils.crossentropy())
+        expected.run_eagerly = True
         for batch, size in zip(batches, (None, 3, 5, None), strict=True):
             actual.microbatch_size = size
             self.assertEqual(actual.microbatch_size, size)
@@ -371,6 +392,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         (x, y), other = test_utils.microbatches([8, 8])
         for model in (expected, actual):
             model.compile("adam", loss=test_utils.crossentropy())
+            model.run_eagerly = model is expected
             model.train_on_batch(x, y)
         # The labels of the last micro-batch do not exist.
         wrong = np.where(np.arange(8) < 7, y, 99)
@@ -382,6 +404,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(actual._accum_buffers.count), 0)
         for model in (expected, actual):
             model.compile("adam", loss=test_utils.crossentropy())
+            model.run_eagerly = model is expected
             model.train_on_batch(*other)
         self.assertSameTraining(actual, expected, initial)
 
@@ -453,6 +476,7 @@ class EffectiveBatchSizeTest(test_utils.TestCase, parameterized.TestCase):
         expected, actual = test_utils.mlp(), self.model(12)
         initial = expected.get_weights()
         expected.compile("adam", loss=test_utils.crossentropy())
+        expected.run_eagerly = True
         for size, k in ((4, 3), (6, 2), (12, 1)):
             actual.fit(x, y, batch_size=size, shuffle=False, verbose=0)
             self.assertEqual(actual.accum_steps, k)

@@ -149,6 +149,7 @@ class TrainingTest(test_utils.TestCase, parameterized.TestCase):
             each.compile(
                 keras.optimizers.SGD(0.1), loss=test_utils.crossentropy()
             )
+        expected.run_eagerly = True
         model.fit(test_utils.dataset(batches), verbose=0)
         ends = np.cumsum(sizes)
         windows = [
