@@ -1,5 +1,6 @@
 """The compiled programs: what is updated in place, and what is traced again."""
 
+import functools
 import re
 
 import keras
@@ -58,6 +59,26 @@ def shapes(variables):
     ]
 
 
+@functools.cache
+def trained(optimizer="adam"):
+    """A model that has all its programs, and a batch; nothing changes it."""
+    model = compiled_model(optimizer)
+    batches = test_utils.microbatches([8] * 8)
+    test_utils.train_on(model, batches)
+    x, y = batches[0]
+    return model, (tf.constant(x), tf.constant(y))
+
+
+@functools.cache
+def program_of(name):
+    """What XLA makes of a step of that model."""
+    model, batch = trained()
+    step = getattr(model, name)
+    if name == "update_step":
+        return optimized_hlo(step)
+    return optimized_hlo(lambda *batch: step(batch), *batch)
+
+
 def kernels(model):
     """The matrices among the weights; no two are of one shape."""
     return [v for v in model.trainable_variables if len(v.shape) == 2]
@@ -72,18 +93,10 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
                 written.count(shape), shapes(variables).count(shape), msg=shape
             )
 
-    def trained(self, optimizer="adam"):
-        model = compiled_model(optimizer)
-        batches = test_utils.microbatches([8] * 8)
-        test_utils.train_on(model, batches)
-        x, y = batches[0]
-        return model, (tf.constant(x), tf.constant(y))
-
     @parameterized.parameters("_first_microbatch", "_next_microbatch")
     def test_buffers(self, name):
-        model, batch = self.trained()
-        step = getattr(model, name)
-        hlo = optimized_hlo(lambda *batch: step(batch), *batch)
+        model, _ = trained()
+        hlo = program_of(name)
         accumulator = model._accum_buffers
         self.assertInPlace(
             hlo, [*accumulator.buffers, accumulator.weight, accumulator.count]
@@ -93,7 +106,7 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
 
     @parameterized.parameters("adam", "sgd", "adamw", "rmsprop")
     def test_weights_and_slots(self, optimizer):
-        model, _ = self.trained(optimizer)
+        model, _ = trained(optimizer)
         hlo = optimized_hlo(model.update_step)
         slots = [
             v
@@ -104,8 +117,8 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(number_of_outputs(hlo), len(aliased(hlo)))
 
     def test_an_update_reads_the_buffers_and_leaves_them(self):
-        model, _ = self.trained()
-        hlo = optimized_hlo(model.update_step)
+        model, _ = trained()
+        hlo = program_of("update_step")
         read = parameters(hlo)
         written = [read[index] for index in aliased(hlo)]
         for kernel in shapes(kernels(model)):
@@ -114,25 +127,20 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
             self.assertEqual(written.count(kernel), 3)
 
     def test_a_micro_batch_does_not_touch_the_optimizer(self):
-        model, batch = self.trained()
-        hlo = optimized_hlo(lambda *b: model._next_microbatch(b), *batch)
+        model, _ = trained()
+        hlo = program_of("_next_microbatch")
         for kernel in shapes(kernels(model)):
             self.assertEqual(parameters(hlo).count(kernel), 2)
 
     def test_no_conditional_in_any_program(self):
-        model, batch = self.trained()
-        programs = [
-            optimized_hlo(lambda *b: model._first_microbatch(b), *batch),
-            optimized_hlo(lambda *b: model._next_microbatch(b), *batch),
-            optimized_hlo(model.update_step),
-        ]
-        for hlo in programs:
+        for name in ("_first_microbatch", "_next_microbatch", "update_step"):
+            hlo = program_of(name)
             self.assertNotIn(" conditional(", hlo)
             self.assertNotIn(" while(", hlo)
 
     def test_first_micro_batch_does_not_read_the_buffers(self):
-        model, batch = self.trained()
-        hlo = optimized_hlo(lambda *b: model._first_microbatch(b), *batch)
+        model, _ = trained()
+        hlo = program_of("_first_microbatch")
         entry = hlo[hlo.index("\nENTRY") :]
         kernel = model.trainable_variables[0]
         shape = shapes([kernel])[0]
