@@ -12,6 +12,7 @@ import time
 import unittest
 
 import keras
+import pytest
 import tensorflow as tf
 
 from examples import language_model_network
@@ -20,8 +21,9 @@ from tests import test_utils
 from tests import worker_processes
 
 TEMP_DIR = tempfile.mkdtemp()
-# What the launcher gives workers to end, and what a busy machine may add.
-GRACE, PLENTY = 2.0, 60.0
+# What the launcher gives workers to end; and a guard against what never ends,
+# however busy the machine is.
+GRACE, PLENTY = 2.0, 900.0
 SIZES = {"context": 16, "layers": 1, "width": 8, "heads": 2}
 TINY = SIZES | {
     "epochs": 2,
@@ -78,6 +80,7 @@ def trained_weights(model):
     return [w.numpy() for w in model.weights if not w.path.endswith("key/bias")]
 
 
+@pytest.mark.thorough
 class TrainingTest(test_utils.TestCase):
     def test_gives_the_weights_of_one_process(self):
         folders = {
@@ -143,13 +146,12 @@ class FaultTest(tf.test.TestCase):
             output = (folder / "output").read_text(encoding="utf-8")
         workers = dict(re.findall(r"\[(\d)\] number (\d+)\n", output))
         os.kill(int(workers["1"]), signal.SIGKILL)
-        start = time.monotonic()
         # What a shell says of such an end.
         self.assertEqual(process.wait(PLENTY), 128 + signal.SIGKILL)
-        self.assertLess(time.monotonic() - start, GRACE + 10.0)
         with self.assertRaises(ProcessLookupError):
             os.kill(int(workers["0"]), 0)
 
+    @pytest.mark.thorough
     def test_says_why_it_cannot_start(self):
         addresses = launch_workers.free_addresses(4)
         first, second = launch_workers.environments(addresses[:2], None)
@@ -169,11 +171,9 @@ class FaultTest(tf.test.TestCase):
         }
         command = program(strategy="multi_worker", startup_timeout=1)
         with socket.create_server(("", port)):
-            start = time.monotonic()
             results = finished(
                 [command] * len(cases), [each for each, _ in cases.values()]
             )
-        self.assertLess(time.monotonic() - start, PLENTY)
         for (name, (_, message)), ended in zip(
             cases.items(), results, strict=True
         ):

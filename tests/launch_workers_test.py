@@ -17,10 +17,12 @@ from examples import launch_workers
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 
-# Ends when it is asked to, after a line of output; and what does not.
-WAIT = "print('ready', flush=True); import time; time.sleep(60)"
+# A guard against what never ends, however busy the machine is.
+PLENTY = 600.0
+# Ends when it is asked to, after a line of output; and what does not. By itself
+# it would outlast the guard.
+WAIT = f"print('ready', flush=True); import time; time.sleep({10 * PLENTY})"
 IGNORE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" + WAIT
-PLENTY = 30.0
 
 
 def start(program, *arguments):
@@ -108,22 +110,18 @@ class StatusTest(tf.test.TestCase, parameterized.TestCase):
     def test_is_that_of_the_worker_that_failed(self, failing, expected):
         if os.name == "nt" and expected > 128:
             self.skipTest("Windows does not end programs by signals.")
-        begin = time.monotonic()
+        # The other one is ended, or the launcher would wait for it.
         status, out, _ = self.run_ranks([WAIT, failing])
         self.assertEqual(status, expected)
-        # The other one was ended: it would have waited for a minute.
-        self.assertLess(time.monotonic() - begin, PLENTY)
 
     def test_shows_what_the_failed_worker_said(self):
         _, out, _ = self.run_ranks([WAIT, "raise ValueError('no such luck')"])
         self.assertIn("[1] ValueError: no such luck\n", out)
 
     def test_kills_a_worker_that_does_not_end(self):
-        begin = time.monotonic()
         failing = "import time; time.sleep(1); raise SystemExit(3)"
         status, _, _ = self.run_ranks([IGNORE, failing], grace=0.5)
         self.assertEqual(status, 3)
-        self.assertLess(time.monotonic() - begin, PLENTY)
 
 
 @unittest.skipIf(os.name == "nt", "Windows passes no signals on.")

@@ -16,7 +16,8 @@ from examples import launch_workers
 from examples import strategies
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
-PLENTY = 60.0
+# A guard against what never ends, however busy the machine is.
+PLENTY = 600.0
 
 
 def run(program):
