@@ -11,6 +11,7 @@ import warnings
 import h5py
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -86,18 +87,24 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         for a, b in zip(cases.state(mine), cases.state(theirs), strict=True):
             self.assertAllEqual(a, b)
 
-    @parameterized.product(
-        kind_and_arguments=(
-            ("keras", {}),
-            ("h5", {"partial_window": "carry", "nonfinite": "skip_microbatch"}),
-            ("tf", {"accumulator_dtype": "bfloat16"}),
-        ),
-        batch=tuple(range(cases.BATCHES - 1)),
+    @parameterized.parameters(("keras", 0), ("h5", 1), ("tf", 2))
+    def test_bits_are_those_of_a_run_without_a_break(self, kind, batch):
+        self.check_bits(kind, batch)
+
+    @parameterized.parameters(
+        ("keras", 1), ("keras", 2), ("h5", 0), ("h5", 2), ("tf", 0), ("tf", 1)
     )
-    def test_bits_are_those_of_a_run_without_a_break(
-        self, kind_and_arguments, batch
-    ):
-        kind, arguments = kind_and_arguments
+    @pytest.mark.thorough
+    def test_bits_after_other_batches(self, kind, batch):
+        self.check_bits(kind, batch)
+
+    def check_bits(self, kind, batch):
+        self.assertLess(batch, cases.BATCHES - 1)
+        arguments = {
+            "keras": {},
+            "h5": {"partial_window": "carry", "nonfinite": "skip_microbatch"},
+            "tf": {"accumulator_dtype": "bfloat16"},
+        }[kind]
         path = self.path()
         whole = mid_window(path, kind, batch, **arguments)
         model = loaded(kind, path, accum_steps=ACCUM_STEPS, **arguments)
@@ -112,8 +119,16 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameState(model, whole)
 
     @unittest.skipIf(os.name == "nt", "Windows has no SIGKILL.")
+    def test_killed_between_windows_and_within_one(self):
+        self.check_killed("carry", every=3)
+
+    @unittest.skipIf(os.name == "nt", "Windows has no SIGKILL.")
     @parameterized.parameters("flush", "carry")
+    @pytest.mark.thorough
     def test_killed_after_every_batch(self, partial_window):
+        self.check_killed(partial_window, every=1)
+
+    def check_killed(self, partial_window, every):
         folder = self.folder()
         command = [
             sys.executable,
@@ -124,16 +139,16 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
             f"--backups={folder}",
             f"--partial_window={partial_window}",
         ]
-        for left in reversed(range(cases.BATCHES * cases.EPOCHS)):
+        for done in range(every, cases.BATCHES * cases.EPOCHS + 1, every):
             run = subprocess.run(
-                [*command, "--batches=1"],
+                [*command, f"--batches={every}"],
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": PYTHONPATH},
                 capture_output=True,
                 text=True,
             )
             self.assertEqual(run.returncode, -signal.SIGKILL, run.stderr)
-            self.assertFalse(os.path.exists(f"{folder}/state.npz"), left)
+            self.assertFalse(os.path.exists(f"{folder}/state.npz"), done)
         subprocess.run(
             command,
             cwd=ROOT,
@@ -293,10 +308,16 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
 class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
     """What was gathered goes into another number of replicas."""
 
-    @parameterized.product(
-        kind=("keras", "h5", "tf"), onto_several=(True, False)
-    )
+    @parameterized.parameters(("keras", True), ("h5", False), ("tf", True))
     def test_goes_on(self, kind, onto_several):
+        self.check(kind, onto_several)
+
+    @parameterized.parameters(("keras", False), ("h5", True), ("tf", False))
+    @pytest.mark.thorough
+    def test_goes_on_the_other_way(self, kind, onto_several):
+        self.check(kind, onto_several)
+
+    def check(self, kind, onto_several):
         several, reason = test_utils.chosen_strategy()
         if several is None:
             self.skipTest(reason)
@@ -338,6 +359,7 @@ class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
         expected.compile(
             keras.optimizers.SGD(0.1, momentum=0.9),
             loss=test_utils.crossentropy(),
+            run_eagerly=True,
         )
         for window in (batches[:3], batches[3:]):
             expected.train_on_batch(*test_utils.concatenate(window))

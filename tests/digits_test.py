@@ -12,6 +12,7 @@ from unittest import mock
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import flags
@@ -347,12 +348,16 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
         # Not blank: both curves, the axes and the paper have colours.
         self.assertGreater(len(np.unique(image)), 10)
 
-    @parameterized.parameters(
-        (["--batch_size=100", "--accum_steps=3"], "must be a multiple of"),
-        (["--dataset=no_such_set"], "`digits` needs no network"),
-    )
-    def test_says_what_to_do_and_no_more(self, arguments, message):
-        finished = run_example("examples/digits.py", *arguments)
+    def test_says_what_to_do_and_no_more(self):
+        self.check_failure("--dataset=no_such_set", "`digits` needs no network")
+
+    @pytest.mark.thorough
+    def test_says_what_to_do_about_flags_and_no_more(self):
+        # `FlagsTest` has all that it says.
+        self.check_failure("--batch_size=100", "must be a multiple of")
+
+    def check_failure(self, argument, message):
+        finished = run_example("examples/digits.py", argument)
         self.assertEqual(finished.returncode, 1)
         self.assertEqual(finished.stdout, "")
         self.assertIn(message, finished.stderr)

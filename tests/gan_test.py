@@ -8,6 +8,7 @@ import tempfile
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -33,13 +34,27 @@ def train(accum_steps, dtype="float32", **kwargs):
 
 class TrainingTest(tf.test.TestCase, parameterized.TestCase):
     # Adam divides by the size of a gradient, and so amplifies its rounding.
-    @parameterized.product(
-        dtype_and_bound=(("float32", 1e-4), ("float64", 1e-11)),
-        jit_compile=(False, True),
-        accum_steps=(4, 30),
+    @parameterized.parameters(
+        ("float32", 1e-4, True, 4), ("float64", 1e-11, False, 30)
     )
-    def test_same_weights(self, dtype_and_bound, jit_compile, accum_steps):
-        dtype, bound = dtype_and_bound
+    def test_same_weights(self, dtype, bound, jit_compile, accum_steps):
+        self.check(dtype, bound, jit_compile, accum_steps)
+
+    @parameterized.parameters(
+        ("float32", 1e-4, False, 4),
+        ("float32", 1e-4, False, 30),
+        ("float32", 1e-4, True, 30),
+        ("float64", 1e-11, False, 4),
+        ("float64", 1e-11, True, 4),
+        ("float64", 1e-11, True, 30),
+    )
+    @pytest.mark.thorough
+    def test_same_weights_otherwise(
+        self, dtype, bound, jit_compile, accum_steps
+    ):
+        self.check(dtype, bound, jit_compile, accum_steps)
+
+    def check(self, dtype, bound, jit_compile, accum_steps):
         if dtype == "float64":
             keras.config.set_floatx("float64")
             keras.config.set_dtype_policy("float64")
@@ -99,13 +114,19 @@ class CommandTest(tf.test.TestCase, parameterized.TestCase):
             self.assertIn("accumulated", run.stdout)
             self.assertEqual(picture.read_bytes()[:4], b"\x89PNG")
 
+    def test_wrong_flags(self):
+        self.check_flags(("--accum_steps=9", "--batch_size=8"), "--batch_size")
+
     @parameterized.parameters(
-        (("--accum_steps=9", "--batch_size=8"), "--batch_size"),
         (("--picture=gan.jpg",), "--picture"),
         (("--updates=0",), "updates"),
         (("more",), "--name=value"),
     )
-    def test_wrong_flags(self, flags, named):
+    @pytest.mark.thorough
+    def test_other_wrong_flags(self, flags, named):
+        self.check_flags(flags, named)
+
+    def check_flags(self, flags, named):
         run = self.run_example(*flags)
         self.assertNotEqual(run.returncode, 0)
         self.assertIn(named, run.stderr + run.stdout)

@@ -11,6 +11,7 @@ from unittest import mock
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -46,9 +47,7 @@ def flat(lists):
     return [each for some in lists for each in some]
 
 
-def eagerly(compile_args):
-    """Arguments of `compile` for a reference, which nothing is traced for."""
-    return compile_args | {"run_eagerly": True, "jit_compile": False}
+eagerly = test_utils.eagerly
 
 
 class TestCase(test_utils.TestCase, parameterized.TestCase):
@@ -166,6 +165,7 @@ class OptimizerTest(TestCase):
     @parameterized.named_parameters(
         (name, name) for name in equivalence_test.OPTIMIZERS
     )
+    @pytest.mark.thorough
     def test_every_optimizer(self, name):
         amplifies = name in equivalence_test.AMPLIFIES
         actual, _ = self.assertTrainsAlike(
@@ -179,6 +179,7 @@ class OptimizerTest(TestCase):
     @parameterized.named_parameters(
         (name, name) for name in equivalence_test.OPTIONS
     )
+    @pytest.mark.thorough
     def test_every_option(self, name):
         self.assertTrainsAlike(
             test_utils.mlp,
@@ -330,14 +331,22 @@ class RowsTest(TestCase):
         self.assertTrainsAlike(test_utils.mlp, compile_args(), windows())
 
 
+@pytest.mark.thorough
 class OptimizerInPiecesTest(OptimizerTest):
     """The same, where the whole batch is given and cut up on each replica."""
 
     microbatch_size = 3
 
 
+@pytest.mark.thorough
 class LossInPiecesTest(LossTest):
     """Likewise."""
+
+    microbatch_size = 3
+
+
+class DenominatorsTest(TestCase):
+    """Losses with denominators of their own; one weight would not be exact."""
 
     microbatch_size = 3
 
@@ -755,6 +764,7 @@ class StepTest(TestCase):
         self.assertAllEqual(accumulator.weight, 0)
 
 
+@pytest.mark.thorough
 class SavingTest(TestCase):
     def trained(self, on_replicas):
         scope = (

@@ -5,6 +5,7 @@ import pickle
 import keras
 import keras_hub
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -74,6 +75,7 @@ def accumulating():
 
 
 KINDS = (sequential, unbuilt, functional, nested, Subclassed, accumulating)
+STATES = ("fresh", "compiled", "trained")
 
 
 def data():
@@ -106,18 +108,37 @@ def fit(model, batch_size):
 
 
 class FromModelTest(test_utils.TestCase, parameterized.TestCase):
-    @parameterized.product(
-        kind=(sequential, unbuilt, nested, without_norm),
-        arguments_and_batch=(
-            ({"accum_steps": 3}, ROWS // 3),
-            ({"microbatch_size": 7}, ROWS),
-            ({"effective_batch_size": ROWS}, ROWS // 4),
-        ),
+    @parameterized.parameters(
+        (sequential, "accum_steps"),
+        (unbuilt, "microbatch_size"),
+        (nested, "effective_batch_size"),
+        (without_norm, "microbatch_size"),
     )
-    def test_trains_as_the_large_batch(self, kind, arguments_and_batch):
-        arguments, batch_size = arguments_and_batch
+    def test_trains_as_the_large_batch(self, kind, way):
+        self.check_training(kind, way)
+
+    @parameterized.parameters(
+        (sequential, "microbatch_size"),
+        (sequential, "effective_batch_size"),
+        (unbuilt, "accum_steps"),
+        (unbuilt, "effective_batch_size"),
+        (nested, "accum_steps"),
+        (nested, "microbatch_size"),
+        (without_norm, "accum_steps"),
+        (without_norm, "effective_batch_size"),
+    )
+    @pytest.mark.thorough
+    def test_trains_as_the_large_batch_otherwise(self, kind, way):
+        self.check_training(kind, way)
+
+    def check_training(self, kind, way):
+        size, batch_size = {
+            "accum_steps": (3, ROWS // 3),
+            "microbatch_size": (7, ROWS),
+            "effective_batch_size": (ROWS, ROWS // 4),
+        }[way]
         large = made(kind, "trained")
-        model = GA.from_model(made(kind, "trained"), **arguments)
+        model = GA.from_model(made(kind, "trained"), **{way: size})
         theirs, mine = fit(large, ROWS), fit(model, batch_size)
         self.assertEqual(
             int(model.optimizer.iterations), int(large.optimizer.iterations)
@@ -127,8 +148,19 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
         for name, values in theirs.history.items():
             self.assertAllClose(mine.history[name], values, rtol=1e-5)
 
-    @parameterized.product(kind=KINDS, state=("fresh", "compiled", "trained"))
+    @parameterized.parameters(*zip(KINDS, 2 * STATES, strict=True))
     def test_shares_all(self, kind, state):
+        self.check_sharing(kind, state)
+
+    @parameterized.parameters(
+        *zip(KINDS, 2 * (STATES[1:] + STATES[:1]), strict=True),
+        *zip(KINDS, 2 * (STATES[2:] + STATES[:2]), strict=True),
+    )
+    @pytest.mark.thorough
+    def test_shares_all_in_other_states(self, kind, state):
+        self.check_sharing(kind, state)
+
+    def check_sharing(self, kind, state):
         model = made(kind, state)
         found = GA.from_model(model, accum_steps=2)
         self.assertIsInstance(found, GA)
@@ -186,8 +218,16 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
         error = np.mean((found.predict(x, verbose=0) - y) ** 2)
         self.assertAllClose(loss, 3 * error, rtol=1e-5)
 
-    @parameterized.parameters(*KINDS)
+    @parameterized.parameters(unbuilt, Subclassed, accumulating)
     def test_files_and_pickles(self, kind):
+        self.check_files(kind)
+
+    @parameterized.parameters(sequential, functional, nested)
+    @pytest.mark.thorough
+    def test_files_and_pickles_of_others(self, kind):
+        self.check_files(kind)
+
+    def check_files(self, kind):
         found = GA.from_model(
             made(kind, "trained"),
             accum_steps=2,
