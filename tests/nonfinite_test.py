@@ -287,7 +287,7 @@ class WideModelTest(test_utils.TestCase, parameterized.TestCase):
                 [keras.layers.Dense(128), keras.layers.Dense(3)]
             )
             model.build((None, 128))
-            model = cls(model.inputs, model.outputs, **kwargs)
+            model = cls(*model.inputs, *model.outputs, **kwargs)
             optimizer = keras.optimizers.Adam(0.01)
             model.compile(optimizer, "mse", jit_compile=jit_compile)
             return model

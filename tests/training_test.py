@@ -63,7 +63,7 @@ INPUTS = {
     "py_dataset": lambda batches: {"x": Batches(batches)},
 }
 
-# Keras's default is "auto", which is XLA here.
+# Without an accelerator Keras's default, "auto", is not XLA.
 MODES = {
     "graph": {"jit_compile": False},
     "xla": {"jit_compile": True},
