@@ -52,7 +52,9 @@ def iterations(model):
 
 
 class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
-    def assertLikeWithout(self, batches, bad, make, value=np.nan):
+    def assertLikeWithout(
+        self, batches, bad, make, value=np.nan, traces_reference=False
+    ):
         """Trains with some micro-batches spoiled, and without them.
 
         Args:
@@ -60,13 +62,14 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
             bad: Positions of the bad ones.
             make: Makes a model, of `accum_steps`.
             value: What they are spoiled with.
+            traces_reference: Whether the model without them is no eager one.
         """
         rest = [b for i, b in enumerate(batches) if i not in bad]
         batches = [
             spoiled(b, value) if i in bad else b for i, b in enumerate(batches)
         ]
         actual, expected = make(len(batches)), make(len(rest))
-        expected.run_eagerly = True
+        expected.run_eagerly = not traces_reference
         initial = actual.get_weights()
         # The second window begins where the buffers hold what is left.
         for _ in range(2):
@@ -166,6 +169,9 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
                 ),
                 jit_compile,
             ),
+            # BatchNorm takes the bias back, of whose gradient's rounding Adam
+            # makes a step of any size.
+            traces_reference=True,
         )
 
     def test_no_update_if_all_are_bad(self):
