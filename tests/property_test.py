@@ -1,6 +1,7 @@
 """Random models, data, windows, policies and interruptions, and a loop by hand.
 
-100 cases that are always the same, and at night 1,000 that are not.
+20 cases that are always the same, 100 in the thorough tests, and at night 1,000
+that are not.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import warnings
 import hypothesis
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from hypothesis import strategies as st
 
@@ -17,6 +19,7 @@ import keras_accum
 from tests import test_utils
 
 CASES = 1000 if test_utils.IS_NIGHTLY else 100
+FEW_CASES = 20
 WORDS, LENGTH, FEATURES, CLASSES = 5, 4, 3, 2
 LOSSES = {
     "squares": keras.losses.MeanSquaredError,
@@ -345,6 +348,25 @@ def fit(model, way, run):
     del begun  # The dataset only refers to it.
 
 
+def of_random_runs(cases):
+    """A decorator of a test that takes a model, runs and a policy."""
+    settings = hypothesis.settings(
+        max_examples=cases,
+        deadline=None,
+        derandomize=not test_utils.IS_NIGHTLY,
+        database=None,
+        # A failure says what it met; to find its smallest form takes minutes.
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    given = hypothesis.given(
+        model=MODELS,
+        runs=st.lists(RUNS, min_size=1, max_size=3),
+        partial_window=st.sampled_from(["flush", "carry", "drop"]),
+    )
+    return lambda test: settings(given(test))
+
+
 class PropertyTest(test_utils.TestCase):
     """Any run has the state of the loop by hand."""
 
@@ -357,21 +379,16 @@ class PropertyTest(test_utils.TestCase):
         keras.config.set_floatx("float64")
         keras.config.set_dtype_policy("float64")
 
-    @hypothesis.settings(
-        max_examples=CASES,
-        deadline=None,
-        derandomize=not test_utils.IS_NIGHTLY,
-        database=None,
-        # A failure says what it met; to find its smallest form takes minutes.
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(
-        model=MODELS,
-        runs=st.lists(RUNS, min_size=1, max_size=3),
-        partial_window=st.sampled_from(["flush", "carry", "drop"]),
-    )
+    @of_random_runs(FEW_CASES)
+    def test_some_runs(self, model, runs, partial_window):
+        self.check(model, runs, partial_window)
+
+    @pytest.mark.thorough
+    @of_random_runs(CASES)
     def test_any_run(self, model, runs, partial_window):
+        self.check(model, runs, partial_window)
+
+    def check(self, model, runs, partial_window):
         # Keras exchanges weights and averages at the end of a `fit`, here in
         # the middle of a window.
         hypothesis.assume(

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -17,6 +18,9 @@ CLAIMS = ("RowsTest", "StateTest", "PrecisionTest")
 
 
 class ReplicaCountsTest(tf.test.TestCase, parameterized.TestCase):
+    def test_rows_on_four_replicas(self):
+        self.check("mirrored_4", "RowsTest")
+
     @parameterized.parameters(
         *test_utils.with_nightly(
             [
@@ -31,7 +35,11 @@ class ReplicaCountsTest(tf.test.TestCase, parameterized.TestCase):
             ],
         )
     )
+    @pytest.mark.thorough
     def test_in_a_process_of_its_own(self, strategy, *claims):
+        self.check(strategy, *claims)
+
+    def check(self, strategy, *claims):
         path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         finished = subprocess.run(
             [

@@ -6,16 +6,18 @@ import pathlib
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from tests import test_utils
 
-ROUNDS, MICROBATCHES = 80, 250
+ROUNDS, FEW_ROUNDS, MICROBATCHES = 80, 6, 250
 # Programs, pools and caches are there after so many.
 WARM = 20
 # The buffers, or the batches of a round, would be more.
 FEATURES, ROWS = 700, 4
 ALLOWED_MIB = 1.5
+STATM = pathlib.Path("/proc/self/statm")
 
 
 class CountedOptimizer(keras.optimizers.Adam):
@@ -29,16 +31,31 @@ class CountedOptimizer(keras.optimizers.Adam):
 
 
 def resident_mib():
-    """Memory of this process."""
+    """Memory of this process, or None where nobody tells it."""
+    if not STATM.exists():
+        return None
     gc.collect()
-    statm = pathlib.Path("/proc/self/statm").read_text(encoding="utf-8")
+    statm = STATM.read_text(encoding="utf-8")
     return int(statm.split()[1]) * mmap.PAGESIZE / 2**20
 
 
 class SoakTest(test_utils.TestCase):
+    def test_traces(self):
+        _, traced = self.train(FEW_ROUNDS)
+        self.assertEqual(set(traced[2:]), {traced[2]})
+
+    @pytest.mark.thorough
     def test_memory_and_traces(self):
-        if not pathlib.Path("/proc/self/statm").exists():
+        if not STATM.exists():
             self.skipTest("There is no /proc here.")
+        sizes, traced = self.train(ROUNDS)
+        self.assertEqual(set(traced[WARM:]), {traced[WARM]})
+        half = WARM + (ROUNDS - WARM) // 2
+        grown = np.median(sizes[half:]) - np.median(sizes[WARM:half])
+        self.assertLess(grown, ALLOWED_MIB, sizes)
+
+    def train(self, rounds):
+        """Memory, and how often something was traced, after each round."""
         counted, traces = test_utils.counting_traces()
         keras.utils.set_random_seed(0)
         inputs = keras.Input((FEATURES,))
@@ -49,7 +66,7 @@ class SoakTest(test_utils.TestCase):
         x = rng.normal(size=(MICROBATCHES * ROWS, FEATURES)).astype("float32")
         data = tf.data.Dataset.from_tensor_slices((x, x)).batch(ROWS)
         sizes, traced, updates = [], [], 0
-        for number in range(ROUNDS):
+        for number in range(rounds):
             accum_steps = int(rng.integers(1, 17))
             model.accum_steps = accum_steps
             model.fit(data, verbose=0)
@@ -63,10 +80,7 @@ class SoakTest(test_utils.TestCase):
             self.assertEqual(int(model.optimizer.iterations), updates)
             sizes.append(resident_mib())
             traced.append((len(traces), CountedOptimizer.traces))
-        self.assertEqual(set(traced[WARM:]), {traced[WARM]})
-        half = WARM + (ROUNDS - WARM) // 2
-        grown = np.median(sizes[half:]) - np.median(sizes[WARM:half])
-        self.assertLess(grown, ALLOWED_MIB, sizes)
+        return sizes, traced
 
 
 if __name__ == "__main__":
