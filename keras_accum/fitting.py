@@ -202,7 +202,8 @@ def make_forecast(model, add_all, add_by, reserve):
         try:
             # Two micro-batches: the steps for both kinds are then traced,
             # while there is room for that.
-            part = strategy.run(few, args=(data, 2 * rows))
+            take = programs.with_loop(model, few)
+            part = programs.in_graph(take)(data, 2 * rows)
             return forecast.counted_bytes(add_by(rows), part)
         except ValueError:
             # TensorFlow counts where it uses oneDNN, and not elsewhere.

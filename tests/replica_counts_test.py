@@ -6,55 +6,72 @@ import subprocess
 import sys
 
 import pytest
-import tensorflow as tf
+from absl.testing import absltest
 from absl.testing import parameterized
 
-from tests import replicas_test
 from tests import test_utils
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
-# Claims that depend on how many replicas there are.
-CLAIMS = ("RowsTest", "StateTest", "PrecisionTest")
+REPLICAS = "tests/replicas_test.py"
+ROWS, STATE, PRECISION, WINDOWS, STEPS = (
+    f"{REPLICAS}::{name}Test"
+    for name in ("Rows", "State", "Precision", "Window", "Step")
+)
+# All that goes over two replicas, in whatever module.
+EVERYTHING = (
+    REPLICAS,
+    "tests/checkpoint_test.py::ReplicasTest",
+    "tests/fitting_test.py::FindingTest::test_replicas_take_the_same_size",
+    "tests/microbatching_test.py::EffectiveBatchSizeTest::test_replicas_count",
+    "tests/nonfinite_test.py::DistributionTest",
+    "tests/quantization_test.py::QuantizationTest::test_scales_on_several_replicas",
+)
 
 
-class ReplicaCountsTest(tf.test.TestCase, parameterized.TestCase):
-    def test_rows_on_four_replicas(self):
-        self.check("mirrored_4", "RowsTest")
+class ReplicaCountsTest(parameterized.TestCase):
+    @parameterized.parameters(
+        # Scripts for any number of GPUs run on one of them mostly.
+        ("mirrored_1", ROWS, WINDOWS),
+        ("mirrored_4", ROWS),
+    )
+    def test_first(self, strategy, *claims):
+        self.check(strategy, *claims)
 
     @parameterized.parameters(
         *test_utils.with_nightly(
             [
-                ("one_device", *CLAIMS),
-                ("mirrored_1", *CLAIMS),
-                ("mirrored_4", "RowsTest", "PrecisionTest"),
-                ("mirrored_8", "RowsTest"),
+                ("one_device", ROWS, STATE, PRECISION),
+                ("mirrored_1", *EVERYTHING),
+                ("multi_worker_1", ROWS, STATE, PRECISION, WINDOWS, STEPS),
+                ("mirrored_4", PRECISION),
+                ("mirrored_8", ROWS),
             ],
             [
-                ("mirrored_4", "StateTest"),
-                ("mirrored_8", "StateTest", "PrecisionTest"),
+                ("multi_worker_1", *EVERYTHING),
+                ("mirrored_4", STATE),
+                ("mirrored_8", STATE, PRECISION),
             ],
         )
     )
     @pytest.mark.thorough
-    def test_in_a_process_of_its_own(self, strategy, *claims):
-        self.check(strategy, *claims)
+    def test_thorough(self, strategy, *claims):
+        self.check(strategy, *claims, "-m", "")
 
-    def check(self, strategy, *claims):
+    def check(self, strategy, *arguments):
         path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         finished = subprocess.run(
             [
-                sys.executable,
-                replicas_test.__file__,
-                f"--strategy={strategy}",
-                *claims,
+                *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+                *(f"--strategy={strategy}", *arguments),
             ],
             env=os.environ | {"PYTHONPATH": path},
+            cwd=ROOT,
             capture_output=True,
             text=True,
         )
-        self.assertEqual(finished.returncode, 0, finished.stderr)
-        self.assertRegex(finished.stderr, r"Ran [1-9]\d* tests")
+        self.assertEqual(finished.returncode, 0, finished.stdout)
+        self.assertRegex(finished.stdout, r"[1-9]\d* passed")
 
 
 if __name__ == "__main__":
-    tf.test.main()
+    absltest.main()

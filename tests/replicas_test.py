@@ -459,6 +459,29 @@ class WindowTest(TestCase):
         self.assertEqual(model.optimizer.iterations.numpy(), 1)
 
 
+class WarningsTest(TestCase):
+    @parameterized.parameters(
+        {"accum_steps": 3, "partial_window": "carry"},
+        {"effective_batch_size": 24},
+        {"microbatch_size": 3},
+    )
+    def test_tensorflow_warns_of_nothing(self, **kwargs):
+        kwargs = {"accum_steps": 1} | kwargs
+        x, y = test_utils.microbatches([4 * 8])[0]
+        folder = self.get_temp_dir()
+        with self.assertNoLogs("tensorflow", "WARNING"):
+            model = self.on_replicas(
+                with_batch_normalization, compile_args(), **kwargs
+            )
+            model.fit(x, y, batch_size=8, validation_data=(x, y), verbose=0)
+            model.predict(x, verbose=0)
+            # With "carry" in the middle of a window.
+            checkpoint = tf.train.Checkpoint(model=model)
+            checkpoint.restore(checkpoint.save(os.path.join(folder, "c")))
+            model.fit(x, y, batch_size=8, verbose=0)
+            model.reset_window()
+
+
 class BatchLogs(keras.callbacks.Callback):
     """Keeps the logs of every batch."""
 
