@@ -13,9 +13,9 @@ from tests import test_utils
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 REPLICAS = "tests/replicas_test.py"
-ROWS, STATE, PRECISION, WINDOWS, STEPS = (
+ROWS, STATE, PRECISION, WINDOWS, STEPS, ONE = (
     f"{REPLICAS}::{name}Test"
-    for name in ("Rows", "State", "Precision", "Window", "Step")
+    for name in ("Rows", "State", "Precision", "Window", "Step", "OneReplica")
 )
 # All that goes over two replicas, in whatever module.
 EVERYTHING = (
@@ -31,7 +31,7 @@ EVERYTHING = (
 class ReplicaCountsTest(parameterized.TestCase):
     @parameterized.parameters(
         # Scripts for any number of GPUs run on one of them mostly.
-        ("mirrored_1", ROWS, WINDOWS),
+        ("mirrored_1", ROWS, WINDOWS, ONE),
         ("mirrored_4", ROWS),
     )
     def test_first(self, strategy, *claims):

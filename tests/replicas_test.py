@@ -4,6 +4,7 @@ Each test runs under the strategy that `--strategy` names: on real devices
 wherever there are any, else on parts of the CPU.
 """
 
+import collections
 import contextlib
 import functools
 import os
@@ -958,6 +959,50 @@ class ProgramTest(TestCase):
             if program.reductions([node])
         ]
         self.assertLen(reducing, 2)
+
+
+class OneReplicaTest(TestCase):
+    """A strategy of one replica costs nothing: the programs are the same."""
+
+    def setUp(self):
+        super().setUp()
+        if self.replicas > 1:
+            self.skipTest("There are several replicas.")
+
+    @parameterized.product(
+        kwargs=({"accum_steps": 2}, {"microbatch_size": 4}),
+        mode=("graph", "xla"),
+    )
+    def test_programs_are_those_without_a_strategy(self, kwargs, mode):
+        kwargs = {"accum_steps": 1} | kwargs
+        here = self.ops(self.strategy, mode, **kwargs)
+        without = self.ops(tf.distribute.get_strategy(), mode, **kwargs)
+        self.assertEqual((here - without, without - here), ({}, {}))
+
+    def ops(self, strategy, mode, **kwargs):
+        """How many there are of each kind.
+
+        But for those that only pass on, or take from TensorFlow's iterators.
+        """
+        with strategy.scope():
+            model = test_utils.accumulating(**kwargs)
+            # In a loop, which one function has all of.
+            arguments = compile_args(steps_per_execution=2, **MODES[mode])
+            model.compile(**arguments())
+        batch = tf.data.Dataset.from_tensors(test_utils.microbatches([8])[0])
+        # Without end no batch is short, and nothing depends on it.
+        data = iter(strategy.experimental_distribute_dataset(batch.repeat()))
+        train = model.make_train_function()
+        program = Program(tf.function(lambda: train(data), autograph=False))
+        nodes = [program.top, *program.bodies.values()]
+        return collections.Counter(
+            node.op
+            for each in nodes
+            for node in each
+            if not node.op.startswith(
+                ("Identity", "IteratorGetNext", "NoOp", "Optional", "Placeh")
+            )
+        )
 
 
 class RefusalTest(tf.test.TestCase):
