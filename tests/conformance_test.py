@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import tensorflow as tf
+from absl.testing import parameterized
 
 from conformance import checks
 from conformance import report
@@ -22,15 +23,10 @@ FAILING = {
 }
 
 
-class ChecksTest(tf.test.TestCase):
-    def test_passes(self):
-        self.check("accum_steps")
-
+class ChecksTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters("accum_steps", "microbatch_size")
     @pytest.mark.thorough
-    def test_passes_in_pieces(self):
-        self.check("microbatch_size")
-
-    def check(self, system):
+    def test_passes(self, system):
         finished = subprocess.run(
             [sys.executable, "-m", "conformance.worker", f"--system={system}"],
             capture_output=True,

@@ -168,11 +168,14 @@ class TrainingTest(tf.test.TestCase, parameterized.TestCase):
             FLOAT64_BOUND,
         )
 
-    @parameterized.named_parameters(
-        ("that_divides_the_batch", 200),
-        ("that_does_not", 250),
-    )
-    def test_gives_the_same_weights_by_a_size(self, size):
+    def test_gives_the_same_weights_by_a_size_that_does_not_divide(self):
+        self.check_size(250)
+
+    @pytest.mark.thorough
+    def test_gives_the_same_weights_by_a_size_that_divides_the_batch(self):
+        self.check_size(200)
+
+    def check_size(self, size):
         float64 = settings(
             precision="float64", accum_steps=None, microbatch_size=size
         )

@@ -10,7 +10,7 @@ from tests import test_utils
 WINDOW = 3
 
 
-def compiled(model, jit_compile=True, optimizer="adam", **loss_args):
+def compiled(model, jit_compile=False, optimizer="adam", **loss_args):
     """Compiles a model of `test_utils`, with a metric, and returns it."""
     if optimizer == "adam":
         optimizer = keras.optimizers.Adam(0.01)
@@ -204,7 +204,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
     def test_batches_in_pieces(self):
         x, y = test_utils.concatenate(test_utils.microbatches([4, 4, 2]))
         kwargs = {"accum_steps": 1, "microbatch_size": 4}
-        actual = compiled(accumulating(**kwargs))
+        actual = compiled(accumulating(**kwargs), jit_compile=True)
         expected = compiled(accumulating(**kwargs))
         expected.run_eagerly = True
         initial = actual.get_weights()
@@ -486,7 +486,7 @@ class PolicyTest(test_utils.TestCase, parameterized.TestCase):
             accumulating().nonfinite = value
 
     def test_may_be_set_at_any_time(self):
-        model = compiled(test_utils.accumulating(accum_steps=WINDOW), False)
+        model = compiled(test_utils.accumulating(accum_steps=WINDOW))
         batches = test_utils.microbatches([4] * WINDOW)
         test_utils.train_on(model, batches)
         bad = [spoiled(batches[0]), *batches[1:]]
