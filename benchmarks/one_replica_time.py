@@ -6,6 +6,12 @@ The model and the flags of `benchmarks.window_time`, in turn, round after round:
 without a strategy, and in the scope of a `MirroredStrategy` of one CPU, by
 `accum_steps` and by `microbatch_size`; and `keras.Model` in both, which shows
 what the strategy costs by itself.
+
+Medians of 15 rounds, on two cores, with TensorFlow 2.21.0 and Keras 3.15.1, the
+strategy's time over that without one: window 1.039 (0.999 to 1.059), cut 0.990
+(0.923 to 1.042), plain 1.020 (1.009 to 1.054); of the least times 1.013, 1.000
+and 1.016. The programs have the same ops, by a test of `replicas_test`; what is
+left is TensorFlow's iterator, once for each micro-batch.
 """
 
 import statistics
