@@ -257,23 +257,25 @@ def loop(data, size, number, rows, result, further):
     )[1]
 
 
-def concatenating(model, step: Callable) -> Callable:
-    """Returns a function of a batch, and of the most rows of a micro-batch.
+def concatenating(model, step: Callable, size: int | None) -> Callable:
+    """Returns a function of a batch: what a step returns, put together.
 
-    It is for the host, and returns on each replica what the step returns for
-    its micro-batches, put together.
+    It is for the host, and returns that of each replica.
 
     Args:
         model: A `GradientAccumulationModel`.
-        step: Returns nested tensors with a row for each of its own.
+        step: Returns nested tensors with a row for each of a micro-batch.
+        size: Most rows of a micro-batch; None for all in one.
     """
+    if size is None:
+        return programs.on_replicas(model, step)
     step = programs.in_loop(model, step)
     return programs.with_loop(
-        model, lambda data, size: concatenated(data, size, step)
+        model, lambda data: concatenated(data, size, step)
     )
 
 
-def concatenated(data, size: int | None, function: Callable):
+def concatenated(data, size: int, function: Callable):
     """Calls a function on each micro-batch, and puts its outputs together.
 
     Args:
@@ -281,8 +283,6 @@ def concatenated(data, size: int | None, function: Callable):
         size: As for `fold`.
         function: Returns nested tensors with a row for each of its own.
     """
-    if size is None:
-        return function(data)
     data = as_tensors(data)
     rows = check_rows(data)
     if isinstance(rows, int) and rows <= size:

@@ -326,10 +326,10 @@ def make_test_function(model):
 def make_predict_function(model):
     """Returns what `model.predict_function` is to be, for the same cases."""
     strategy, size = model.distribute_strategy, model._accum_size.known
-    predict = microbatching.concatenating(model, model.predict_step)
+    predict = microbatching.concatenating(model, model.predict_step, size)
 
     def step(data):
-        return compat.concatenate_outputs(predict(data, size), strategy)
+        return compat.concatenate_outputs(predict(data), strategy)
 
     step = compat.optionals_to_none(model, step)
     if not model.run_eagerly:

@@ -2,6 +2,7 @@
 
 import inspect
 import threading
+import weakref
 
 import keras
 import numpy as np
@@ -61,6 +62,35 @@ class NamesTest(test_utils.TestCase):
         before = state.numpy()
         keras.random.normal((1,))
         self.assertNotAllEqual(before, state.numpy())
+
+    def test_iterators(self):
+        strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+        with strategy.scope():
+            model = test_utils.mlp()
+            model.compile("sgd", test_utils.crossentropy(), run_eagerly=True)
+        seen, begun = [], []
+
+        def first_rows(dataset):
+            seen.append(dataset)
+            return dataset.take(1)
+
+        x, y = test_utils.microbatches([4])[0]
+        with (
+            compat.iterating_over(first_rows),
+            compat.noting_epoch_iterators(begun.append),
+        ):
+            predicted = model.predict(x, batch_size=1, steps=4, verbose=0)
+        self.assertLen(seen, 1)
+        # It is what is iterated over.
+        self.assertLen(predicted, 1)
+        (epoch_iterator,) = begun
+        model.predict(x, batch_size=1, verbose=0)
+        self.assertLen(seen, 1)
+        ended = weakref.ref(epoch_iterator)
+        compat.end_epoch(epoch_iterator)
+        del epoch_iterator, begun[:]
+        # Nothing refers to it, not even itself.
+        self.assertIsNone(ended())
 
     def test_planned_bytes(self):
         @tf.function(jit_compile=True)

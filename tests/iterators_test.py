@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
+from keras_accum import iterators
 from tests import iterators_cases
 from tests import test_utils
 
@@ -58,6 +59,20 @@ class ProcessTest(tf.test.TestCase, parameterized.TestCase):
             finished = live_through(strategy, *options)
             self.assertEqual(finished.returncode, 0, finished.stderr)
             self.assertEqual(finished.stdout, "lived\n")
+
+
+class OptionsTest(tf.test.TestCase):
+    def test_nothing_that_is_off_is_switched_on(self):
+        options = tf.data.Options()
+        options.experimental_optimization.apply_default_optimizations = False
+        options.experimental_optimization.noop_elimination = False
+        data = tf.data.Dataset.range(3).with_options(options)
+        optimization = (
+            iterators.rewritten(data).options().experimental_optimization
+        )
+        self.assertFalse(optimization.noop_elimination)
+        self.assertTrue(optimization.shuffle_and_repeat_fusion)
+        self.assertFalse(optimization.apply_default_optimizations)
 
 
 class Source:
