@@ -134,18 +134,25 @@ def train(folder):
     assert forecast.address_limit() is None
 
 
-def launch_workers():
+def launch_workers(folder):
     """Launches two workers, one of which ends while the other waits."""
     from examples import launch_workers
 
     program = (
         "import os, time\n"
         "print('\\u2603', flush=True)\n"
-        "os._exit(3) if os.environ['RANK'] == '0' else time.sleep(60)"
+        "if os.environ['RANK'] == '1':\n"
+        "    open(os.environ['SPOKEN'], 'wb').close()\n"
+        "    time.sleep(60)\n"
+        # The launcher ends the other one as soon as this one has failed.
+        "while not os.path.exists(os.environ['SPOKEN']):\n"
+        "    time.sleep(0.1)\n"
+        "os._exit(3)"
     )
+    spoken = {"SPOKEN": str(folder / "spoken")}
     status = launch_workers.launch(
         [sys.executable, "-c", program],
-        [{"RANK": "0"}, {"RANK": "1"}],
+        [spoken | {"RANK": "0"}, spoken | {"RANK": "1"}],
         grace=0.0,
     )
     assert status == 3, status
@@ -161,8 +168,8 @@ def main():
     import_everything()
     with tempfile.TemporaryDirectory() as folder:
         train(pathlib.Path(folder))
-    sys.stdout.reconfigure(errors="replace")
-    launch_workers()
+        sys.stdout.reconfigure(errors="replace")
+        launch_workers(pathlib.Path(folder))
     found = MODULES & set(sys.modules)
     assert not found, found
 
