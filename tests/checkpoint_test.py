@@ -88,6 +88,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
             self.assertAllEqual(a, b)
 
     @parameterized.parameters(("keras", 0), ("h5", 1), ("tf", 2))
+    @test_utils.first_command(0, 2)
     def test_bits_are_those_of_a_run_without_a_break(self, kind, batch):
         self.check_bits(kind, batch)
 
@@ -177,6 +178,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(whole.optimizer.iterations), 4)
 
     @parameterized.parameters({}, {"microbatch_size": 1})
+    @test_utils.first_command(0)
     def test_model_without_windows_says_what_it_forgets(self, **arguments):
         path = self.path()
         mid_window(path)

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -20,3 +22,12 @@ def pytest_configure(config):
     # one has left: what a class prepares is prepared once, and none waits.
     if config.getoption("dist", "no") == "load":
         config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        # See `test_utils.first_command`.
+        cases = getattr(item.obj, "first_cases", None)
+        if cases is not None and item.name not in cases:
+            item.add_marker("thorough")

@@ -9,6 +9,7 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import keras_accum
@@ -54,6 +55,7 @@ def print_digests():
 
 
 class DeterminismTest(tf.test.TestCase):
+    @pytest.mark.thorough
     def test_same_bits(self):
         # In processes of their own: it cannot be switched off again.
         outputs = []

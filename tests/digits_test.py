@@ -168,6 +168,7 @@ class TrainingTest(tf.test.TestCase, parameterized.TestCase):
             FLOAT64_BOUND,
         )
 
+    @pytest.mark.thorough
     def test_gives_the_same_weights_by_a_size_that_does_not_divide(self):
         self.check_size(250)
 
@@ -314,6 +315,7 @@ class FlagsTest(tf.test.TestCase, parameterized.TestCase):
 
 
 class ProgramTest(tf.test.TestCase, parameterized.TestCase):
+    @pytest.mark.thorough
     def test_compares_both_trainings(self):
         picture = pathlib.Path(TEMP_DIR) / "digits.png"
         finished = run_example(

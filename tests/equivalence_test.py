@@ -196,6 +196,7 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         "sum_over_batch_size", "mean", "mean_with_sample_weight", "sum"
     )
+    @test_utils.first_command(0, 1, 3)
     def test_masks_and_weights(self, reduction):
         self.check_masks(reduction, weights=True)
 
@@ -381,6 +382,7 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
         )
 
     @parameterized.parameters(False, True)
+    @test_utils.first_command(0)
     def test_loss_that_returns_a_scalar(self, is_masked):
         def loss(y_true, y_pred):
             return keras.ops.mean((y_pred - y_true) ** 2)
@@ -459,6 +461,7 @@ class PrecisionTest(test_utils.TestCase, parameterized.TestCase):
         super().tearDown()
 
     @parameterized.parameters(("adam", False), ("lamb", True))
+    @test_utils.first_command(0)
     def test_float64(self, name, jit_compile):
         self.check_float64(name, jit_compile)
 
@@ -494,6 +497,7 @@ class PrecisionTest(test_utils.TestCase, parameterized.TestCase):
         ("bfloat16", False),
         ("float16", False),
     )
+    @test_utils.first_command(1, 2, 3)
     def test_half_precision(self, policy, jit_compile):
         self.check_half_precision(policy, jit_compile)
 

@@ -97,6 +97,7 @@ def state_of(model):
 
 class FindingTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters("graph", "eager")
+    @test_utils.first_command(1)
     def test_trains_as_with_the_size_that_it_finds(self, mode):
         found, given = compiled("auto", mode), compiled(4, mode)
         # 16, 8 and 4 rows are tried. The last batch is short.
@@ -130,6 +131,7 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
             sizes.append(found.microbatch_size)
         self.assertEqual(sizes, [2, 5, 5, 4, 4])
 
+    @pytest.mark.thorough
     def test_the_next_fit_goes_on_with_it(self):
         found = compiled("auto")
         (data,) = batches([16], [1])

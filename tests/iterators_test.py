@@ -49,8 +49,8 @@ class ProcessTest(tf.test.TestCase, parameterized.TestCase):
     def test_lives(self):
         self.check("one_device")
 
-    @pytest.mark.thorough
     @parameterized.parameters(("mirrored_1", "threads"), ("mirrored_2",))
+    @pytest.mark.thorough
     def test_lives_elsewhere(self, strategy, *options):
         self.check(strategy, *options)
 

@@ -130,6 +130,7 @@ class TrainingTest(test_utils.TestCase):
 
 class FaultTest(tf.test.TestCase):
     @unittest.skipIf(os.name == "nt", "Windows has no SIGKILL.")
+    @pytest.mark.thorough
     def test_launcher_ends_all_when_a_worker_is_killed(self):
         folder = pathlib.Path(tempfile.mkdtemp(dir=TEMP_DIR))
         # It tells its number before it becomes the program.

@@ -86,6 +86,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         ((0,), False), ((1,), False), ((2,), True), ((0, 2), False)
     )
+    @test_utils.first_command(0, 1, 3)
     def test_each_position(self, bad, jit_compile):
         self.assertLikeWithout(
             test_utils.microbatches([4, 3, 2]),
@@ -159,6 +160,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameTraining(actual, expected, initial)
 
     @parameterized.parameters(True, False)
+    @test_utils.first_command(1)
     def test_state_of_layers(self, jit_compile):
         self.assertLikeWithout(
             test_utils.microbatches([4, 3, 2]),
@@ -276,6 +278,7 @@ class WideModelTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         (np.nan, True), (np.inf, False), (1e38, True), (1e4, True)
     )
+    @test_utils.first_command(0, 1)
     def test_a_wide_model(self, value, jit_compile):
         self.check(value, jit_compile)
 

@@ -34,6 +34,7 @@ class QuantizationTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         ("int8", "graph"), ("int4", "xla"), (None, "eager")
     )
+    @test_utils.first_command(0, 2)
     def test_trains_as_the_large_batch(self, quantization, mode):
         self.check(quantization, mode)
 
@@ -67,6 +68,7 @@ class QuantizationTest(test_utils.TestCase, parameterized.TestCase):
 
     # In eager mode Keras raises.
     @parameterized.parameters("graph", "xla")
+    @test_utils.first_command(0)
     def test_float8(self, mode):
         # Gradients of a mean over half as many rows are twice as large, and so
         # rounded alike.

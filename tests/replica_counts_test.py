@@ -29,13 +29,9 @@ EVERYTHING = (
 
 
 class ReplicaCountsTest(parameterized.TestCase):
-    @parameterized.parameters(
+    def test_one(self):
         # Scripts for any number of GPUs run on one of them mostly.
-        ("mirrored_1", ROWS, WINDOWS, ONE),
-        ("mirrored_4", ROWS),
-    )
-    def test_first(self, strategy, *claims):
-        self.check(strategy, *claims)
+        self.check("mirrored_1", ROWS, WINDOWS, ONE)
 
     @parameterized.parameters(
         *test_utils.with_nightly(
@@ -43,7 +39,7 @@ class ReplicaCountsTest(parameterized.TestCase):
                 ("one_device", ROWS, STATE, PRECISION),
                 ("mirrored_1", *EVERYTHING),
                 ("multi_worker_1", ROWS, STATE, PRECISION, WINDOWS, STEPS),
-                ("mirrored_4", PRECISION),
+                ("mirrored_4", ROWS, PRECISION),
                 ("mirrored_8", ROWS),
             ],
             [

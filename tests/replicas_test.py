@@ -290,6 +290,7 @@ class RowsTest(TestCase):
             self.assertEqual((len(x), len(y)), (0, 0))
 
     @parameterized.parameters("graph", "xla")
+    @test_utils.first_command(0)
     def test_fit_evaluate_and_predict(self, mode):
         arguments = compile_args(metrics=["accuracy"], **MODES[mode])
         expected, one = test_utils.mlp(), test_utils.accumulating(accum_steps=2)
@@ -352,6 +353,7 @@ class DenominatorsTest(TestCase):
     microbatch_size = 3
 
     @parameterized.parameters("graph", "xla")
+    @test_utils.first_command(0)
     def test_outputs_with_different_masks(self, mode):
         rng = np.random.default_rng(0)
         windows = []
@@ -466,6 +468,7 @@ class WarningsTest(TestCase):
         {"effective_batch_size": 24},
         {"microbatch_size": 3},
     )
+    @test_utils.first_command(0)
     def test_tensorflow_warns_of_nothing(self, **kwargs):
         kwargs = {"accum_steps": 1} | kwargs
         x, y = test_utils.microbatches([4 * 8])[0]
@@ -496,6 +499,7 @@ class BatchLogs(keras.callbacks.Callback):
 
 class LogsTest(TestCase):
     @parameterized.parameters("graph", "eager")
+    @test_utils.first_command(0)
     def test_logs_are_those_of_one_device(self, mode):
         arguments = compile_args(
             metrics=["accuracy", keras.metrics.SparseCategoricalCrossentropy()],
@@ -616,6 +620,7 @@ class StateTest(TestCase):
         ),
         mode=("graph", "xla"),
     )
+    @test_utils.first_command(0, 1, 2, 4)
     def test_moving_statistics(self, build_and_are_merged, mode):
         build, are_merged = build_and_are_merged
         arguments = compile_args("sgd", **MODES[mode])

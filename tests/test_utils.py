@@ -35,6 +35,20 @@ def with_nightly(cases, nightly):
     return [*cases, *(nightly if IS_NIGHTLY else ())]
 
 
+def first_command(*cases):
+    """Leaves a parameterized test's other cases to the thorough tests.
+
+    Args:
+        *cases: The numbers or names of those that the first command runs.
+    """
+
+    def note(test):
+        test.first_cases = {f"{test.__name__}{case}" for case in cases}
+        return test
+
+    return note
+
+
 def mirrored(replicas=None):
     """`MirroredStrategy` on so many CPUs; None: all GPUs, or two CPUs."""
     gpus = tf.config.list_logical_devices("GPU")

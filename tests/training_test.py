@@ -127,6 +127,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
 
     # As many as there are, fewer, and more.
     @parameterized.parameters((2, 2), (5, 3), (2, 200))
+    @test_utils.first_command(1)
     def test_unrolled_loops(self, steps, unrolled):
         self.assertFitsAlike(
             data(),
@@ -342,6 +343,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.assertAllClose(*histories, rtol=1e-5)
 
     @parameterized.parameters("graph", "loop")
+    @test_utils.first_command(0)
     def test_subclassed_unbuilt_model(self, mode):
         self.check_unbuilt(**MODES[mode])
 
@@ -493,6 +495,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
         )
 
     @parameterized.product(accum_steps=(1, 4), jit_compile=(False, True))
+    @test_utils.first_command(0, 1, 2)
     def test_train_step_of_ones_own(self, accum_steps, jit_compile):
         class Mine(keras_accum.GradientAccumulationModel):
             def train_step(self, batch):
@@ -676,6 +679,7 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(model.optimizer.iterations), 12 + 3)
 
     @parameterized.parameters(*MODES)
+    @test_utils.first_command(0, 1, 2)
     def test_schedule(self, mode):
         seen = []
 
@@ -698,6 +702,7 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         (0, "loop"),
         ("8", "loop"),
     )
+    @test_utils.first_command(0, 1, 2, 3)
     def test_schedule_that_returns_nonsense(self, value, mode):
         model = test_utils.accumulating(accum_steps=lambda updates: value)
         with self.assertRaisesRegex(
