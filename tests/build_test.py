@@ -20,7 +20,19 @@ FOLDERS = (
 
 # Modules of keras_accum import those of the rows above theirs, and no others.
 LAYERS = (
-    {"compat", "forecast", "outer_products", "replicas"},
+    {"compat/hooks"},
+    {
+        "compat/classes",
+        "compat/graphs",
+        "compat/iterators",
+        "compat/layers",
+        "compat/losses",
+        "compat/replicas",
+        "compat/trainer",
+        "compat/variables",
+    },
+    {"compat/__init__"},
+    {"forecast", "outer_products", "replicas"},
     {
         "accumulator",
         "loss_tracker",

@@ -1,0 +1,65 @@
+"""Every private name that is used, each in one small function.
+
+What is needed here has no public name, or none that is documented. A room for
+each subject; all others know this package alone. `tests/compat_test.py` fails
+with a clear message when a name is gone from a Keras release.
+"""
+
+from keras_accum.compat.classes import CHECKPOINT
+from keras_accum.compat.classes import CheckpointMixin
+from keras_accum.compat.classes import Saveable
+from keras_accum.compat.classes import ToldOfClones
+from keras_accum.compat.classes import functional_class
+from keras_accum.compat.classes import keeps_automatic_config
+from keras_accum.compat.classes import set_untracked
+from keras_accum.compat.classes import share_attributes
+from keras_accum.compat.classes import take_original
+from keras_accum.compat.graphs import current_graph
+from keras_accum.compat.graphs import is_compiled_by_xla
+from keras_accum.compat.graphs import planned_bytes
+from keras_accum.compat.hooks import attribute
+from keras_accum.compat.iterators import asking_no_other_workers
+from keras_accum.compat.iterators import end_epoch
+from keras_accum.compat.iterators import first_batch
+from keras_accum.compat.iterators import iterating_over
+from keras_accum.compat.iterators import note_number_of_batches
+from keras_accum.compat.iterators import noting_epoch_iterators
+from keras_accum.compat.iterators import number_of_batches
+from keras_accum.compat.layers import global_seed_state
+from keras_accum.compat.layers import moving_statistics
+from keras_accum.compat.layers import normalizations
+from keras_accum.compat.layers import noting_moments
+from keras_accum.compat.layers import random_states
+from keras_accum.compat.layers import update_moving_statistics
+from keras_accum.compat.losses import align_ranks
+from keras_accum.compat.losses import build_compiled_losses
+from keras_accum.compat.losses import compiled_loss
+from keras_accum.compat.losses import is_built
+from keras_accum.compat.losses import keras_mask
+from keras_accum.compat.losses import map_compiled_losses
+from keras_accum.compat.losses import merge_mask
+from keras_accum.compat.losses import number_of_losses
+from keras_accum.compat.losses import output_metrics
+from keras_accum.compat.losses import own_losses
+from keras_accum.compat.losses import replace_output_metrics
+from keras_accum.compat.losses import unscale_loss
+from keras_accum.compat.losses import weighting_losses
+from keras_accum.compat.replicas import concatenate_outputs
+from keras_accum.compat.replicas import has_local_strategy
+from keras_accum.compat.replicas import own_copy
+from keras_accum.compat.replicas import without_communication
+from keras_accum.compat.trainer import FIRST_EPOCH
+from keras_accum.compat.trainer import before_updates
+from keras_accum.compat.trainer import compute_loss
+from keras_accum.compat.trainer import ending_training_by
+from keras_accum.compat.trainer import has_custom_compute_loss
+from keras_accum.compat.trainer import has_custom_step
+from keras_accum.compat.trainer import line_of_caller
+from keras_accum.compat.trainer import loss_tracker
+from keras_accum.compat.trainer import optionals_to_none
+from keras_accum.compat.trainer import set_loss_tracker
+from keras_accum.compat.trainer import symbolic_build
+from keras_accum.compat.trainer import takes_training_argument
+from keras_accum.compat.variables import assigning_through
+from keras_accum.compat.variables import computing_assignments
+from keras_accum.compat.variables import is_overwritten

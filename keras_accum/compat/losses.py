@@ -1,0 +1,146 @@
+"""The losses of `compile`, of layers, and how they are weighted."""
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+import tensorflow as tf
+from keras.src import backend
+from keras.src.losses import loss as loss_module
+
+from keras_accum.compat.hooks import attribute
+
+
+def unscale_loss(loss):
+    """Undoes the division of the loss by the number of replicas."""
+    return loss_module.unscale_loss_for_distribution(loss)
+
+
+def keras_mask(tensor):
+    """The mask that a layer attached to its output, or None."""
+    return backend.get_keras_mask(tensor)
+
+
+def merge_mask(sample_weight, mask, dtype, reduction):
+    """The weights of a loss's entries, as `keras.Loss` merges them."""
+    return loss_module.apply_mask(
+        sample_weight, mask, dtype=dtype, reduction=reduction
+    )
+
+
+def align_ranks(values, weight):
+    """`values` and `weight` with the ranks at which `keras.Loss` multiplies."""
+    return loss_module.squeeze_or_expand_to_same_rank(values, weight)
+
+
+def compiled_loss(model):
+    """The object that computes the losses given to `compile`, or None.
+
+    It pairs each loss with its output, label and sample weight.
+    """
+    return getattr(model, "_compile_loss", None)
+
+
+def own_losses(model) -> list[tf.Tensor]:
+    """What layers added by `add_loss` and activity regularizers."""
+    losses = list(model._get_own_losses())
+    for layer in model._flatten_layers(include_self=False):
+        losses.extend(layer._get_own_losses())
+    return losses
+
+
+def map_compiled_losses(compiled, function, y, y_pred, sample_weight):
+    """Calls `function` for each loss of `compile`, with what the loss sees.
+
+    Args:
+        compiled: What `compiled_loss` returned, after its first call.
+        function: Called as `function(loss, y_true, y_pred, sample_weight)`.
+        y: Labels of the batch, in any structure that Keras takes.
+        y_pred: Outputs of the model.
+        sample_weight: Sample weights of the batch, or None.
+    """
+    # A copy of the object walks the structures, with other leaves: Keras
+    # reconciles lists, tuples, dicts and partial losses in many ways.
+    walker = object.__new__(type(compiled))
+    walker.__dict__.update(compiled.__dict__)
+    walker._flat_losses = [
+        entry._replace(loss=_Leaf(entry.loss, function), loss_weights=None)
+        for entry in compiled._flat_losses
+    ]
+    walker._metrics = [None] * len(walker._flat_losses)
+    walker(y, y_pred, sample_weight)
+
+
+@contextlib.contextmanager
+def weighting_losses(compiled, factors) -> Iterator[None]:
+    """Multiplies the losses of `compile` by factors, for a while.
+
+    Args:
+        compiled: What `compiled_loss` returned, built.
+        factors: One scalar per loss; None to leave it as it is.
+    """
+    entries = [
+        entry
+        if factor is None
+        else entry._replace(
+            loss_weights=factor
+            if entry.loss_weights is None
+            else entry.loss_weights * factor
+        )
+        for entry, factor in zip(compiled._flat_losses, factors, strict=True)
+    ]
+    with attribute(compiled, "_flat_losses", entries):
+        yield
+
+
+def build_compiled_losses(compiled, y, y_pred, sample_weight) -> None:
+    """Lets `compiled` meet its first batch, and make its metrics, unrun."""
+
+    def symbolic(leaf):
+        if leaf is None:
+            return None
+        return keras.KerasTensor(
+            leaf.shape, backend.standardize_dtype(leaf.dtype)
+        )
+
+    batch = keras.tree.map_structure(symbolic, (y, y_pred, sample_weight))
+    backend.compute_output_spec(compiled, *batch)
+
+
+def number_of_losses(compiled) -> int:
+    """How many losses `compile` was given; `compiled` is built."""
+    return len(compiled._flat_losses)
+
+
+def output_metrics(compiled) -> list[keras.Metric]:
+    """The metrics behind the losses of single outputs; none if there is one."""
+    return list(compiled._metrics)
+
+
+def replace_output_metrics(compiled, make) -> list[keras.Metric]:
+    """Replaces what `output_metrics` returns, and returns the new ones.
+
+    Args:
+        compiled: What `compiled_loss` returned, built.
+        make: A function from an old metric to the new one.
+    """
+    # The same list: what tracks the metrics has it too.
+    compiled._metrics[:] = [make(metric) for metric in compiled._metrics]
+    return output_metrics(compiled)
+
+
+def is_built(compiled) -> bool:
+    """Whether `compiled` has met its first batch."""
+    return bool(compiled.built)
+
+
+class _Leaf:
+    """Stands in for a loss in `map_compiled_losses`."""
+
+    def __init__(self, loss, function):
+        self._loss = loss
+        self._function = function
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        self._function(self._loss, y_true, y_pred, sample_weight)
+        return tf.zeros(())

@@ -1,0 +1,130 @@
+"""What `fit` calls of a model, and of its optimizer."""
+
+import contextlib
+import pathlib
+import traceback
+from collections.abc import Iterator
+
+import keras
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.trainers.trainer import Trainer
+from keras.src.utils.tracking import DotNotTrackScope
+
+from keras_accum.compat.hooks import Hook
+from keras_accum.compat.hooks import attribute
+
+# Where `BackupAndRestore` tells `fit` with which epoch to begin.
+FIRST_EPOCH = "_initial_epoch"
+
+
+def compute_loss(model, x, y, y_pred, sample_weight, training):
+    """`model.compute_loss`.
+
+    Calls overrides that lack the argument `training`, as Keras 3.2 had it.
+    """
+    return model._compute_loss(
+        x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
+    )
+
+
+def has_custom_compute_loss(model) -> bool:
+    """Whether a class replaces Keras's own `compute_loss`."""
+    return type(model).compute_loss is not Trainer.compute_loss
+
+
+def has_custom_step(model, mixin, name) -> bool:
+    """Whether a class behind `mixin` replaces Keras's own step of a name.
+
+    Args:
+        model: The model.
+        mixin: A class of its, which has a step of that name.
+        name: "train_step" or "test_step".
+    """
+    behind = getattr(super(mixin, model), name)
+    return behind.__func__ is not getattr(TensorFlowTrainer, name)
+
+
+def takes_training_argument(model) -> bool:
+    """Whether `model.call` has an argument `training`."""
+    return model._call_has_training_arg
+
+
+def loss_tracker(model):
+    """The metric behind the "loss" that `fit` reports; None if uncompiled."""
+    return getattr(model, "_loss_tracker", None)
+
+
+def set_loss_tracker(model, metric) -> None:
+    """Replaces the metric behind the "loss" that `fit` reports."""
+    # Tracked, it would be listed in `model.metrics` a second time.
+    with DotNotTrackScope():
+        model._loss_tracker = metric
+
+
+def optionals_to_none(model, function):
+    """Wraps `function(data)`: empty `tf.experimental.Optional`s become None.
+
+    Keras's data adapters say "no sample weights" in that way.
+    """
+    return model._autoconvert_optionals(function)
+
+
+def symbolic_build(model, data_batch) -> None:
+    """Makes all variables that a batch needs, without running it."""
+    model._symbolic_build(data_batch=data_batch)
+
+
+def ending_training_by(optimizer, function):
+    """Has a function be called where Keras ends a `fit`, for a while.
+
+    Args:
+        optimizer: The optimizer, which then takes averages for the weights, if
+            it has any.
+        function: Called as `function(end, *args)`, where `end(*args)` does
+            what Keras would.
+
+    Returns:
+        A context manager.
+    """
+    name = "finalize_variable_values"
+    end = getattr(optimizer, name)
+    return attribute(
+        optimizer, name, lambda *args, **kwargs: function(end, *args, **kwargs)
+    )
+
+
+# What updates anything ends in one of these.
+_updates = [
+    Hook(cls, "apply")
+    for cls in (keras.Optimizer, keras.optimizers.LossScaleOptimizer)
+]
+
+
+@contextlib.contextmanager
+def before_updates(function) -> Iterator[None]:
+    """Has a function be called before Keras's optimizers update, likewise.
+
+    Args:
+        function: Called as `function(optimizer)`.
+    """
+
+    def update(apply, optimizer, *args, **kwargs):
+        function(optimizer)
+        return apply(optimizer, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for hook in _updates:
+            stack.enter_context(hook.calling(update))
+        yield
+
+
+def line_of_caller() -> str:
+    """The line that called Keras: the last that is none of Keras's or ours."""
+    folders = [
+        str(pathlib.Path(__file__).parents[1]),
+        str(pathlib.Path(keras.__file__).parent),
+    ]
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(tuple(folders)):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return "an unknown line"
