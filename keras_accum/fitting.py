@@ -35,6 +35,7 @@ from keras_accum import compat
 from keras_accum import forecast
 from keras_accum import microbatching
 from keras_accum import programs
+from keras_accum import rehearsal
 from keras_accum import replicas
 from keras_accum import training
 
@@ -227,7 +228,7 @@ def make_rehearsal(model):
         accumulator = model._gradient_accumulator()
         gradients = accumulator.mean(accumulator.sums())
         pairs = zip(gradients, accumulator.variables, strict=True)
-        with compat.computing_assignments(), model._updating_own_copies():
+        with rehearsal.computing_assignments(), model._updating_own_copies():
             model.optimizer.apply_gradients(pairs)
 
     def run():

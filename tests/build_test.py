@@ -39,6 +39,7 @@ LAYERS = (
         "microbatch",
         "programs",
         "progress",
+        "rehearsal",
         "selection",
         "weighting",
         "window",

@@ -105,32 +105,42 @@ class NamesTest(test_utils.TestCase):
         self.assertGreaterEqual(many, 10 * few)
         self.assertLessEqual(many, 10 * 4 * 256**2)
 
-    def test_computing_assignments(self):
-        variable = tf.Variable([1.0, 2.0])
+    def test_replacing_assignments(self):
+        variable, own = tf.Variable([1.0]), tf.Variable([1.0])
+        seen = []
 
+        def note(name):
+            def function(assigned, value):
+                seen.append((name, assigned, value))
+                return assigned
+
+            return function
+
+        rows = tf.IndexedSlices([1.0], [0], [1])
+        names = ["assign", "assign_add", "assign_sub"]
+        names += ["scatter_add", "scatter_sub", "scatter_update"]
+        with compat.replacing_assignments({name: note(name) for name in names}):
+            for name in names:
+                value = rows if name.startswith("scatter") else [3.0]
+                self.assertIs(getattr(variable, name)(value), variable)
+            thread = threading.Thread(target=lambda: own.assign([2.0]))
+            thread.start()
+            thread.join()
+        self.assertEqual([name for name, *_ in seen], names)
+        self.assertAllEqual(variable, [1.0])
+        # Another thread has nothing to do with it.
+        self.assertAllEqual(own, [2.0])
+        variable.assign_add([1.0])
+        self.assertAllEqual(variable, [2.0])
+
+    def test_compute_anyway(self):
         @tf.function
-        def assign():
-            with compat.computing_assignments():
-                variable.assign([3.0, 3.0])
-                variable.assign_add([3.0, 3.0])
-                variable.assign_sub([3.0, 3.0])
-                variable.scatter_add(tf.IndexedSlices([1.0], [0], [2]))
+        def function(value):
+            compat.compute_anyway(tf.debugging.check_numerics(value, "NaN"))
 
-        assign()
-        self.assertAllEqual(variable, [1.0, 2.0])
-        variable.assign_add([1.0, 1.0])
-        self.assertAllEqual(variable, [2.0, 3.0])
-
-    def test_computed_assignments_may_fail(self):
-        variable = tf.Variable(1.0)
-
-        @tf.function
-        def assign(value):
-            with compat.computing_assignments():
-                variable.assign(tf.debugging.check_numerics(value, "NaN"))
-
+        function(1.0)
         with self.assertRaises(tf.errors.InvalidArgumentError):
-            assign(np.nan)
+            function(np.nan)
 
     def test_training_argument(self):
         class Takes(keras.Model):

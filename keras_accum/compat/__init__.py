@@ -14,6 +14,7 @@ from keras_accum.compat.classes import keeps_automatic_config
 from keras_accum.compat.classes import set_untracked
 from keras_accum.compat.classes import share_attributes
 from keras_accum.compat.classes import take_original
+from keras_accum.compat.graphs import compute_anyway
 from keras_accum.compat.graphs import current_graph
 from keras_accum.compat.graphs import is_compiled_by_xla
 from keras_accum.compat.graphs import planned_bytes
@@ -61,5 +62,5 @@ from keras_accum.compat.trainer import set_loss_tracker
 from keras_accum.compat.trainer import symbolic_build
 from keras_accum.compat.trainer import takes_training_argument
 from keras_accum.compat.variables import assigning_through
-from keras_accum.compat.variables import computing_assignments
 from keras_accum.compat.variables import is_overwritten
+from keras_accum.compat.variables import replacing_assignments

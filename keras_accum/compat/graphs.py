@@ -18,6 +18,13 @@ def is_compiled_by_xla() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
+def compute_anyway(value) -> None:
+    """Has what is traced here compute a value that nothing needs."""
+    # A stateful op, or TensorFlow would leave out what the value is made of.
+    with tf.control_dependencies([tf.convert_to_tensor(value)]):
+        tf.raw_ops.Assert(condition=True, data=[0])
+
+
 def planned_bytes(program, *args) -> int:
     """What a compiled `tf.function` allocates when it is called, at most.
 

@@ -3,13 +3,22 @@
 import contextlib
 from collections.abc import Iterator
 
-import tensorflow as tf
 from keras.src import backend
 from tensorflow.python.ops import resource_variable_ops
 
 from keras_accum.compat.hooks import Hook
 
 _assignments = Hook(backend.Variable, "_direct_assign")
+# Of the two classes that there are, either may have methods of its own.
+_tensorflow_assignments = [
+    (name, Hook(owner, name))
+    for owner in (
+        resource_variable_ops.BaseResourceVariable,
+        resource_variable_ops.ResourceVariable,
+    )
+    for name in vars(owner)
+    if name.startswith(("assign", "scatter_"))
+]
 
 
 def assigning_through(function):
@@ -35,38 +44,21 @@ def is_overwritten(variable) -> bool:
 
 
 @contextlib.contextmanager
-def computing_assignments() -> Iterator[None]:
-    """Lets `tf.Variable`s be assigned nothing: the values are only computed.
+def replacing_assignments(functions) -> Iterator[None]:
+    """Has functions take the place of `tf.Variable`'s methods, in this thread.
 
-    For tracing a function that is to need what another needs, and to change
-    nothing. Optimizers assign `tf.Variable`s, which `keras.StatelessScope` does
-    not know.
+    Args:
+        functions: By the name of a method that assigns, such as "assign_add":
+            called as `function(variable, value)`, they return the variable.
     """
 
-    def compute(variable, value, *unused_args, **unused_kwargs):
-        # A stateful op, or TensorFlow would leave out what it is made of.
-        with tf.control_dependencies([tf.convert_to_tensor(value)]):
-            tf.raw_ops.Assert(condition=True, data=[0])
-        return variable
+    def replacing(function):
+        return lambda method, variable, value, *args, **kwargs: function(
+            variable, value
+        )
 
-    def add(variable, value, *unused_args, **unused_kwargs):
-        return compute(variable, variable + value)
-
-    methods = {
-        "assign": compute,
-        "assign_add": add,
-        "assign_sub": add,
-        "scatter_add": compute,
-        "scatter_sub": compute,
-        "scatter_update": compute,
-    }
     with contextlib.ExitStack() as stack:
-        # Of the two that there are, either may have methods of its own.
-        for owner in (
-            resource_variable_ops.BaseResourceVariable,
-            resource_variable_ops.ResourceVariable,
-        ):
-            for name in methods.keys() & vars(owner).keys():
-                stack.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, methods[name])
+        for name, hook in _tensorflow_assignments:
+            if name in functions:
+                stack.enter_context(hook.calling(replacing(functions[name])))
         yield
