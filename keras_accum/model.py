@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
+from keras_accum import callers
 from keras_accum import compat
 from keras_accum import epochs
 from keras_accum import fitting
@@ -565,7 +566,7 @@ class GradientAccumulationMixin(
                 "`train_step` must leave the update to the model, since it "
                 "accumulates. Call `self.accumulate(gradients, weight)` in "
                 "place of the optimizer, with the number of rows as `weight` "
-                f"if the loss is a mean. Received: {compat.line_of_caller()}"
+                f"if the loss is a mean. Received: {callers.line_of_caller()}"
             )
 
     def _first_test(self, data, *totals):

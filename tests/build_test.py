@@ -32,7 +32,7 @@ LAYERS = (
         "compat/variables",
     },
     {"compat/__init__"},
-    {"forecast", "outer_products", "replicas"},
+    {"callers", "forecast", "outer_products", "replicas"},
     {
         "accumulator",
         "loss_tracker",

@@ -55,7 +55,6 @@ from keras_accum.compat.trainer import compute_loss
 from keras_accum.compat.trainer import ending_training_by
 from keras_accum.compat.trainer import has_custom_compute_loss
 from keras_accum.compat.trainer import has_custom_step
-from keras_accum.compat.trainer import line_of_caller
 from keras_accum.compat.trainer import loss_tracker
 from keras_accum.compat.trainer import optionals_to_none
 from keras_accum.compat.trainer import set_loss_tracker

@@ -1,8 +1,6 @@
 """What `fit` calls of a model, and of its optimizer."""
 
 import contextlib
-import pathlib
-import traceback
 from collections.abc import Iterator
 
 import keras
@@ -116,15 +114,3 @@ def before_updates(function) -> Iterator[None]:
         for hook in _updates:
             stack.enter_context(hook.calling(update))
         yield
-
-
-def line_of_caller() -> str:
-    """The line that called Keras: the last that is none of Keras's or ours."""
-    folders = [
-        str(pathlib.Path(__file__).parents[1]),
-        str(pathlib.Path(keras.__file__).parent),
-    ]
-    for frame in reversed(traceback.extract_stack()):
-        if not frame.filename.startswith(tuple(folders)):
-            return f"{frame.filename}:{frame.lineno}: {frame.line}"
-    return "an unknown line"

@@ -1,0 +1,17 @@
+"""Where in a user's code something was called, for what an error says."""
+
+import pathlib
+import traceback
+
+import keras
+
+
+def line_of_caller() -> str:
+    """The line that called Keras: the last that is none of Keras's or ours."""
+    folders = tuple(
+        str(pathlib.Path(file).parent) for file in (__file__, keras.__file__)
+    )
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(folders):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return "an unknown line"
