@@ -27,3 +27,7 @@ class CallersTest(tf.test.TestCase):
         callbacks = keras.callbacks.CallbackList([callback])
         callbacks.on_train_begin()
         self.assertRegex(lines[0], r"callers_test\.py:\d+: callbacks\.on_train")
+
+
+if __name__ == "__main__":
+    tf.test.main()
