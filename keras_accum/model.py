@@ -37,6 +37,7 @@ from keras_accum.nonfinite import NonfiniteMixin
 from keras_accum.nonfinite import check_nonfinite
 from keras_accum.progress import Progress
 from keras_accum.saving import SavingMixin
+from keras_accum.saving import take_original
 from keras_accum.window import AccumSteps
 from keras_accum.window import Window
 from keras_accum.window import check_partial_window
@@ -88,7 +89,7 @@ class GradientAccumulationMixin(
         if functional.is_functional_call(args, kwargs):
             self.__class__ = functional.functional_subclass(type(self))
             # `keras.models.clone_model` gives inputs and outputs, and no more.
-            original = compat.take_original((args, kwargs))
+            original = take_original((args, kwargs))
             if original is not None and arguments == default_arguments():
                 arguments = original._arguments()
         # First, since a model may compile itself in its constructor.

@@ -204,7 +204,7 @@ class WindowMoments:
             means = self._centers(each) + steps
             variances = tf.nn.relu(squares - tf.square(steps))
             with compat.assigning_through(selecting(number > 0)):
-                compat.update_moving_statistics(each.layer, means, variances)
+                update_statistics(each.layer, means, variances)
         self.forget()
 
     def forget(self) -> None:
@@ -226,6 +226,21 @@ class WindowMoments:
             lambda: replicas.sum_variable(tf.zeros(shape, dtype), "moments"),
         )
         return Sum(layer, state)
+
+
+def update_statistics(layer, means, variances) -> None:
+    """Does what a BatchNormalization does with the moments of a batch."""
+    if layer.renorm:
+        compat.update_renorm_statistics(layer, means, variances)
+        return
+    for variable, value in (
+        (layer.moving_mean, means),
+        (layer.moving_variance, variances),
+    ):
+        moving = tf.cast(variable, value.dtype)
+        variable.assign(
+            moving * layer.momentum + value * (1.0 - layer.momentum)
+        )
 
 
 def selecting(condition):

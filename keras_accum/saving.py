@@ -1,5 +1,6 @@
 """What is saved of a model: its class, and the arguments that are ours."""
 
+import weakref
 from typing import Self
 
 import keras
@@ -11,6 +12,8 @@ from keras_accum import sharing
 
 # Where a configuration has that of the model that `from_model` was given.
 MODEL = "from_model"
+# The name in checkpoints of what a model has gathered.
+CHECKPOINT = "accumulation_window"
 
 
 class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
@@ -56,6 +59,19 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
         for name in ("build_config", "compile_config"):
             model.pop(name, None)
         return {MODEL: model}
+
+    def _parts_to_save(self):
+        """None if the window is empty, as in checkpoints of `keras.Model`."""
+        own = self._accum_checkpoint
+        return {} if own.is_empty() else {CHECKPOINT: own}
+
+    def _part_to_restore(self, name):
+        return self._accum_checkpoint if name == CHECKPOINT else None
+
+    def _note_clone(self, outputs):
+        """Tells a clone, which will be made of `outputs`, of its original."""
+        for output in outputs:
+            output._accum_original = weakref.ref(self)
 
     @classmethod
     def from_config(cls, config: dict, *args, **kwargs) -> Self:
@@ -106,6 +122,19 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
         unpickle, *state = super().__reduce__()
         named = functional.named_class(type(self))
         return getattr(named, unpickle.__name__), *state
+
+
+def take_original(tensors):
+    """The model that a clone is made of, given its outputs; or None.
+
+    It is told once: other models may be made of the same outputs.
+    """
+    original = None
+    for tensor in keras.tree.flatten(tensors):
+        if hasattr(tensor, "_accum_original"):
+            original = tensor._accum_original()
+            del tensor._accum_original
+    return original
 
 
 def arguments_of_windows(config):

@@ -22,10 +22,13 @@ def sharing_all(model: keras.Model, cls: type[keras.Model]) -> keras.Model:
         cls: The class of that model, or one that is derived from it.
     """
     made = keras.Model.__new__(cls)
-    compat.share_attributes(
-        model,
-        made,
-        lambda name: not name.startswith(OWN),
+    # Past `__setattr__`, which would track them once more.
+    vars(made).update(
+        {
+            name: value
+            for name, value in compat.attributes_to_share(model).items()
+            if not name.startswith(OWN)
+        }
     )
     for name in ("train_function", "test_function", "predict_function"):
         # Traced with the methods of the other class.

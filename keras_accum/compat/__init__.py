@@ -5,15 +5,13 @@ each subject; all others know this package alone. `tests/compat_test.py` fails
 with a clear message when a name is gone from a Keras release.
 """
 
-from keras_accum.compat.classes import CHECKPOINT
 from keras_accum.compat.classes import CheckpointMixin
 from keras_accum.compat.classes import Saveable
 from keras_accum.compat.classes import ToldOfClones
+from keras_accum.compat.classes import attributes_to_share
 from keras_accum.compat.classes import functional_class
 from keras_accum.compat.classes import keeps_automatic_config
 from keras_accum.compat.classes import set_untracked
-from keras_accum.compat.classes import share_attributes
-from keras_accum.compat.classes import take_original
 from keras_accum.compat.graphs import compute_anyway
 from keras_accum.compat.graphs import current_graph
 from keras_accum.compat.graphs import is_compiled_by_xla
@@ -31,7 +29,7 @@ from keras_accum.compat.layers import moving_statistics
 from keras_accum.compat.layers import normalizations
 from keras_accum.compat.layers import noting_moments
 from keras_accum.compat.layers import random_states
-from keras_accum.compat.layers import update_moving_statistics
+from keras_accum.compat.layers import update_renorm_statistics
 from keras_accum.compat.losses import align_ranks
 from keras_accum.compat.losses import build_compiled_losses
 from keras_accum.compat.losses import compiled_loss

@@ -1,15 +1,11 @@
 """The classes of models, and what is saved of them."""
 
 import copy
-import weakref
 
 import keras
 from keras.src.models.functional import Functional
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import python_utils
-
-# The name of `CheckpointMixin`'s part in checkpoints.
-CHECKPOINT = "accumulation_window"
 
 
 def functional_class() -> type[keras.Model]:
@@ -28,22 +24,23 @@ class Saveable(KerasSaveable):
 
 
 class CheckpointMixin:
-    """A model whose `_accum_checkpoint` is part of TensorFlow's checkpoints.
+    """A model that has parts of its own in TensorFlow's checkpoints.
 
-    Only if it is not empty, so that all others are those of `keras.Model`; and
-    not of what is exported.
+    It has the methods `_parts_to_save`, which returns them by name, and
+    `_part_to_restore`, which returns the one of a name, or None if it is not
+    ours. There are none in what is exported.
     """
 
     def _trackable_children(self, save_type="checkpoint", **kwargs):
         children = super()._trackable_children(save_type, **kwargs)
-        own = self._accum_checkpoint
-        if save_type == "checkpoint" and not own.is_empty():
-            children = children | {CHECKPOINT: own}
+        if save_type == "checkpoint":
+            children = children | self._parts_to_save()
         return children
 
     def _lookup_dependency(self, name, *args, **kwargs):
-        if name == CHECKPOINT:
-            return self._accum_checkpoint
+        part = self._part_to_restore(name)
+        if part is not None:
+            return part
         return super()._lookup_dependency(name, *args, **kwargs)
 
 
@@ -52,20 +49,14 @@ def set_untracked(owner, name, value) -> None:
     object.__setattr__(owner, name, value)
 
 
-def share_attributes(model, other, is_shared) -> None:
-    """Gives one model what another one has.
-
-    Args:
-        model: The one that has it.
-        other: One whose constructor has not run.
-        is_shared: Tells by the name of an attribute whether it is given.
-    """
+def attributes_to_share(model) -> dict:
+    """The attributes of a model that an object of another class may have."""
     # Methods that `__new__` has put around those of the class.
     wrapped = {"build", "quantize"}
     attributes = {
         name: value
         for name, value in vars(model).items()
-        if name not in wrapped and is_shared(name)
+        if name not in wrapped
     }
     for name in (
         "_self_unconditional_checkpoint_dependencies",
@@ -76,37 +67,28 @@ def share_attributes(model, other, is_shared) -> None:
         # none for the other.
         if name in attributes:
             attributes[name] = copy.copy(attributes[name])
-    # Past `__setattr__`, which would track them once more.
-    vars(other).update(attributes)
+    return attributes
 
 
 class ToldOfClones:
-    """In front of a functional model's class: tells a clone of its original.
+    """In front of a functional model's class: sees what its clones return.
 
     `keras.models.clone_model` calls the clone's layers, one after the other, by
-    this method, and makes a model of what they return. Layers that were called
-    have left a history in it. When a model is called, there is none.
+    a method of the original, and makes a model of what they return. Layers that
+    were called have left a history in it. When a model is called, there is
+    none. `_note_clone` is called with the outputs that have one.
     """
 
     def _run_through_graph(self, *args, **kwargs):
         outputs = super()._run_through_graph(*args, **kwargs)
-        for output in keras.tree.flatten(outputs):
-            if hasattr(output, "_keras_history"):
-                output._original = weakref.ref(self)
+        self._note_clone(
+            [
+                output
+                for output in keras.tree.flatten(outputs)
+                if hasattr(output, "_keras_history")
+            ]
+        )
         return outputs
-
-
-def take_original(tensors):
-    """The model that a clone is made of, given its outputs; or None.
-
-    It is told once: other models may be made of the same outputs.
-    """
-    original = None
-    for tensor in keras.tree.flatten(tensors):
-        if hasattr(tensor, "_original"):
-            original = tensor._original()
-            del tensor._original
-    return original
 
 
 def keeps_automatic_config(get_config):

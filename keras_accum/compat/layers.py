@@ -1,7 +1,6 @@
 """The layers of a model: random generators and BatchNormalization."""
 
 import keras
-import tensorflow as tf
 from keras.src.random import seed_generator
 
 from keras_accum.compat.hooks import Hook
@@ -59,16 +58,9 @@ def moving_statistics(layer) -> list[keras.Variable]:
     return [getattr(layer, name) for name in names]
 
 
-def update_moving_statistics(layer, means, variances) -> None:
-    """Does what a BatchNormalization does with the moments of a batch."""
-    if layer.renorm:
-        layer._update_renorm_statistics(means, variances)
-        return
-    for variable, value in (
-        (layer.moving_mean, means),
-        (layer.moving_variance, variances),
-    ):
-        moving = tf.cast(variable, value.dtype)
-        variable.assign(
-            moving * layer.momentum + value * (1.0 - layer.momentum)
-        )
+def update_renorm_statistics(layer, means, variances) -> None:
+    """Does what a BatchNormalization with `renorm` does with a batch's moments.
+
+    No public method does that alone.
+    """
+    layer._update_renorm_statistics(means, variances)
