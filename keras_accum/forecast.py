@@ -19,6 +19,8 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
+from keras_accum import compat
+
 # What a forecast leaves free, for what is not counted: threads, their heaps,
 # and the kernels' own libraries. `tests/fitting_test.py` tries many limits.
 MARGIN = 128 * 2**20
@@ -248,10 +250,7 @@ class Reserve:
                 rest = limit - address_space() - region
                 with ballast(rest), tf.device("CPU:0"):
                     # All at once: what there is, and what is added.
-                    held = [
-                        tf.raw_ops.Empty(shape=[tensor], dtype=tf.uint8)
-                        for _ in range(number)
-                    ]
+                    held = [compat.uninitialized(tensor) for _ in range(number)]
                 del held
             self.size = needed
         return True

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from keras_accum import compat
 from keras_accum import replicas
 
 
@@ -95,7 +96,7 @@ def traced(
         function,
         jit_compile=model.jit_compile or None,
         reduce_retracing=True,
-        experimental_attributes=None if inline else {"_noinline": True},
+        experimental_attributes=None if inline else compat.NOT_INLINED,
     )
 
 

@@ -14,6 +14,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_accum import compat
+
 T = TypeVar("T")
 
 TPU_STRATEGIES = (
@@ -253,10 +255,7 @@ def reduce_across(strategy, vector, destination: tf.Variable):
             replica. Within a branch of a `tf.cond`, tensors do not know where
             they are.
     """
-    (total,) = strategy.extended.batch_reduce_to(
-        tf.distribute.ReduceOp.SUM, [(vector, destination)]
-    )
-    return total
+    return compat.sum_to(strategy, vector, destination)
 
 
 def sum_over_replicas(values, destination: tf.Variable):

@@ -103,5 +103,5 @@ class Guard:
         """The ops of this graph that may assign the variable."""
         if self._graph is None:
             return []
-        handle = self._graph.capture(self._variable.handle)
-        return [op for op in handle.consumers() if op.type not in _READS]
+        uses = compat.uses(self._graph, self._variable)
+        return [op for op in uses if op.type not in _READS]

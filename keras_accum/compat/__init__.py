@@ -12,10 +12,14 @@ from keras_accum.compat.classes import attributes_to_share
 from keras_accum.compat.classes import functional_class
 from keras_accum.compat.classes import keeps_automatic_config
 from keras_accum.compat.classes import set_untracked
+from keras_accum.compat.graphs import NOT_INLINED
 from keras_accum.compat.graphs import compute_anyway
 from keras_accum.compat.graphs import current_graph
 from keras_accum.compat.graphs import is_compiled_by_xla
 from keras_accum.compat.graphs import planned_bytes
+from keras_accum.compat.graphs import stateful_operations
+from keras_accum.compat.graphs import uninitialized
+from keras_accum.compat.graphs import uses
 from keras_accum.compat.hooks import attribute
 from keras_accum.compat.iterators import asking_no_other_workers
 from keras_accum.compat.iterators import end_epoch
@@ -46,6 +50,7 @@ from keras_accum.compat.losses import weighting_losses
 from keras_accum.compat.replicas import concatenate_outputs
 from keras_accum.compat.replicas import has_local_strategy
 from keras_accum.compat.replicas import own_copy
+from keras_accum.compat.replicas import sum_to
 from keras_accum.compat.replicas import without_communication
 from keras_accum.compat.trainer import FIRST_EPOCH
 from keras_accum.compat.trainer import before_updates

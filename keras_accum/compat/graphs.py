@@ -4,6 +4,10 @@ import tensorflow as tf
 from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.python.ops import control_flow_util
 
+# As `experimental_attributes` of a `tf.function`: its ops never take the place
+# of a call.
+NOT_INLINED = {"_noinline": True}
+
 
 def current_graph() -> tf.Graph | None:
     """What is being traced in this thread; None if nothing is."""
@@ -16,6 +20,31 @@ def is_compiled_by_xla() -> bool:
     """Whether what is traced here is a part of a program of XLA's."""
     graph = tf.compat.v1.get_default_graph()
     return control_flow_util.GraphOrParentsInXlaContext(graph)
+
+
+def stateful_operations() -> list[tf.Operation]:
+    """What has been traced here so far and changes something, or may fail.
+
+    What TensorFlow knows of a kind of operation is not documented.
+    """
+    return [
+        op
+        for op in tf.compat.v1.get_default_graph().get_operations()
+        if op.op_def is not None and op.op_def.is_stateful
+    ]
+
+
+def uses(graph, variable) -> list[tf.Operation]:
+    """The operations of a graph that read or assign a variable, of any graph.
+
+    Neither a function's captures nor a tensor's consumers are documented.
+    """
+    return graph.capture(variable.handle).consumers()
+
+
+def uninitialized(size) -> tf.Tensor:
+    """So many bytes of memory, of which none is written."""
+    return tf.raw_ops.Empty(shape=[size], dtype=tf.uint8)
 
 
 def compute_anyway(value) -> None:

@@ -26,6 +26,23 @@ def own_copy(variable):
     return variable
 
 
+def sum_to(strategy, values, destination):
+    """Sums over all replicas, in cross-replica context.
+
+    `ReplicaContext.all_reduce` is for within a replica, and `Strategy.reduce`
+    leaves the sum on one device.
+
+    Args:
+        strategy: The strategy.
+        values: One tensor per replica.
+        destination: A variable that is where the sum is wanted.
+    """
+    (total,) = strategy.extended.batch_reduce_to(
+        tf.distribute.ReduceOp.SUM, [(values, destination)]
+    )
+    return total
+
+
 @contextlib.contextmanager
 def without_communication(optimizer, is_tpu) -> Iterator[None]:
     """Lets an optimizer update each replica's copies from what it is given.
