@@ -120,11 +120,7 @@ def after_everything_so_far(gradients):
     """
     if tf.executing_eagerly():
         return []
-    stateful = [
-        op
-        for op in tf.compat.v1.get_default_graph().get_operations()
-        if op.op_def is not None and op.op_def.is_stateful
-    ]
+    stateful = compat.stateful_operations()
     if replicas.has_several(tf.distribute.get_strategy()):
         # The other replicas may be in the same graph, and are not waited for.
         here = tf.no_op().device
