@@ -14,7 +14,7 @@ from keras_accum.finite import is_finite
 from keras_accum.loss_tracker import WindowLoss
 
 
-class BoundaryMixin:
+class BoundaryMixin(compat.SymbolicBuildMixin):
     """The one reduction of a window, and what each replica makes of it.
 
     Five things are summed over the replicas: the buffers with the window's
@@ -30,13 +30,8 @@ class BoundaryMixin:
     # In the train function's update: what the replicas' sums add up to.
     _accum_sums = None
 
-    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Keras's own, without a reduction over replicas.
-
-        Overrides a private method; see `compat.first_batch`.
-        """
-        if not compat.has_local_strategy(self):
-            return
+    def _build_from(self, iterator, data_batch):
+        """Does as Keras, without a reduction; see `compat.first_batch`."""
         if iterator is not None:
             if replicas.has_several_workers(self.distribute_strategy):
                 replicas.check_same_length(

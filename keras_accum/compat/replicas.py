@@ -14,11 +14,6 @@ def concatenate_outputs(outputs, strategy):
     return reduce_per_replica(outputs, strategy, reduction="concat")
 
 
-def has_local_strategy(model) -> bool:
-    """Whether a model was made in the scope of a strategy."""
-    return model._distribute_strategy is not None
-
-
 def own_copy(variable):
     """Within a replica, its own copy of a `tf.Variable`."""
     if isinstance(variable, tf.distribute.DistributedValues):

@@ -67,6 +67,23 @@ def optionals_to_none(model, function):
     return model._autoconvert_optionals(function)
 
 
+def has_local_strategy(model) -> bool:
+    """Whether a model was made in the scope of a strategy."""
+    return model._distribute_strategy is not None
+
+
+class SymbolicBuildMixin:
+    """A model of a strategy that makes its variables in a way of its own.
+
+    Keras asks for that before `fit` and `evaluate` begin, and calls
+    `_build_from` with an iterator over an epoch, or with a batch.
+    """
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        if has_local_strategy(self):
+            self._build_from(iterator, data_batch)
+
+
 def symbolic_build(model, data_batch) -> None:
     """Makes all variables that a batch needs, without running it."""
     model._symbolic_build(data_batch=data_batch)
