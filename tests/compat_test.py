@@ -1,6 +1,5 @@
 """Each private name that is used is there, and means what we think."""
 
-import inspect
 import threading
 import weakref
 
@@ -365,32 +364,6 @@ class NamesTest(test_utils.TestCase):
 
         cls = type("Automatic", (keras.Model,), {"get_config": get_config})
         self.assertIn("trainable", cls().get_config())
-
-    def test_private_names_are_used_in_compat_alone(self):
-        import keras_accum
-        from keras_accum import accumulator
-        from keras_accum import epochs
-        from keras_accum import functional
-        from keras_accum import loss_tracker
-        from keras_accum import model
-        from keras_accum import training
-        from keras_accum import weighting
-        from keras_accum import window
-
-        for module in (
-            keras_accum,
-            accumulator,
-            epochs,
-            functional,
-            loss_tracker,
-            model,
-            training,
-            weighting,
-            window,
-        ):
-            source = inspect.getsource(module)
-            self.assertNotIn("keras.src", source)
-            self.assertNotIn("tensorflow.python", source)
 
 
 if __name__ == "__main__":
