@@ -1,5 +1,6 @@
 """Each private name that is used is there, and means what we think."""
 
+import contextlib
 import threading
 import weakref
 
@@ -364,6 +365,221 @@ class NamesTest(test_utils.TestCase):
 
         cls = type("Automatic", (keras.Model,), {"get_config": get_config})
         self.assertIn("trainable", cls().get_config())
+
+    def test_checkpoint_mixin(self):
+        class Model(compat.CheckpointMixin, keras.Model):
+            def __init__(self):
+                super().__init__()
+                part = tf.train.Checkpoint(value=tf.Variable(1.0))
+                compat.set_untracked(self, "part", part)
+
+            def _parts_to_save(self):
+                return {"extra": self.part}
+
+            def _part_to_restore(self, name):
+                return self.part if name == "extra" else None
+
+        model, other = Model(), Model()
+        # Neither Keras nor TensorFlow has it as an attribute.
+        self.assertNotIn("part", keras.Model._trackable_children(model))
+        model.part.value.assign(2.0)
+        path = tf.train.Checkpoint(model=model).write(
+            f"{self.get_temp_dir()}/checkpoint"
+        )
+        tf.train.Checkpoint(model=other).read(path).assert_consumed()
+        self.assertAllEqual(other.part.value, 2.0)
+        exported = model._trackable_children("savedmodel", cache={})
+        self.assertNotIn("extra", exported)
+
+    def test_saveable(self):
+        class Part(compat.Saveable):
+            def __init__(self, value):
+                self.value = np.asarray(value)
+
+            def save_own_variables(self, store):
+                store["value"] = self.value
+
+            def load_own_variables(self, store):
+                self.value = np.asarray(store["value"])
+
+        model, other = test_utils.mlp(), test_utils.mlp()
+        compat.set_untracked(model, "part", Part(3.0))
+        compat.set_untracked(other, "part", Part(0.0))
+        path = f"{self.get_temp_dir()}/model.weights.h5"
+        model.save_weights(path)
+        other.load_weights(path)
+        self.assertAllEqual(other.part.value, 3.0)
+
+    def test_told_of_clones(self):
+        seen = []
+
+        class Told(compat.ToldOfClones, compat.functional_class()):
+            def _note_clone(self, outputs):
+                seen.append((self, len(outputs)))
+
+        inputs = keras.Input((2,))
+        model = Told(inputs, keras.layers.Dense(2)(inputs))
+        model(np.ones((1, 2)))
+        self.assertEqual({number for _, number in seen}, {0})
+        keras.models.clone_model(model)
+        self.assertIn((model, 1), seen)
+
+    def test_attributes_to_share(self):
+        model = test_utils.mlp()
+        model.compile("sgd", loss="mse")
+        attributes = compat.attributes_to_share(model)
+        self.assertIs(attributes["optimizer"], model.optimizer)
+        self.assertNotIn("build", attributes)
+        # Each object has its own parts of checkpoints.
+        name = "_self_unconditional_checkpoint_dependencies"
+        self.assertEqual(attributes[name], vars(model)[name])
+        self.assertIsNot(attributes[name], vars(model)[name])
+
+    def test_layers(self):
+        layer = keras.layers.BatchNormalization(momentum=0.5)
+        renorm = keras.layers.BatchNormalization(momentum=0.5, renorm=True)
+        model = keras.Sequential([layer, keras.layers.Dropout(0.5), renorm])
+        x = np.array([[0.0], [2.0]], "float32")
+        seen = []
+        with compat.noting_moments(lambda *args: seen.append(args)):
+            model(x, training=True)
+        self.assertEqual([each for each, *_ in seen], [layer, renorm])
+        _, inputs, mask, means, variances = seen[0]
+        self.assertAllEqual(inputs, x)
+        self.assertIsNone(mask)
+        self.assertAllEqual(means, [1.0])
+        self.assertAllEqual(variances, [1.0])
+        self.assertEqual(compat.normalizations(model), [layer, renorm])
+        (state,) = compat.random_states(model)
+        self.assertIs(state, model.layers[1].seed_generator.state)
+        self.assertLen(compat.moving_statistics(layer), 2)
+        self.assertLen(compat.moving_statistics(renorm), 5)
+        self.assertAllEqual(layer.moving_mean, [0.5])
+        before = [v.numpy() for v in compat.moving_statistics(renorm)]
+        compat.update_renorm_statistics(
+            renorm, tf.constant([7.0]), tf.constant([5.0])
+        )
+        after = compat.moving_statistics(renorm)
+        self.assertAllClose(after[0], (before[0] + 7.0) / 2)
+        self.assertAllGreater(after[1] - before[1], 0.0)
+
+    def test_graphs(self):
+        variable = tf.Variable(1.0)
+        graphs, found, uses, is_xla = [], [], [], []
+
+        def function():
+            graphs.append(compat.current_graph())
+            variable.assign(2.0)
+            found.extend(op.type for op in compat.stateful_operations())
+            uses.extend(op.type for op in compat.uses(graphs[-1], variable))
+            is_xla.append(compat.is_compiled_by_xla())
+            return tf.constant(1.0) + 1.0
+
+        self.assertIsNone(compat.current_graph())
+        concrete = tf.function(function).get_concrete_function()
+        self.assertIs(graphs[-1], concrete.graph)
+        self.assertIn("AssignVariableOp", found)
+        self.assertNotIn("Const", found)
+        self.assertEqual(uses, ["AssignVariableOp"])
+        tf.function(function, jit_compile=True).get_concrete_function()
+        self.assertEqual(is_xla, [False, True])
+
+    def test_not_inlined(self):
+        function = tf.function(
+            lambda: tf.constant(1.0), experimental_attributes=compat.NOT_INLINED
+        )
+        definition = function.get_concrete_function().function_def
+        self.assertTrue(definition.attr["_noinline"].b)
+
+    def test_uninitialized(self):
+        memory = compat.uninitialized(8)
+        self.assertEqual((memory.shape, memory.dtype), ((8,), tf.uint8))
+
+    def test_attribute(self):
+        layer = keras.layers.Dense(2)
+        before = dict(vars(layer))
+        with (
+            compat.attribute(layer, "units", 3),
+            compat.attribute(layer, "build", None),
+        ):
+            self.assertEqual(layer.units, 3)
+            self.assertIsNone(layer.build)
+        self.assertEqual(vars(layer), before)
+
+    def test_note_number_of_batches(self):
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            model = test_utils.mlp()
+        seen = []
+
+        def note(epoch_iterator):
+            compat.note_number_of_batches(epoch_iterator)
+            seen.append(int(epoch_iterator._distributed_dataset.cardinality))
+
+        ((x, _),) = test_utils.microbatches([4])
+        with compat.noting_epoch_iterators(note):
+            model.predict(x, batch_size=2, verbose=0)
+        self.assertEqual(set(seen), {2})
+
+    def test_sum_to(self):
+        strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+        with strategy.scope():
+            where = tf.Variable(0.0)
+        values = strategy.run(lambda: tf.constant([1.0, 2.0]))
+        total = compat.sum_to(strategy, values, where)
+        self.assertAllEqual(
+            strategy.experimental_local_results(total)[0], [1.0, 2.0]
+        )
+
+    def test_first_epoch(self):
+        model = test_utils.mlp()
+        model.compile("sgd", loss=test_utils.crossentropy())
+        resume = keras.callbacks.LambdaCallback(
+            on_train_begin=lambda logs: setattr(model, compat.FIRST_EPOCH, 2)
+        )
+        ((x, y),) = test_utils.microbatches([4])
+        history = model.fit(x, y, epochs=3, callbacks=[resume], verbose=0)
+        self.assertEqual(history.epoch, [2])
+
+    def test_ending_training_by(self):
+        model = test_utils.mlp()
+        model.compile("sgd", loss=test_utils.crossentropy())
+        ((x, y),) = test_utils.microbatches([4])
+        seen = []
+
+        def end(finalize, variables):
+            seen.append(len(variables))
+            finalize(variables)
+
+        with compat.ending_training_by(model.optimizer, end):
+            model.fit(x, y, epochs=2, verbose=0)
+        model.fit(x, y, verbose=0)
+        self.assertEqual(seen, [len(model.trainable_weights)])
+
+    def test_symbolic_build_mixin(self):
+        seen = []
+
+        class Model(compat.SymbolicBuildMixin, keras.Sequential):
+            def _build_from(self, iterator, data_batch):
+                seen.append((iterator is not None, data_batch is not None))
+
+        x, y = np.ones((4, 2), "float32"), np.ones((4, 2), "float32")
+        for scope in (
+            contextlib.nullcontext(),
+            tf.distribute.OneDeviceStrategy("CPU:0").scope(),
+        ):
+            with scope:
+                model = Model([keras.Input((2,)), keras.layers.Dense(2)])
+                model.compile("sgd", loss="mse")
+            model.train_on_batch(x, y)
+            model.evaluate(x, y, verbose=0)
+        # Of the second alone.
+        self.assertEqual(seen, [(False, True), (True, False)])
+
+    def test_is_overwritten(self):
+        variable = keras.Variable(1.0)
+        self.assertFalse(compat.is_overwritten(variable))
+        variable.overwrite_with_gradient = True
+        self.assertTrue(compat.is_overwritten(variable))
 
 
 if __name__ == "__main__":
