@@ -50,7 +50,7 @@ def set_untracked(owner, name, value) -> None:
 
 
 def attributes_to_share(model) -> dict:
-    """The attributes of a model that an object of another class may have."""
+    """Returns what an object of another class may have of a model, by name."""
     # Methods that `__new__` has put around those of the class.
     wrapped = {"build", "quantize"}
     attributes = {

@@ -23,9 +23,9 @@ def is_compiled_by_xla() -> bool:
 
 
 def stateful_operations() -> list[tf.Operation]:
-    """What has been traced here so far and changes something, or may fail.
+    """Returns what was traced here so far that has effects, or may fail.
 
-    What TensorFlow knows of a kind of operation is not documented.
+    No public name says so of an operation.
     """
     return [
         op
@@ -35,7 +35,7 @@ def stateful_operations() -> list[tf.Operation]:
 
 
 def uses(graph, variable) -> list[tf.Operation]:
-    """The operations of a graph that read or assign a variable, of any graph.
+    """Returns the operations of a graph that read or assign a variable.
 
     Neither a function's captures nor a tensor's consumers are documented.
     """
@@ -43,12 +43,12 @@ def uses(graph, variable) -> list[tf.Operation]:
 
 
 def uninitialized(size) -> tf.Tensor:
-    """So many bytes of memory, of which none is written."""
+    """Takes so many bytes of memory, and writes none of them."""
     return tf.raw_ops.Empty(shape=[size], dtype=tf.uint8)
 
 
 def compute_anyway(value) -> None:
-    """Has what is traced here compute a value that nothing needs."""
+    """Computes a value that nothing needs, in what is traced here."""
     # A stateful op, or TensorFlow would leave out what the value is made of.
     with tf.control_dependencies([tf.convert_to_tensor(value)]):
         tf.raw_ops.Assert(condition=True, data=[0])

@@ -13,6 +13,9 @@ from tensorflow.python.distribute import input_lib
 from keras_accum.compat.hooks import Hook
 from keras_accum.compat.hooks import attribute
 
+_new_iterators = Hook(input_lib, "_create_iterators_per_worker")
+_begun_epochs = Hook(TFEpochIterator, "_get_iterator")
+
 
 def first_batch(epoch_iterator):
     """The first replica's part of an epoch's first batch.
@@ -32,14 +35,8 @@ def first_batch(epoch_iterator):
     return None
 
 
-_new_iterators = Hook(input_lib, "_create_iterators_per_worker")
-
-
-_begun_epochs = Hook(TFEpochIterator, "_get_iterator")
-
-
 def iterating_over(function):
-    """Has a function say what distributed data are iterated over, likewise.
+    """Has a function say what distributed data this thread iterates over.
 
     Args:
         function: Called with each worker's `tf.data.Dataset`; returns one.
@@ -55,7 +52,7 @@ def iterating_over(function):
 
 
 def noting_epoch_iterators(function):
-    """Has a function see each epoch iterator when it begins, likewise.
+    """Has a function see each epoch iterator that begins in this thread.
 
     Args:
         function: Called with what Keras counts the steps of an epoch with.

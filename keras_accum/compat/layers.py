@@ -5,6 +5,8 @@ from keras.src.random import seed_generator
 
 from keras_accum.compat.hooks import Hook
 
+_moments = Hook(keras.layers.BatchNormalization, "_moments")
+
 
 def random_states(model) -> list[keras.Variable]:
     """The states of all random generators of a model's layers."""
@@ -29,11 +31,8 @@ def global_seed_state() -> list[keras.Variable]:
     return [seed_generator.global_seed_generator().state]
 
 
-_moments = Hook(keras.layers.BatchNormalization, "_moments")
-
-
 def noting_moments(function):
-    """Has a function see what BatchNormalization normalises with, likewise.
+    """Has a function see what this thread's BatchNormalization works with.
 
     Args:
         function: Called as `function(layer, inputs, mask, means, variances)`.

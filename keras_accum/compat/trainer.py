@@ -14,6 +14,12 @@ from keras_accum.compat.hooks import attribute
 # Where `BackupAndRestore` tells `fit` with which epoch to begin.
 FIRST_EPOCH = "_initial_epoch"
 
+# What updates anything ends in one of these.
+_updates = [
+    Hook(cls, "apply")
+    for cls in (keras.Optimizer, keras.optimizers.LossScaleOptimizer)
+]
+
 
 def compute_loss(model, x, y, y_pred, sample_weight, training):
     """`model.compute_loss`.
@@ -108,16 +114,9 @@ def ending_training_by(optimizer, function):
     )
 
 
-# What updates anything ends in one of these.
-_updates = [
-    Hook(cls, "apply")
-    for cls in (keras.Optimizer, keras.optimizers.LossScaleOptimizer)
-]
-
-
 @contextlib.contextmanager
 def before_updates(function) -> Iterator[None]:
-    """Has a function be called before Keras's optimizers update, likewise.
+    """Has a function be called before updates of Keras's, in this thread.
 
     Args:
         function: Called as `function(optimizer)`.

@@ -45,7 +45,7 @@ def is_overwritten(variable) -> bool:
 
 @contextlib.contextmanager
 def replacing_assignments(functions) -> Iterator[None]:
-    """Has functions take the place of `tf.Variable`'s methods, in this thread.
+    """Puts functions in the place of `tf.Variable`'s methods, in this thread.
 
     Args:
         functions: By the name of a method that assigns, such as "assign_add":
