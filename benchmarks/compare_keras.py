@@ -5,6 +5,7 @@ the train function that `fit` calls. Also runs on Keras 2.13, which is what the
 gradient-accumulator package installs.
 """
 
+import functools
 import statistics
 
 import keras
@@ -218,14 +219,21 @@ class KerasAccum(Keras):
     def scratch(self):
         """See `Contestants`."""
         from keras_accum import compat
+        from keras_accum import steps
 
         batch = tf.nest.map_structure(
             tf.convert_to_tensor, self.case.batch(self.case.rows)
         )
         model, plain = self._model("window", 8), self._model("plain", 8)
         # The buffers are there when further micro-batches are traced.
-        model._first_microbatch(batch)
-        programs = {"window": model._next_microbatch, "plain": plain.train_step}
+        first, next_ = (
+            functools.partial(
+                steps.train_microbatch, model._accumulation, is_first
+            )
+            for is_first in (True, False)
+        )
+        first(batch)
+        programs = {"window": next_, "plain": plain.train_step}
         return {
             name: compat.planned_bytes(
                 tf.function(step, jit_compile=True, autograph=False), batch

@@ -82,7 +82,7 @@ _FAILING = {
     "asks for Keras's own class inside a `Sequential`",
 )
 # and in micro-batches.
-_FAILING_IN_PIECES = {
+_FAILING_IN_MICROBATCHES = {
     "TestTrainer::test_fit_sparse": (
         "buffers are dense, and so is what an optimizer gets"
     ),
@@ -142,7 +142,7 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     """Expects the failures that are listed, and no others."""
-    failing = _FAILING | (_FAILING_IN_PIECES if _SIZE else {})
+    failing = _FAILING | (_FAILING_IN_MICROBATCHES if _SIZE else {})
     for item in items:
         _, _, name = item.nodeid.partition("::")
         for start, reason in failing.items():

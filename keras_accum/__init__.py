@@ -11,7 +11,7 @@ if keras.backend.backend() != "tensorflow":
 
 from keras_accum import schedules
 from keras_accum.accumulator import GradientAccumulator
-from keras_accum.model import GradientAccumulationMixin
+from keras_accum.mixin import GradientAccumulationMixin
 from keras_accum.model import GradientAccumulationModel
 
 __version__ = "0.1.0"

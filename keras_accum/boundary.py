@@ -1,218 +1,173 @@
-"""What replicas tell each other at the boundary of a window, and no sooner."""
+"""The end of a window: one reduction over the replicas, and the update.
+
+Between boundaries nothing crosses replicas. At a boundary all that the window
+gathered is added up over them, at once; then each makes the same update, and
+the metrics' results are those of all.
+"""
 
 import contextlib
+import contextvars
+from collections.abc import Callable
 from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
 
 from keras_accum import compat
-from keras_accum import moments
+from keras_accum import programs
 from keras_accum import replicas
-from keras_accum.accumulator import after_everything_so_far
-from keras_accum.finite import is_finite
-from keras_accum.loss_tracker import WindowLoss
+from keras_accum.window import Window
+
+# The window, and what its `sums` of all replicas add up to. A user's
+# `update_step` may stand between who sets it and who reads it.
+_TOTALS = contextvars.ContextVar("keras_accum_totals", default=(None, None))
 
 
-class BoundaryMixin(compat.SymbolicBuildMixin):
-    """The one reduction of a window, and what each replica makes of it.
+def end_window(
+    model: keras.Model, window: Window, vector: tf.Tensor | None = None
+) -> dict | None:
+    """Ends the window in the train function, within each replica.
 
-    Five things are summed over the replicas: the buffers with the window's
-    weight, the numerators and denominators of the losses, the moments that
-    BatchNormalization keeps, other variables that steps assign, and those of
-    metrics. The first make the update, the last the logs.
+    Args:
+        model: The model.
+        window: Its window.
+        vector: What the replicas' packed sums add up to, or None if they are
+            still to be added up.
+
+    Returns:
+        The logs of all replicas, or None if there is only one replica.
     """
+    if not replicas.has_several(model.distribute_strategy):
+        model.update_step()
+        return None
+    if vector is None:
+        totals = sums_of_all(window)
+    else:
+        totals = replicas.unpack(vector, window.sums())
+    # If there was no batch, nothing may change: not the number of updates
+    # either, which does not depend on the sums by itself.
+    with tf.control_dependencies(tf.nest.flatten(totals)[:1]):
+        token = _TOTALS.set((window, totals))
+        try:
+            model.update_step()
+        finally:
+            _TOTALS.reset(token)
+        return logs_of_all(model, window, totals)
 
-    # `id`s of the variables that train steps assign, besides the trained ones.
-    _accum_state: frozenset[int] = frozenset()
-    # The moments of the window; None until a layer had some.
-    _accum_moments: moments.WindowMoments | None = None
-    # In the train function's update: what the replicas' sums add up to.
-    _accum_sums = None
 
-    def _build_from(self, iterator, data_batch):
-        """Does as Keras, without a reduction; see `compat.first_batch`."""
-        if iterator is not None:
-            if replicas.has_several_workers(self.distribute_strategy):
-                replicas.check_same_length(
-                    self.distribute_strategy, iterator.num_batches
-                )
-                compat.note_number_of_batches(iterator)
-            data_batch = compat.first_batch(iterator)
-        with self.distribute_strategy.scope():
-            compat.symbolic_build(self, data_batch)
+def update(model: keras.Model, window: Window) -> None:
+    """Updates by the window's mean gradient, and starts a new window.
 
-    def _needs_own_functions(self):
-        """Whether Keras's functions fail: several devices, and XLA or workers.
-
-        See keras#20585.
-        """
-        strategy = self.distribute_strategy
-        if not replicas.has_several(strategy) or replicas.on_tpu(strategy):
-            return False
-        return self.jit_compile or replicas.has_several_workers(strategy)
-
-    @contextlib.contextmanager
-    def _gathering_moments(self, now) -> Iterator[None]:
-        """Has BatchNormalization update its statistics once a window."""
-        # Tensors of another graph, such as that of a loop, stay in it. Then the
-        # layer does what it does in Keras.
-        graph = compat.current_graph()
-
-        def note(layer, *args):
-            if compat.current_graph() is graph:
-                now.moments.append(moments.moments_of(layer, *args))
-                now.held |= set(map(id, compat.moving_statistics(layer)))
-
-        with compat.noting_moments(note):
-            yield
-        if not now.moments:
-            return
-        if self._accum_moments is None:
-            strategy = self.distribute_strategy
-            self._accum_moments = moments.WindowMoments(strategy)
-        # Last, so that a step that fails leaves the window as it was.
-        with tf.control_dependencies(after_everything_so_far([])):
-            self._accum_moments.add(now, self._is_first())
-
-    def _noting_state(self, now):
-        """Returns a function that sees what Keras's variables are assigned."""
-        several = replicas.has_several(self.distribute_strategy)
-        changes_nothing = not several and self.nonfinite == "propagate"
-
-        def assign(variable, value):
-            if id(variable) in now.held:
-                return variable.value
-            if changes_nothing:
-                return value
-            # Of others, such as the state of random generators, all replicas
-            # have the same, and shall go on having it.
-            if not tf.as_dtype(variable.dtype).is_floating:
-                return value
-            self._accum_state |= {id(variable)}
-            if self.nonfinite == "skip_microbatch" and now.is_finite is None:
-                now.note_state(variable)
-            if self.nonfinite == "skip_window":
-                # The gradients are looked at too late for that.
-                value = tf.convert_to_tensor(value)
-                value = tf.where(is_finite(value), value, variable.value)
-            return now.value_or(value, variable)
-
-        return assign
-
-    def _state_variables(self):
-        """Other variables that train steps assign, such as moving means.
-
-        Each replica assigns its own copy. At a boundary the mean is taken.
-        """
-        if not replicas.has_several(self.distribute_strategy):
-            return []
-        return [
-            v
-            for v in self.non_trainable_variables
-            if id(v) in self._accum_state
-        ]
-
-    def _metric_sums(self):
-        """Variables of metrics that are sums over the replicas."""
-        if not replicas.has_several(self.distribute_strategy):
-            return []
-        return [
-            variable
-            for variable in self.metrics_variables
-            if variable.aggregation == "sum"
-            and tf.as_dtype(variable.dtype).is_floating
-        ]
-
-    def _boundary_sums(self):
-        """What is summed over the replicas at a boundary."""
-        gathered = self._accum_moments
-        return {
-            "gradients": self._gradient_accumulator().sums(),
-            "losses": [each.window for each in self._window_trackers()],
-            "moments": [] if gathered is None else gathered.sums(),
-            "state": [v.value for v in self._state_variables()],
-            "metrics": [v.value for v in self._metric_sums()],
-            "nonfinite": self._nonfinite_sums(),
-        }
-
-    def _known_sums(self):
-        """Stands for the structure of `_boundary_sums`."""
-        if self._accum_buffers is None:
-            return ()
-        gathered = self._accum_moments
-        return (
-            self._number_of_buffers(),
-            len(self._window_trackers()),
-            0 if gathered is None else len(gathered.states),
-            len(self._state_variables()),
-            len(self._metric_sums()),
-        )
-
-    def _pack_sums(self):
-        """What a replica gives to the reduction: a vector."""
-        return replicas.pack(self._boundary_sums())
-
-    def _end_window(self, vector=None):
-        """`update_step` in the train function.
-
-        Args:
-            vector: What the replicas' `_pack_sums` add up to, or None if it has
-                to be found out.
-
-        Returns:
-            The logs of all replicas, or None if there is one.
-        """
-        if not replicas.has_several(self.distribute_strategy):
-            self.update_step()
-            return None
-        own = self._boundary_sums()
-        if vector is None:
-            where = self._accum_buffers.weight
-            sums = replicas.sum_over_replicas(own, where)
-        else:
-            sums = replicas.unpack(vector, own)
-        self._accum_sums = sums
-        # If there was no batch, nothing may change: not the number of updates
-        # either, which does not depend on the sums by itself.
-        with tf.control_dependencies(tf.nest.flatten(sums)[:1]):
-            try:
-                self.update_step()
-            finally:
-                self._accum_sums = None
-            return self._logs_of_all(sums)
-
-    def _logs_of_all(self, sums):
-        """The metrics' results, from what the replicas' `sums` add up to."""
-        variables = self._metric_sums()
-        totals = dict(zip(map(id, variables), sums["metrics"], strict=True))
-        for tracker, window in zip(
-            self._window_trackers(), sums["losses"], strict=True
+    Args:
+        model: The model.
+        window: Its window.
+    """
+    totals_window, totals = _TOTALS.get()
+    if totals_window is not window:
+        totals = sums_of_all(window)
+    gradients, nonfinite = window["gradients"], window["nonfinite"]
+    applies = None
+    if model.trainable_weights:
+        means = gradients.mean(totals["gradients"])
+        applies = nonfinite.applies(totals["nonfinite"], totals["gradients"])
+        with (
+            updating_local_copies(model),
+            nonfinite.updating_if(applies, totals["nonfinite"]),
         ):
-            tracker.add_window_to(totals, window)
-        mapping = [(v, totals[id(v)]) for v in variables]
-        with keras.StatelessScope(state_mapping=mapping):
-            return self.get_metrics_result()
+            model.optimizer.apply_gradients(
+                zip(means, model.trainable_weights, strict=True)
+            )
+    window.close(totals, applies)
 
-    @contextlib.contextmanager
-    def _updating_own_copies(self) -> Iterator[None]:
-        strategy = self.distribute_strategy
-        if not replicas.has_copies(strategy):
-            yield
-            return
-        on_tpu = replicas.on_tpu(strategy)
-        with compat.without_communication(self.optimizer, on_tpu):
-            yield
 
-    def _close_trackers(self):
-        for tracker in self._window_trackers():
-            tracker.close()
-        if self._accum_nonfinite is not None:
-            self._accum_nonfinite.forget_window()
+def sums_of_all(window: Window) -> dict[str, list[tf.Tensor]]:
+    """Returns what the window's `sums` of all replicas add up to."""
+    sums = window.sums()
+    destination = window["gradients"].accumulator.weight
+    return replicas.sum_over_replicas(sums, destination)
 
-    def _window_trackers(self):
-        """The metrics that count a window as one batch."""
-        compiled = compat.compiled_loss(self)
-        outputs = [] if compiled is None else compat.output_metrics(compiled)
-        trackers = [compat.loss_tracker(self), *outputs]
-        return [each for each in trackers if isinstance(each, WindowLoss)]
+
+@contextlib.contextmanager
+def updating_local_copies(model: keras.Model) -> Iterator[None]:
+    """Makes the optimizer update a replica's copies, and ask no other."""
+    strategy = model.distribute_strategy
+    if not replicas.has_copies(strategy):
+        yield
+        return
+    on_tpu = replicas.on_tpu(strategy)
+    with compat.without_communication(model.optimizer, on_tpu):
+        yield
+
+
+def logs_of_all(model: keras.Model, window: Window, totals) -> dict:
+    """Returns the metrics' results, from what the replicas' sums add up to."""
+    variables = window["metrics"].keras_variables
+    values = dict(zip(map(id, variables), totals["metrics"], strict=True))
+    window["losses"].add_to(values, totals["losses"])
+    mapping = [(variable, values[id(variable)]) for variable in variables]
+    with keras.StatelessScope(state_mapping=mapping):
+        return model.get_metrics_result()
+
+
+def merge_logs(logs, reduced):
+    """Replaces the first replica's values in `logs` by those of all replicas.
+
+    Args:
+        logs: What a step returned.
+        reduced: What `end_window` returned.
+    """
+    if not isinstance(logs, dict) or not isinstance(reduced, dict):
+        return logs
+    return {
+        name: tf.cast(reduced.get(name, value), tf.as_dtype(value.dtype))
+        if isinstance(value, tf.Tensor)
+        else value
+        for name, value in logs.items()
+    }
+
+
+def make_update(accumulation) -> Callable:
+    """Returns a function that updates on all replicas and starts a new window.
+
+    Returns:
+        A function without arguments, for the host: in cross-replica context.
+        It returns the logs, a dict, if there are several replicas.
+    """
+    model, window = accumulation.model, accumulation.window
+    strategy = model.distribute_strategy
+    is_replicated = replicas.has_several(strategy)
+    # XLA knows reductions on TPUs alone; else they come between two programs.
+    splits = is_replicated and not replicas.on_tpu(strategy)
+    # A program knows the variables that there were when it was traced.
+    end = programs.on_first_replica(
+        model,
+        lambda signature, vector=None: end_window(model, window, vector),
+    )
+    pack = programs.running(model, lambda: replicas.pack(window.sums()))
+
+    def update(signature):
+        args = (signature,)
+        if splits:
+            # Not compiled: where TensorFlow copies one tensor after the other,
+            # XLA on a CPU looks up for each number where it comes from.
+            destination = window["gradients"].accumulator.weight
+            args += (replicas.reduce_across(strategy, pack(), destination),)
+        logs = end(args=args)
+        accumulation.position.complete()
+        return logs
+
+    # Keras wants a function of its own to make the optimizer's variables in.
+    # With reductions it must not be one, since it is called in a `tf.cond`, and
+    # TensorFlow numbers the reductions of a function where it is called.
+    if not model.run_eagerly and not is_replicated:
+        update = programs.in_graph(update)
+    return lambda: update(window.signature())
+
+
+def make_update_for_host(accumulation) -> Callable:
+    """Returns a function as `make_update`, which the host calls by itself."""
+    update, window = make_update(accumulation), accumulation.window
+    if accumulation.model.run_eagerly:
+        return update
+    traced = programs.in_graph(lambda signature: update())
+    return lambda: traced(window.signature())

@@ -7,7 +7,7 @@ import keras
 
 
 def line_of_caller() -> str:
-    """The line that called Keras: the last that is none of Keras's or ours."""
+    """Returns the last line of the stack that is neither Keras's nor ours."""
     folders = tuple(
         str(pathlib.Path(file).parent) for file in (__file__, keras.__file__)
     )

@@ -1,13 +1,90 @@
-"""What becomes of a window that the end of an epoch cuts short."""
+"""Where `fit` is: epochs, their ends, and going on inside of one.
+
+A window that the end of an epoch cuts short is ended, carried on or dropped.
+
+Keras's `BackupAndRestore` goes on at the start of the epoch that it was in,
+with the weights from the middle of it. Here the number of batches is saved with
+the weights. Whatever loads them when training begins, and before the first
+epoch does, has those batches skipped.
+"""
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
 
+from keras_accum import building
 from keras_accum import compat
+
+
+@dataclasses.dataclass
+class Progress:
+    """The epoch, and its batches so far.
+
+    Attributes:
+        epoch: Index of the epoch.
+        batches: Batches of it that the weights have seen; 0 outside of `fit`.
+        to_skip: Batches of it that are still to be skipped.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    to_skip: int = 0
+    _loaded: tuple[int, int] | None = None
+
+    def begin_training(self) -> None:
+        """Begins `fit`; what is loaded from now on counts."""
+        self.end_training()
+        self._loaded = None
+
+    def load(self, epoch: int, batches: int) -> None:
+        """Records where loaded weights come from."""
+        self._loaded = epoch, batches
+
+    def first_epoch(self, epoch: int | None) -> int | None:
+        """Returns the epoch to begin with, if `BackupAndRestore` says `epoch`.
+
+        `BackupAndRestore` counts epochs anew in each process, and so goes back
+        to the first one if the training is killed twice.
+        """
+        return epoch if self._loaded is None else self._loaded[0]
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Starts an epoch: the one that the weights come from, or another."""
+        loaded_epoch, batches = self._loaded or (epoch, 0)
+        self._loaded = None
+        self.epoch = epoch
+        self.batches = self.to_skip = batches if loaded_epoch == epoch else 0
+
+    def end_epoch(self) -> None:
+        """Ends an epoch: the next one has seen no batches."""
+        self.epoch, self.batches, self.to_skip = self.epoch + 1, 0, 0
+
+    def end_training(self) -> None:
+        """Ends `fit`."""
+        self.batches = self.to_skip = 0
+
+
+def skip_batches(accumulation, iterator) -> dict:
+    """Skips batches that the weights have seen; returns no logs.
+
+    Callbacks see the steps that are skipped, as they did the first time.
+
+    Args:
+        accumulation: What the model accumulates in.
+        iterator: Over batches.
+    """
+    progress = accumulation.progress
+    num_steps = accumulation.model.steps_per_execution
+    for _ in range(min(num_steps, progress.to_skip)):
+        data = next(iterator)
+    # If nothing is left of the epoch, its end asks for metrics.
+    building.build_for(accumulation, data)
+    progress.to_skip = max(0, progress.to_skip - num_steps)
+    return {}
 
 
 class EndOfEpoch(keras.callbacks.Callback):
@@ -15,27 +92,34 @@ class EndOfEpoch(keras.callbacks.Callback):
 
     It comes before all other callbacks: at the start of a validation, which
     `fit` tells its callbacks about, and at the epoch's end.
+
+    Args:
+        accumulation: What the model accumulates in.
     """
 
+    def __init__(self, accumulation) -> None:
+        super().__init__()
+        self._accumulation = accumulation
+
     def on_train_begin(self, logs=None):
-        """Forgets what was left over, unless it is to be carried on."""
-        self.model._accum_window.forget_solution()
-        self.model._accum_progress.begin_training()
-        if (
-            self.model.partial_window == "carry"
-            or self.model._accum_is_restored
-        ):
-            self.model._resume_window()
+        """Forgets a window that was left over, unless it is carried on."""
+        accumulation = self._accumulation
+        accumulation.position.forget_solution()
+        accumulation.progress.begin_training()
+        is_carried = accumulation.options.partial_window == "carry"
+        if is_carried or accumulation.is_restored:
+            accumulation.resume()
         else:
-            self.model.reset_window()
+            accumulation.reset()
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Notes how many windows there were before."""
-        self.model._accum_progress.begin_epoch(epoch)
-        self.model._accum_is_restored = False
-        self._completed = int(self.model._accum_window.completed)
-        if self.model._accum_nonfinite is not None:
-            self.model._accum_nonfinite.forget()
+        """Begins an epoch, and records how many windows there were before."""
+        accumulation = self._accumulation
+        accumulation.progress.begin_epoch(epoch)
+        accumulation.is_restored = False
+        self._completed = int(accumulation.position.completed)
+        accumulation.window["losses"].resume()
+        accumulation.window["nonfinite"].begin_epoch()
 
     def on_test_begin(self, logs=None):
         """Ends the window before a validation."""
@@ -44,25 +128,36 @@ class EndOfEpoch(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Ends the window before the epoch's end is announced."""
         self._end_window()
-        self.model._accum_progress.end_epoch()
+        accumulation = self._accumulation
+        accumulation.progress.end_epoch()
         if logs is not None:
-            logs.update(self.model._nonfinite_logs())
+            logs.update(accumulation.window["nonfinite"].logs())
 
     def _end_window(self):
-        model, window = self.model, self.model._accum_window
-        if model.partial_window == "carry" or int(window.position) == 0:
+        accumulation = self._accumulation
+        policy = accumulation.options.partial_window
+        position, size = accumulation.position.read()
+        if policy == "carry" or position == 0:
             return
-        if int(window.completed) == self._completed:
-            warn_of_short_epoch(model)
-        if model.partial_window == "flush":
-            model.flush()
+        if int(accumulation.position.completed) == self._completed:
+            outcome = (
+                "the epoch makes one update, of those that it has"
+                if policy == "flush"
+                else 'with `partial_window="drop"` it makes no update at all'
+            )
+            accumulation.losses.warn_once(
+                "An epoch has fewer micro-batches than `accum_steps`: "
+                f"{position}, with accum_steps={size}; {outcome}."
+            )
+        if policy == "flush":
+            accumulation.model.flush()
         else:
-            model.reset_window()
+            accumulation.model.reset_window()
 
 
 @contextlib.contextmanager
 def keeping_weights_without_update(optimizer) -> Iterator[None]:
-    """Lets a `fit` that makes no update leave the weights as they are.
+    """Keeps the weights as they are in a `fit` that makes no update.
 
     Keras ends it with averages of the weights (EMA), if the optimizer has them.
     Before the first update they are zeros: a `fit` of Keras makes one, but one
@@ -78,21 +173,6 @@ def keeping_weights_without_update(optimizer) -> Iterator[None]:
 
     with compat.ending_training_by(optimizer, end):
         yield
-
-
-def warn_of_short_epoch(model):
-    """Warns, once, that an epoch did not fill a single window."""
-    window = model._accum_window
-    outcome = (
-        "the epoch makes one update, of those that it has"
-        if model.partial_window == "flush"
-        else 'with `partial_window="drop"` it makes no update at all'
-    )
-    model._warn_once(
-        "An epoch has fewer micro-batches than `accum_steps`: "
-        f"{int(window.position)}, with accum_steps={int(window.size)}; "
-        f"{outcome}."
-    )
 
 
 def prepend_callback(fit, args, kwargs, callback):
@@ -126,7 +206,7 @@ def prepend_callback(fit, args, kwargs, callback):
 
 
 def name_of_the_rest(signature):
-    """Name of the argument that gets all other keywords."""
+    """Returns the name of the argument that gets all other keywords."""
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             return name

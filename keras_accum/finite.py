@@ -17,19 +17,19 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_accum import microbatch
 from keras_accum import outer_products
+from keras_accum.gradients import values_of
 
 
 def all_finite(gradients: Sequence, looks_at_factors=False) -> tf.Tensor:
-    """Whether there is no NaN and no infinity in gradients; a bool scalar.
+    """Returns whether gradients have no NaN and no infinity; a bool scalar.
 
     Args:
         gradients: Of any kind.
-        looks_at_factors: Whether to look at what they are matrix products of,
-            first. That is much less, but takes a conditional.
+        looks_at_factors: Whether to look first at the factors of those that are
+            matrix products. That is much less, but takes a conditional.
     """
-    values = [microbatch.values_of(g) for g in gradients if g is not None]
+    values = [values_of(g) for g in gradients if g is not None]
     found, products = [], []
     for value in values:
         product = small_factors(value) if looks_at_factors else None
@@ -56,7 +56,7 @@ def all_finite(gradients: Sequence, looks_at_factors=False) -> tf.Tensor:
 
 
 def small_factors(value):
-    """What a tensor is the matrix product of, if that is much less to read."""
+    """Returns a matrix product's factors, if they are much less to read."""
     product = outer_products.factors(value)
     if product is None or not value.shape.is_fully_defined():
         return None
@@ -65,7 +65,7 @@ def small_factors(value):
 
 
 def is_bounded(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-    """Whether `x^T dy` is finite for certain; a bool scalar.
+    """Returns whether `x^T dy` is finite for certain; a bool scalar.
 
     No entry is larger than the product of the factors' norms (Cauchy, Schwarz).
     A NaN is not less than anything.
@@ -74,14 +74,14 @@ def is_bounded(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
 
 
 def norm(value: tf.Tensor) -> tf.Tensor:
-    """The Frobenius norm; a scalar."""
+    """Returns the Frobenius norm; a scalar."""
     # As a matrix product, for the reason that `is_finite` has.
     row = tf.reshape(value, [1, -1])
     return tf.sqrt(tf.squeeze(tf.matmul(row, row, transpose_b=True)))
 
 
 def is_finite(value: tf.Tensor) -> tf.Tensor:
-    """Whether there is no NaN and no infinity in a tensor; a bool scalar."""
+    """Returns whether a tensor has no NaN and no infinity; a bool scalar."""
     is_narrow = value.dtype not in (tf.float32, tf.float64)
     if value.shape.rank is None or value.shape.rank < 2 or is_narrow:
         return tf.reduce_all(tf.math.is_finite(value))

@@ -1,8 +1,8 @@
-"""Classes of models that are of another class as well: functional, or a user's.
+"""Model classes that combine ours with another, made on demand.
 
 `keras.Model.__init__`, called with inputs and outputs, puts the functional
 subclass in place of `keras.Model` among the bases of the class that is being
-constructed, and that for good: subclasses that have a `call` of their own then
+constructed, and it stays there: subclasses that have a `call` of their own then
 break. Here a functional model gets a class of its own, and no class changes. So
 does a model that was made as one of a user's class.
 """
@@ -12,10 +12,11 @@ import types
 import keras
 
 from keras_accum import compat
+from keras_accum.options import Options
 
 
 def is_functional_call(args, kwargs) -> bool:
-    """Whether a model's constructor is given inputs and outputs.
+    """Returns whether a model's constructor is given inputs and outputs.
 
     Keras goes by their number and names, which other models' arguments may have
     too: here they must be symbolic.
@@ -29,7 +30,8 @@ def is_functional_call(args, kwargs) -> bool:
 
 def check_functional_call(kwargs) -> None:
     """Raises a `TypeError` for what a functional model would ignore."""
-    unknown = kwargs.keys() - {"inputs", "outputs", "name", "trainable"}
+    accepted = {"inputs", "outputs", "name", "trainable", *Options.names()}
+    unknown = kwargs.keys() - accepted
     if unknown:
         received = ", ".join(f"{name}={kwargs[name]!r}" for name in unknown)
         raise TypeError(
@@ -40,7 +42,7 @@ def check_functional_call(kwargs) -> None:
 
 
 def functional_subclass(cls: type[keras.Model]) -> type[keras.Model]:
-    """The class of functional models of `cls`.
+    """Returns the class of functional models of `cls`.
 
     Args:
         cls: A subclass of `keras.Model`.
@@ -51,7 +53,7 @@ def functional_subclass(cls: type[keras.Model]) -> type[keras.Model]:
 def subclass_of_both(
     cls: type[keras.Model], other: type[keras.Model]
 ) -> type[keras.Model]:
-    """The class of models that are of both classes, made once.
+    """Returns the class of models that are of both classes, made once.
 
     It has the name of `cls`, and is saved and loaded as `cls`, unless one of
     the two is of both already.
@@ -85,12 +87,12 @@ def subclass_of_both(
 
 
 def named_class(cls: type[keras.Model]) -> type[keras.Model]:
-    """The class that `subclass_of_both` made `cls` of, or `cls` itself."""
+    """Returns the class that `subclass_of_both` made `cls` of, or `cls`."""
     return cls.__dict__.get("_stands_for", cls)
 
 
 def other_class(cls: type[keras.Model]) -> type[keras.Model] | None:
-    """The other class that `cls` was made of, unless it is Keras's own.
+    """Returns the other class that `cls` was made of, unless it is Keras's own.
 
     Models of Keras's functional class are made by inputs and outputs, and of
     these nothing else has to be known.

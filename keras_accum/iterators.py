@@ -25,11 +25,11 @@ OPTIMIZATIONS = ("noop_elimination", "shuffle_and_repeat_fusion", "map_fusion")
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """Ends what Keras iterates over in this thread meanwhile, safely."""
+    """Ends, safely, what Keras begins to iterate over in this thread."""
     begun = []
     with (
         compat.iterating_over(rewritten),
-        compat.noting_epoch_iterators(begun.append),
+        compat.recording_epoch_iterators(begun.append),
     ):
         try:
             yield
@@ -39,7 +39,7 @@ def ending() -> Iterator[None]:
 
 
 def rewritten(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """The same data, as a dataset that TensorFlow rewrites for an iterator."""
+    """Returns a dataset of the same data that TensorFlow rewrites."""
     given = dataset.options().experimental_optimization
     options = tf.data.Options()
     # Any will do, and these change least. TensorFlow warns of one that is

@@ -1,12 +1,17 @@
 """The loss that `fit` reports: that of whole windows, not of micro-batches."""
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
 
 from keras_accum import replicas
+
+# Where metrics record, by their `id`s. Keras's `compute_loss` stands between
+# who sets it and the metrics; replicas are traced in threads of their own.
+_RECORDED = contextvars.ContextVar("keras_accum_recorded", default={})  # noqa: B039
 
 
 class WindowLoss(keras.metrics.Mean):
@@ -38,49 +43,28 @@ class WindowLoss(keras.metrics.Mean):
             self.window = replicas.sum_variable(
                 tf.zeros((3,), self.dtype), "window"
             )
-        self._is_holding = False
-        self._held = None
 
     @contextlib.contextmanager
-    def held_back(self) -> Iterator[None]:
-        """Keeps what `update_state` is given for `add_held`.
+    def recording(self, recorded: dict[int, tuple]) -> Iterator[None]:
+        """Records what `update_state` is given, by the metric's `id`.
 
         Keras updates the metrics of single outputs while it computes the loss,
         when their denominators are not known yet.
         """
-        self._is_holding, self._held = True, None
+        before = _RECORDED.get()
+        token = _RECORDED.set(before | {id(self): recorded})
         try:
             yield
         finally:
-            self._is_holding = False
+            _RECORDED.reset(token)
 
     def update_state(self, values, sample_weight=None) -> None:
-        """Adds to the mean, as `keras.metrics.Mean`, or holds back."""
-        if self._is_holding:
-            self._held = values, sample_weight
+        """Adds to the mean, as `keras.metrics.Mean`, or only records."""
+        recorded = _RECORDED.get().get(id(self))
+        if recorded is not None:
+            recorded[id(self)] = values, sample_weight
         else:
             super().update_state(values, sample_weight)
-
-    def add_held(
-        self, weight: tf.Tensor | None, first, choose=lambda loss: loss
-    ) -> None:
-        """Adds what was held back, as one micro-batch.
-
-        Args:
-            weight: As for `add`.
-            first: Whether it is the window's first, as a bool or a tensor.
-                Where the number of rows is not known while tracing, Keras
-                counts each batch once, and so a window.
-            choose: A function of the loss, and of the weight and the rows;
-                what it returns is added.
-        """
-        if self._held is None:
-            return
-        loss, rows = self._held
-        self._held = None
-        rows = tf.cast(first, tf.int32) if rows is None else choose(rows)
-        weight = weight if weight is None else choose(weight)
-        self.add(choose(loss), weight, rows)
 
     def add(
         self,
@@ -115,7 +99,7 @@ class WindowLoss(keras.metrics.Mean):
 
         Args:
             window: The sum of all replicas' `window`, if there are several.
-            share: Which part of it this replica counts as its own.
+            share: The share of it that this replica counts.
         """
         total, rows = window_total(self.window if window is None else window)
         self.total.assign_add(share * total)
@@ -123,7 +107,7 @@ class WindowLoss(keras.metrics.Mean):
         self._forget_window()
 
     def close_copies(self, strategy: tf.distribute.Strategy) -> None:
-        """Does what `close` does, on each of this worker's replicas by itself.
+        """Ends the window as `close`, on each of this worker's replicas alone.
 
         For the host, which asks no other worker.
         """
@@ -146,7 +130,7 @@ class WindowLoss(keras.metrics.Mean):
     def add_window_to(
         self, totals: dict[int, tf.Tensor], window: tf.Tensor
     ) -> None:
-        """Does what `close` does, to values of the variables.
+        """Adds the window to values of the variables, as `close` to these.
 
         Args:
             totals: Values of the metric's variables, by the variables' `id`.
@@ -162,7 +146,7 @@ class WindowLoss(keras.metrics.Mean):
         self._forget_window()
 
     def result(self) -> tf.Tensor:
-        """The mean loss; a scalar."""
+        """Returns the mean loss; a scalar."""
         total, rows = window_total(self.window)
         return tf.math.divide_no_nan(self.total + total, self.count + rows)
 
@@ -171,6 +155,6 @@ class WindowLoss(keras.metrics.Mean):
 
 
 def window_total(window):
-    """A window's loss times its rows, and its rows."""
+    """Returns a window's loss times its rows, and its rows."""
     loss, weight, rows = tf.unstack(window)
     return rows * tf.math.divide_no_nan(loss, weight), rows

@@ -1,7 +1,10 @@
-"""The micro-batch that a train step is at work on, in this replica."""
+"""The micro-batch that a step is at work on, in this replica."""
 
+import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Self
 
@@ -9,74 +12,89 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum.finite import is_finite
+from keras_accum.gradients import choose_all
+from keras_accum.gradients import select_all
 
-# Replicas are traced in threads of their own, each with a context of its own.
+# A user's `train_step` stands between who sets it and who reads it. Replicas
+# are traced in threads of their own, each with a context of its own.
 _CURRENT = contextvars.ContextVar("keras_accum_microbatch", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What a layer normalised the channels of its inputs with.
+    """The means and variances by which a layer normalized its inputs.
 
     Attributes:
         layer: The layer.
-        number: How many values of a channel there were; a float scalar.
+        count: How many values of a channel there were; a float scalar.
         means: Of the channels.
         variances: Of the channels.
     """
 
-    layer: keras.layers.Layer
-    number: tf.Tensor
+    layer: keras.layers.BatchNormalization
+    count: tf.Tensor
     means: tf.Tensor
     variances: tf.Tensor
 
 
 class Microbatch:
-    """What a train step and what it calls know of the micro-batch.
+    """A micro-batch: what a step knows of it, and what it records.
 
     A replica may get no rows, of a last batch that is short. What was computed
     from nothing may be no number; it counts for nothing and changes nothing.
 
     Args:
         model: The model that trains.
-        first: Whether it is the first of its window; None if that is known on
-            the device alone.
+        first: Whether it is the first of its window: a bool, or a function that
+            returns a bool tensor.
         has_rows: A bool tensor; None if there are rows for certain.
-        totals: What the rows and the denominators of the losses add up to in
-            the whole window, on all replicas: a float vector. None if they
+        nonfinite: The policy for gradients that are not finite.
+        is_replicated: Whether there are other replicas.
+        denominators: What the rows and the denominators of the losses add up to
+            in the whole window, on all replicas: a float vector. None if they
             are not known yet, or one weight for the micro-batch is exact.
 
     Attributes:
         is_finite: Whether its gradients are; a bool tensor. None if that is
             not known yet, or does not matter.
-        has_accumulated: Whether gradients were added to the window.
-        row_share: With `totals`, how much a mean over the rows counts.
+        accumulated: The gradients, and their weight, of each call of
+            `accumulate`, as they count.
+        row_share: With `denominators`, how much a mean over the rows counts.
         loss_without_rows: The loss if there are no rows, or none count.
         gradients_without_rows: Its gradients, or None if they are zeros.
-        moments: The `Moments` of its calls of layers that normalise over it.
-        held: `id`s of the variables that the window's end assigns in its place.
+        moments: The `Moments` of its calls of layers that normalize over it.
+        assigned: Keras's variables that it assigns, by `id`.
+        recorded_losses: What the metrics of single outputs were given, by `id`.
     """
 
     def __init__(
         self,
         model: keras.Model,
-        first: bool | None,
-        has_rows: tf.Tensor | None,
-        totals: tf.Tensor | None = None,
+        first: bool | Callable[[], tf.Tensor],
+        has_rows: tf.Tensor | None = None,
+        nonfinite: str = "propagate",
+        is_replicated: bool = False,
+        denominators: tf.Tensor | None = None,
     ) -> None:
         self.model = model
-        self.first = first
         self.has_rows = has_rows
-        self.totals = totals
+        self.denominators = denominators
         self.is_finite = None
-        self._before = {}
-        self._graph = compat.current_graph()
-        self.has_accumulated = False
+        self.accumulated: list[tuple[list, tf.Tensor | None]] = []
         self.row_share = None
         self.loss_without_rows = tf.zeros(())
         self.gradients_without_rows = None
         self.moments: list[Moments] = []
-        self.held: frozenset[int] = frozenset()
+        self.assigned: dict[int, keras.Variable] = {}
+        self.recorded_losses: dict[int, tuple] = {}
+        self._first = first
+        self._nonfinite = nonfinite
+        self._changes_nothing = not is_replicated and nonfinite == "propagate"
+        self._graph = compat.current_graph()
+        self._before = {}
+        self._statistics = set()
+        self._measured = None
 
     def __enter__(self) -> Self:
         self._token = _CURRENT.set(self)
@@ -86,25 +104,51 @@ class Microbatch:
         _CURRENT.reset(self._token)
 
     @property
+    def is_first(self) -> bool | tf.Tensor:
+        """Whether it is the first of its window."""
+        return self._first if isinstance(self._first, bool) else self._first()
+
+    @property
     def counts(self) -> tf.Tensor | None:
         """Whether it counts, as far as is known; None if it does."""
         if self.is_finite is None or self.has_rows is None:
             return self.has_rows if self.is_finite is None else self.is_finite
         return tf.logical_and(self.has_rows, self.is_finite)
 
-    def note_state(self, variable: keras.Variable) -> None:
-        """Notes what a variable holds that the step is about to assign."""
+    @contextlib.contextmanager
+    def watched(self, layers: bool) -> Iterator[None]:
+        """Watches what the step assigns to Keras's variables.
+
+        Args:
+            layers: Whether to record what BatchNormalization normalizes with,
+                instead of updating its statistics.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(compat.assigning_through(self._value_for))
+            if layers:
+                record = self._record_moments
+                stack.enter_context(compat.recording_moments(record))
+            yield
+
+    def measured(self, batch: tuple, measure: Callable):
+        """Returns what `measure` finds in a batch, and calls it once.
+
+        Args:
+            batch: What it is measured in: nested tensors.
+            measure: A function without arguments.
+        """
         # A branch's tensors are not known outside of it.
-        if (
-            compat.current_graph() is self._graph
-            and id(variable) not in self._before
-        ):
-            self._before[id(variable)] = variable, tf.identity(variable.value)
+        if compat.current_graph() is not self._graph:
+            return measure()
+        leaves = keras.tree.flatten(batch)
+        if self._measured is None or not is_same(self._measured[0], leaves):
+            self._measured = leaves, measure()
+        return self._measured[1]
 
-    def note_finite(self, is_finite: tf.Tensor) -> None:
-        """Notes whether the gradients are finite, a bool tensor.
+    def find_finite(self, is_finite: tf.Tensor) -> None:
+        """Decides whether the gradients are finite, by a bool tensor.
 
-        If not, the variables noted so far get back what they held.
+        If not, the variables assigned so far get back what they held.
         """
         for variable, before in self._before.values():
             variable.assign(tf.where(is_finite, variable.value, before))
@@ -112,100 +156,91 @@ class Microbatch:
         self.is_finite = is_finite
 
     def value_or(self, value: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
-        """`value`, or `other` if the micro-batch does not count."""
+        """Returns `value`, or `other` if the micro-batch does not count."""
         counts = self.counts
         if counts is None:
             return value
         value = tf.convert_to_tensor(value)
         return tf.where(counts, value, tf.cast(other, value.dtype))
 
-    def or_nothing(self, value: tf.Tensor) -> tf.Tensor:
-        """`value`, or zeros if the micro-batch does not count."""
-        if self.counts is None:
+    def or_nothing(self, value: tf.Tensor | None) -> tf.Tensor | None:
+        """Returns `value`, or zeros if the micro-batch does not count."""
+        if value is None or self.counts is None:
             return value
         return self.value_or(value, tf.zeros_like(value))
 
     def gradients_or_nothing(self, gradients: Sequence) -> list:
-        """Gradients of any kind, or those without rows if none count."""
+        """Returns gradients, or those without rows if none count."""
         if self.counts is None:
             return list(gradients)
         others = self.gradients_without_rows or [None] * len(gradients)
-        if self.is_finite is not None:
-            return self._selected(gradients, others)
-        pairs = [
-            (values_of(gradient), other)
-            for gradient, other in zip(gradients, others, strict=True)
-            if gradient is not None
-        ]
-        tensors = [tensor for tensor, _ in pairs]
-        # No pass over the memory, as `tf.where` would make.
-        chosen = iter(
-            tf.cond(
-                self.has_rows,
-                lambda: tensors,
-                lambda: [
-                    tf.zeros_like(tensor)
-                    if other is None
-                    else tf.cast(values_of(other), tensor.dtype)
-                    for tensor, other in pairs
-                ],
-            )
-            if tensors
-            else []
-        )
-        return [
-            with_values(gradient, next(chosen))
-            if gradient is not None
-            else None
-            for gradient in gradients
-        ]
+        choose = choose_all if self.is_finite is None else select_all
+        return choose(self.counts, gradients, others)
 
-    def _selected(self, gradients, others):
-        # XLA selects while it adds to the buffers; a `tf.cond` comes between.
-        return [
-            None
-            if gradient is None
-            else with_values(
-                gradient,
-                self.or_nothing(values_of(gradient))
-                if other is None
-                else self.value_or(values_of(gradient), values_of(other)),
-            )
-            for gradient, other in zip(gradients, others, strict=True)
-        ]
+    def _record_moments(self, layer, *inputs_and_moments):
+        # Tensors of another graph, such as that of a loop, stay in it. Then the
+        # layer does what it does in Keras.
+        if compat.current_graph() is self._graph:
+            self.moments.append(moments_of(layer, *inputs_and_moments))
+            self._statistics |= set(map(id, compat.moving_statistics(layer)))
+
+    def _value_for(self, variable, value):
+        """Returns what is assigned to one of Keras's variables."""
+        if id(variable) in self._statistics:
+            # The window's end assigns it.
+            return variable.value
+        # Of others, such as the state of random generators, all replicas have
+        # the same, and shall go on having it.
+        is_floating = tf.as_dtype(variable.dtype).is_floating
+        if self._changes_nothing or not is_floating:
+            return value
+        self.assigned[id(variable)] = variable
+        if self._nonfinite == "skip_microbatch" and self.is_finite is None:
+            self._record_value(variable)
+        if self._nonfinite == "skip_window":
+            # The gradients are looked at too late for that.
+            value = tf.convert_to_tensor(value)
+            value = tf.where(is_finite(value), value, variable.value)
+        return self.value_or(value, variable)
+
+    def _record_value(self, variable):
+        if (
+            compat.current_graph() is self._graph
+            and id(variable) not in self._before
+        ):
+            self._before[id(variable)] = variable, tf.identity(variable.value)
 
 
 def current(model: keras.Model) -> Microbatch | None:
-    """The micro-batch that `model` is at work on, in this thread, if any."""
-    now = _CURRENT.get()
-    return now if now is not None and now.model is model else None
+    """Returns the micro-batch that `model` is at work on, in this thread."""
+    microbatch = _CURRENT.get()
+    is_of_model = microbatch is not None and microbatch.model is model
+    return microbatch if is_of_model else None
 
 
-def has_rows(data) -> tf.Tensor | None:
-    """Whether a batch has rows; None if it does for certain."""
-    leaves = [leaf for leaf in keras.tree.flatten(data) if is_batched(leaf)]
-    if not leaves:
-        return None
-    number = tf.shape(leaves[0])[0]
-    known = tf.get_static_value(number)
-    return None if known is not None and known > 0 else number > 0
+def is_same(some: Sequence, others: Sequence) -> bool:
+    """Returns whether two lists hold the very same objects."""
+    return list(map(id, some)) == list(map(id, others))
 
 
-def is_batched(leaf):
-    """Whether a leaf of a batch has a first dimension."""
-    shape = getattr(leaf, "shape", None)
-    return shape is not None and len(shape) > 0
+def moments_of(layer, inputs, mask, means, variances) -> Moments:
+    """Returns the `Moments` that a layer computed of its inputs.
 
-
-def values_of(gradient):
-    """The values of a gradient, of all rows or of some."""
-    if isinstance(gradient, tf.IndexedSlices):
-        return gradient.values
-    return tf.convert_to_tensor(gradient)
-
-
-def with_values(gradient, values):
-    """A gradient of the same kind with other values."""
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-    return values
+    Args:
+        layer: A `keras.layers.BatchNormalization`.
+        inputs: What it normalizes, with its channels along `layer.axis`.
+        mask: Which entries count, of the shape of `inputs` without the last
+            axis; None for all.
+        means: Of the channels.
+        variances: Of the channels.
+    """
+    channels = layer.moving_mean.shape[0]
+    # Of one channel, Keras leaves out the axis if there is a mask.
+    means, variances = (
+        tf.reshape(values, [channels]) for values in (means, variances)
+    )
+    if mask is None:
+        count = tf.size(inputs) // channels
+    else:
+        count = tf.math.count_nonzero(mask)
+    return Moments(layer, tf.cast(count, means.dtype), means, variances)

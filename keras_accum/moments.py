@@ -9,8 +9,8 @@ moving_variance += (1 - momentum) * (variance(x) - moving_variance)
 
 Layers that see micro-batches would do so k times, and the variance between
 micro-batches would be in none of theirs. The real thing merges the moments of
-micro-batches as Chan, Golub and LeVeque do, and has the layers update once, at
-the boundary. What the layers normalise with stays the micro-batch's.
+micro-batches as Chan, Golub and LeVeque do, and updates the layers once, at the
+boundary. What the layers normalize with stays the micro-batch's.
 
 References: T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating Formulae and a
 Pairwise Algorithm for Computing Sample Variances", 1979.
@@ -19,21 +19,23 @@ Pairwise Algorithm for Computing Sample Variances", 1979.
 import collections
 import dataclasses
 from collections.abc import Mapping
-from collections.abc import Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import programs
 from keras_accum import replicas
-from keras_accum.accumulator import keep_unless
+from keras_accum.control_flow import after_all_ops
+from keras_accum.gradients import keep_unless
 from keras_accum.microbatch import Microbatch
-from keras_accum.microbatch import Moments
+from keras_accum.window import Part
+from keras_accum.window import if_applied
 
 
 @dataclasses.dataclass(frozen=True)
-class Sum:
+class LayerMoments:
     """The moments of what a layer has seen in this window, in one of its calls.
 
     Attributes:
@@ -46,88 +48,134 @@ class Sum:
     layer: keras.layers.BatchNormalization
     state: tf.Variable
 
-    def parts(self, vector=None):
-        """Number, means and squared distances, of `state` or another vector."""
+    def split(self, vector=None):
+        """Returns the count, means and squared distances in a vector."""
         vector = tf.convert_to_tensor(self.state if vector is None else vector)
         channels = (vector.shape[0] - 1) // 2
-        number, *others = tf.split(vector, [1, channels, channels])
-        return number[0], *others
+        count, *others = tf.split(vector, [1, channels, channels])
+        return count[0], *others
 
-    def assign(self, number, means, distances) -> None:
+    def assign(self, count, means, distances) -> None:
         """Assigns the `state`."""
-        self.state.assign(tf.concat([number[None], means, distances], axis=0))
+        self.state.assign(tf.concat([count[None], means, distances], axis=0))
 
 
-class WindowMoments:
+class WindowMoments(Part):
     """The moments of a window, for each layer and each time that it is called.
 
     Args:
-        strategy: Under which the layers were made.
+        model: The model.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy) -> None:
-        self._strategy = strategy
-        self._sums: dict[tuple[int, int], Sum] = {}
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        self._calls: dict[tuple[int, int], LayerMoments] = {}
 
     @property
-    def states(self) -> list[tf.Variable]:
-        """The variables that hold them."""
-        return [each.state for each in self._sums.values()]
+    def _strategy(self):
+        return self._model.distribute_strategy
 
-    def add(self, now: Microbatch, first: bool | tf.Tensor) -> None:
-        """Adds those of one micro-batch.
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The states of all calls."""
+        return [each.state for each in self._calls.values()]
 
-        Args:
-            now: The micro-batch, with its `moments`.
-            first: Whether it is the window's first, as a bool or a tensor.
-        """
-        calls = collections.Counter()
-        for moments in now.moments:
-            key = id(moments.layer), calls[id(moments.layer)]
-            calls[id(moments.layer)] += 1
-            if key not in self._sums:
-                self._sums[key] = self._make_sum(
-                    moments.layer,
-                    [1 + 2 * moments.means.shape[0]],
-                    moments.means.dtype,
+    def add(self, microbatch: Microbatch) -> None:
+        """Adds the moments that a micro-batch recorded."""
+        if not microbatch.moments:
+            return
+        is_first = microbatch.is_first
+        # Last, so that a step that fails leaves the window as it was.
+        with tf.control_dependencies(after_all_ops()):
+            num_calls = collections.Counter()
+            for moments in microbatch.moments:
+                key = id(moments.layer), num_calls[id(moments.layer)]
+                num_calls[id(moments.layer)] += 1
+                # Those of no rows are no numbers.
+                self._merge(
+                    self._call(
+                        key,
+                        moments.layer,
+                        [1 + 2 * moments.means.shape[0]],
+                        moments.means.dtype,
+                    ),
+                    *map(
+                        microbatch.or_nothing,
+                        (moments.count, moments.means, moments.variances),
+                    ),
+                    is_first,
                 )
-            # Those of no rows are no numbers.
-            number, means, variances = map(
-                now.or_nothing,
-                (moments.number, moments.means, moments.variances),
-            )
-            known = self._sums[key]
-            number_before, means_before, distances = (
-                keep_unless(first, part) for part in known.parts()
-            )
-            total = number_before + number
-            share = tf.math.divide_no_nan(number, total)
-            steps = means - means_before
-            known.assign(
-                total,
-                means_before + share * steps,
-                distances
-                + number * variances
-                + number_before * share * tf.square(steps),
-            )
 
-    def state(self, places: dict[int, int]) -> dict[str, np.ndarray]:
-        """What was gathered, over all replicas, by name; for `restore`.
+    def _merge(self, call, count, means, variances, is_first):
+        count_before, means_before, distances = (
+            keep_unless(is_first, each) for each in call.split()
+        )
+        total = count_before + count
+        share = tf.math.divide_no_nan(count, total)
+        steps = means - means_before
+        call.assign(
+            total,
+            means_before + share * steps,
+            distances
+            + count * variances
+            + count_before * share * tf.square(steps),
+        )
 
-        Args:
-            places: A number for each layer, by its `id`.
+    def sums(self) -> list[tf.Tensor]:
+        """Returns what can be added up over the replicas: a vector for a call.
+
+        The count, and the sums of the distances and of the squared distances
+        from `_centers`.
         """
+        vectors = []
+        for call in self._calls.values():
+            count, means, distances = call.split()
+            steps = means - self._centers(call)
+            vectors.append(
+                tf.concat(
+                    [
+                        count[None],
+                        count * steps,
+                        distances + count * tf.square(steps),
+                    ],
+                    axis=0,
+                )
+            )
+        return vectors
+
+    def close(self, totals, applies) -> None:
+        """Updates the layers' moving statistics, and starts a new window."""
+        totals = if_applied(totals, applies)
+        for call, total in zip(self._calls.values(), totals, strict=True):
+            count, steps, squares = call.split(total)
+            steps = tf.math.divide_no_nan(steps, count)
+            squares = tf.math.divide_no_nan(squares, count)
+            means = self._centers(call) + steps
+            variances = tf.nn.relu(squares - tf.square(steps))
+            with compat.assigning_through(selecting(count > 0)):
+                update_statistics(call.layer, means, variances)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the moments so far."""
+        for state in self.variables:
+            state.assign(tf.zeros(state.shape, state.dtype))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the merged moments of all replicas, by layer and call."""
+        layers = compat.normalizations(self._model)
+        places = {id(layer): place for place, layer in enumerate(layers)}
         names = [
-            f"moments_{places[layer]}_{call}" for layer, call in self._sums
+            f"moments_{places[layer]}_{call}" for layer, call in self._calls
         ]
         if not replicas.has_several(self._strategy):
-            totals = self.states
+            totals = self.variables
         else:
             totals = [
-                self._merged(each, self._strategy.reduce("SUM", vector, None))
-                for each, vector in zip(
-                    self._sums.values(),
-                    self._strategy.run(tf.function(self.sums, autograph=False)),
+                self._merged(call, self._strategy.reduce("SUM", vector, None))
+                for call, vector in zip(
+                    self._calls.values(),
+                    self._strategy.run(programs.in_graph(self.sums)),
                     strict=True,
                 )
             ]
@@ -136,100 +184,51 @@ class WindowMoments:
             for name, total in zip(names, totals, strict=True)
         }
 
-    def restore(
-        self,
-        state: Mapping[str, np.ndarray],
-        layers: Sequence[keras.layers.BatchNormalization],
-    ) -> None:
-        """Goes on from what was gathered before, by any number of replicas.
-
-        Args:
-            state: What `state` returned, and maybe more.
-            layers: The layers, in the order of their places.
-        """
-        self.forget()
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continues from the moments that `state` returned."""
+        self.reset()
+        layers = compat.normalizations(self._model)
         for name, value in state.items():
             if not name.startswith("moments_"):
                 continue
-            place, call = map(int, name.split("_")[1:])
+            place, index = map(int, name.split("_")[1:])
             layer = layers[place]
-            key = id(layer), call
-            if key not in self._sums:
-                self._sums[key] = self._make_sum(
-                    layer, value.shape, value.dtype
-                )
-            replicas.assign_total(self._strategy, self._sums[key].state, value)
+            key = id(layer), index
+            call = self._call(key, layer, value.shape, value.dtype)
+            replicas.assign_total(self._strategy, call.state, value)
 
-    def _merged(self, each, total):
-        """A `Sum.state`, of what the `sums` of all replicas add up to."""
-        number, steps, squares = each.parts(total)
-        steps = tf.math.divide_no_nan(steps, number)
-        squares -= number * tf.square(steps)
+    def _merged(self, call, total):
+        """Returns a `state`, of what the `sums` of all replicas add up to."""
+        count, steps, squares = call.split(total)
+        steps = tf.math.divide_no_nan(steps, count)
+        squares -= count * tf.square(steps)
         return tf.concat(
-            [number[None], self._centers(each) + steps, squares], axis=0
+            [count[None], self._centers(call) + steps, squares], axis=0
         )
 
-    def sums(self) -> list[tf.Tensor]:
-        """What can be added up over the replicas: a vector for each layer.
-
-        The number, and the sums of the distances and of the squared distances
-        from `_centers`.
-        """
-        vectors = []
-        for each in self._sums.values():
-            number, means, distances = each.parts()
-            steps = means - self._centers(each)
-            vectors.append(
-                tf.concat(
-                    [
-                        number[None],
-                        number * steps,
-                        distances + number * tf.square(steps),
-                    ],
-                    axis=0,
-                )
-            )
-        return vectors
-
-    def update_layers(self, totals: Sequence[tf.Tensor]) -> None:
-        """Has the layers update their moving statistics, and starts anew.
-
-        Args:
-            totals: What the `sums` of all replicas add up to.
-        """
-        for each, total in zip(self._sums.values(), totals, strict=True):
-            number, steps, squares = each.parts(total)
-            steps = tf.math.divide_no_nan(steps, number)
-            squares = tf.math.divide_no_nan(squares, number)
-            means = self._centers(each) + steps
-            variances = tf.nn.relu(squares - tf.square(steps))
-            with compat.assigning_through(selecting(number > 0)):
-                update_statistics(each.layer, means, variances)
-        self.forget()
-
-    def forget(self) -> None:
-        """Starts anew."""
-        for state in self.states:
-            state.assign(tf.zeros(state.shape, state.dtype))
-
-    def _centers(self, each):
-        """Values near the means, which all replicas know."""
+    def _centers(self, call):
+        """Returns values near the means, which all replicas have."""
         if not replicas.has_several(self._strategy):
-            _, means, _ = each.parts()
+            _, means, _ = call.split()
             return means
         # Replicas have these in common, and after a while they are near.
-        return tf.cast(each.layer.moving_mean, each.state.dtype)
+        return tf.cast(call.layer.moving_mean, call.state.dtype)
 
-    def _make_sum(self, layer, shape, dtype):
-        state = replicas.on_each(
-            self._strategy,
-            lambda: replicas.sum_variable(tf.zeros(shape, dtype), "moments"),
-        )
-        return Sum(layer, state)
+    def _call(self, key, layer, shape, dtype):
+        """Returns the `LayerMoments` of a call, which may be its first."""
+        if key not in self._calls:
+            state = replicas.on_each(
+                self._strategy,
+                lambda: replicas.sum_variable(
+                    tf.zeros(shape, dtype), "moments"
+                ),
+            )
+            self._calls[key] = LayerMoments(layer, state)
+        return self._calls[key]
 
 
 def update_statistics(layer, means, variances) -> None:
-    """Does what a BatchNormalization does with the moments of a batch."""
+    """Updates a BatchNormalization by moments, as it does after a batch."""
     if layer.renorm:
         compat.update_renorm_statistics(layer, means, variances)
         return
@@ -244,30 +243,7 @@ def update_statistics(layer, means, variances) -> None:
 
 
 def selecting(condition):
-    """For `compat.assigning_through`: nothing changes unless `condition`."""
+    """Returns what selects by `condition`, for `compat.assigning_through`."""
     return lambda variable, value: tf.where(
         condition, tf.cast(value, variable.dtype), variable
     )
-
-
-def moments_of(layer, inputs, mask, means, variances) -> Moments:
-    """The `Moments` that a layer computed of its inputs.
-
-    Args:
-        layer: A `keras.layers.BatchNormalization`.
-        inputs: What it normalises, with its channels along `layer.axis`.
-        mask: Which entries count, of the shape of `inputs` without the last
-            axis; None for all.
-        means: Of the channels.
-        variances: Of the channels.
-    """
-    channels = layer.moving_mean.shape[0]
-    # Of one channel, Keras leaves out the axis if there is a mask.
-    means, variances = (
-        tf.reshape(values, [channels]) for values in (means, variances)
-    )
-    if mask is None:
-        number = tf.size(inputs) // channels
-    else:
-        number = tf.math.count_nonzero(mask)
-    return Moments(layer, tf.cast(number, means.dtype), means, variances)

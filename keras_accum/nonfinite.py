@@ -25,199 +25,190 @@ time goes into reading and writing weights: 1.00 of the time without for
 
 import contextlib
 from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from keras_accum import building
 from keras_accum import compat
 from keras_accum import finite
 from keras_accum import replicas
 from keras_accum import selection
-from keras_accum.window import check_policy
+from keras_accum.gradients import Gradient
+from keras_accum.microbatch import Microbatch
+from keras_accum.window import Part
 
-POLICIES = ("propagate", "skip_microbatch", "skip_window")
+LOG_NAMES = {
+    "skip_microbatch": "nonfinite_microbatches",
+    "skip_window": "nonfinite_windows",
+}
 
 
-class NonfiniteMixin:
-    """The policy, and how often it had to act."""
+class SkipCounts(Part):
+    """How many micro-batches were found not to be finite, and what follows.
 
-    _nonfinite = "propagate"
-    _accum_nonfinite = None
+    Args:
+        model: The model.
+        policy: One of `options.NONFINITE_POLICIES`.
 
-    @property
-    def nonfinite(self) -> str:
-        """What becomes of gradients with a NaN or an infinity.
+    Attributes:
+        policy: As above.
+    """
 
-        May be set at any time. A change forgets the micro-batches that the
-        window has so far, and traces the steps again.
-        """
-        return self._nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, value: str) -> None:
-        if check_nonfinite(value) == self._nonfinite:
-            return
-        self._nonfinite = value
-        # What the window has was counted by the other policy.
-        self.reset_window()
-        self._start_accumulating(changed=True)
-
-    @property
-    def nonfinite_microbatches(self) -> int:
-        """Micro-batches that `"skip_microbatch"` left out, in this epoch.
-
-        Of all replicas together. Without `fit`, since the last one began.
-        """
-        return self._number_skipped("skip_microbatch")
+    def __init__(self, model: keras.Model, policy: str) -> None:
+        self.policy = policy
+        self._model = model
+        # Micro-batches of this window that were left out, and those that count;
+        # and what was left out in this epoch. None before they are needed.
+        self._window: tf.Variable | None = None
+        self._skipped: tf.Variable | None = None
 
     @property
-    def nonfinite_windows(self) -> int:
-        """Windows that `"skip_window"` left without an update, likewise."""
-        return self._number_skipped("skip_window")
+    def variables(self) -> list[tf.Variable]:
+        """The counts, if they were made."""
+        counts = (self._window, self._skipped)
+        return [count for count in counts if count is not None]
 
-    def _number_skipped(self, policy):
-        counts = self._accum_nonfinite
-        if counts is None or self.nonfinite != policy:
-            return 0
-        return round(float(tf.convert_to_tensor(counts.skipped)))
-
-    def _nonfinite_logs(self):
-        """What the epoch's logs say of it: nothing, unless there was any."""
-        names = ("nonfinite_microbatches", "nonfinite_windows")
-        numbers = {name: getattr(self, name) for name in names}
-        return {name: number for name, number in numbers.items() if number}
-
-    def _nonfinite_counts(self):
-        if self._accum_nonfinite is None:
-            self._accum_nonfinite = replicas.on_each(
-                self.distribute_strategy, Counts
+    def make_variables(self) -> None:
+        """Makes the counts, unless they exist."""
+        if self._window is None:
+            self._window, self._skipped = replicas.on_each(
+                self._model.distribute_strategy,
+                lambda: (
+                    replicas.sum_variable(tf.zeros((2,)), "nonfinite_window"),
+                    replicas.sum_variable(tf.zeros(()), "nonfinite"),
+                ),
             )
-        return self._accum_nonfinite
 
-    def _check_microbatch(self, now, gradients):
-        """Finds out whether a micro-batch counts, if that is the policy.
+    @property
+    def skipped(self) -> int:
+        """Micro-batches or windows left out in this epoch, on all replicas."""
+        if self._skipped is None or self.policy == "propagate":
+            return 0
+        return round(float(tf.convert_to_tensor(self._skipped)))
 
-        Args:
-            now: The `Microbatch`.
-            gradients: Its gradients, of any kind.
-        """
-        if self.nonfinite != "skip_microbatch" or now.is_finite is not None:
+    def logs(self) -> dict[str, int]:
+        """Returns what to add to an epoch's logs, if anything was skipped."""
+        if not self.skipped:
+            return {}
+        return {LOG_NAMES[self.policy]: self.skipped}
+
+    def begin_epoch(self) -> None:
+        """Sets the count of the epoch to zero."""
+        if self._skipped is not None:
+            self._skipped.assign(0.0)
+
+    def check(
+        self, microbatch: Microbatch, gradients: Sequence[Gradient]
+    ) -> None:
+        """Decides whether a micro-batch counts, if that is the policy."""
+        if self.policy != "skip_microbatch" or microbatch.is_finite is not None:
             return
-        counts = self._nonfinite_counts()
-        now.note_finite(
-            finite.all_finite(gradients, replicas.on_cpu(counts.skipped))
-        )
-        counts.add(now.is_finite, now.counts, now.first)
+        self.make_variables()
+        on_cpu = replicas.on_cpu(self._skipped)
+        is_finite = finite.all_finite(gradients, on_cpu)
+        microbatch.find_finite(is_finite)
+        bad = tf.cast(tf.logical_not(is_finite), tf.float32)
+        counts = tf.stack([bad, tf.cast(microbatch.counts, tf.float32)])
+        if microbatch.is_first is True:
+            self._window.assign(counts)
+        else:
+            self._window.assign_add(counts)
+        self._skipped.assign_add(bad)
 
-    def _nonfinite_sums(self):
-        """What is summed over the replicas at a boundary."""
-        if self.nonfinite != "skip_microbatch":
-            return []
-        return [self._nonfinite_counts().window]
-
-    def _close_nonfinite(self, sums, gathered):
-        """Whether the window makes an update; None if it does for certain.
+    def applies(self, totals: list, gradient_sums: list) -> tf.Tensor | None:
+        """Returns whether the window makes an update.
 
         Args:
-            sums: What the replicas' `_nonfinite_sums` add up to.
-            gathered: The window's weight and the sums of its gradients.
+            totals: What the replicas' `sums` add up to.
+            gradient_sums: The window's weight and the sums of its gradients.
+
+        Returns:
+            A bool scalar; None if it does for certain.
         """
-        if self.nonfinite == "propagate":
-            return None
-        counts = self._nonfinite_counts()
-        if self.nonfinite == "skip_window":
+        if self.policy == "skip_window":
             # Not the means, which would have to be written out for it.
-            is_good = finite.all_finite(gathered)
-            number = self.distribute_strategy.num_replicas_in_sync
-            bad = 1 - tf.cast(is_good, tf.float32)
+            return finite.all_finite(gradient_sums)
+        if self.policy == "skip_microbatch":
+            (window,) = totals
+            return window[1] > 0
+        return None
+
+    def sums(self) -> list[tf.Variable]:
+        """Returns the window's counts, where they decide on the update."""
+        if self.policy != "skip_microbatch":
+            return []
+        self.make_variables()
+        return [self._window]
+
+    def close(self, totals, applies) -> None:
+        """Ends the window, and counts it if it makes no update."""
+        if self.policy == "skip_microbatch":
+            self._window.assign(tf.zeros_like(self._window))
+        elif applies is not None:
+            self.make_variables()
+            num_replicas = self._model.distribute_strategy.num_replicas_in_sync
+            bad = 1 - tf.cast(applies, tf.float32)
             # All replicas found the same, and their counts are summed.
-            counts.skipped.assign_add(bad / number)
-            return is_good
-        (window,) = sums
-        counts.window.assign(tf.zeros_like(counts.window))
-        return window[1] > 0
+            self._skipped.assign_add(bad / num_replicas)
+
+    def reset(self) -> None:
+        """Forgets what the window has so far."""
+        if self._window is not None:
+            self._window.assign(tf.zeros((2,)))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the window's counts."""
+        if self.policy == "propagate":
+            return {}
+        self.make_variables()
+        return {"nonfinite": replicas.total(self._window)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continues from the counts that `state` returned."""
+        if "nonfinite" in state and self.policy != "propagate":
+            self.make_variables()
+            replicas.assign_total(
+                self._model.distribute_strategy,
+                self._window,
+                state["nonfinite"],
+            )
 
     @contextlib.contextmanager
-    def _updating_if(self, is_good, sums) -> Iterator[None]:
-        """Leaves weights and the optimizer's state as they are, unless good.
+    def updating_if(self, applies, totals) -> Iterator[None]:
+        """Keeps an update from changing anything, unless it applies.
 
         Args:
-            is_good: What `_close_nonfinite` returned.
-            sums: As for `_close_nonfinite`.
+            applies: What `applies` returned.
+            totals: As for `applies`.
         """
-        optimizer = self.optimizer
+        optimizer = self._model.optimizer
         scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         # That one makes no update of what is not finite, by itself, and lowers
         # its scale.
-        if is_good is None or (self.nonfinite == "skip_window" and scales):
+        if applies is None or (self.policy == "skip_window" and scales):
             yield
             return
-        if not optimizer.built:
-            self._build_optimizer_now()
-        variables = self.trainable_weights + optimizer.variables
-        own = [compat.own_copy(variable.value) for variable in variables]
+        building.build_optimizer(self._model)
+        variables = self._model.trainable_weights + optimizer.variables
+        local = [
+            compat.local_variable(variable.value) for variable in variables
+        ]
         if scales:
-            scale = compat.own_copy(optimizer.dynamic_scale.value)
+            scale = compat.local_variable(optimizer.dynamic_scale.value)
             before = tf.identity(scale)
-        with selection.assigning_if(is_good, own):
+        with selection.assigning_if(applies, local):
             yield
         if scales:
             # It does not see the micro-batches that were left out. With the
             # same scale the next ones would be, too, and so for ever.
-            lower_scale(optimizer, sums[0][0] > 0, before)
+            lower_scale(optimizer, totals[0][0] > 0, before)
 
 
-class Counts:
-    """How many micro-batches were found not to be finite.
-
-    Each replica has its own.
-
-    Attributes:
-        window: Micro-batches of this window that were left out, and those that
-            count; a float vector.
-        skipped: What was left out in this epoch; a float scalar.
-    """
-
-    def __init__(self) -> None:
-        self.window = replicas.sum_variable(tf.zeros((2,)), "nonfinite_window")
-        self.skipped = replicas.sum_variable(tf.zeros(()), "nonfinite")
-
-    @property
-    def variables(self) -> list[tf.Variable]:
-        """All that steps assign."""
-        return [self.window, self.skipped]
-
-    def add(
-        self,
-        is_finite: tf.Tensor,
-        counts: tf.Tensor,
-        first: bool | None,
-    ) -> None:
-        """Counts one micro-batch.
-
-        Args:
-            is_finite: Whether its gradients are finite; a bool tensor.
-            counts: Whether it counts: it is finite, and has rows; likewise.
-            first: Whether it is known to be its window's first.
-        """
-        bad = tf.cast(tf.logical_not(is_finite), tf.float32)
-        numbers = tf.stack([bad, tf.cast(counts, tf.float32)])
-        if first:
-            self.window.assign(numbers)
-        else:
-            self.window.assign_add(numbers)
-        self.skipped.assign_add(bad)
-
-    def forget_window(self) -> None:
-        """Forgets what the window has so far."""
-        self.window.assign(tf.zeros((2,)))
-
-    def forget(self) -> None:
-        """Starts an epoch."""
-        self.skipped.assign(tf.zeros(()))
-
-
-def lower_scale(optimizer, is_bad, before):
+def lower_scale(optimizer, is_bad: tf.Tensor, before: tf.Tensor) -> None:
     """Halves a `LossScaleOptimizer`'s scale if `is_bad`.
 
     Args:
@@ -225,12 +216,7 @@ def lower_scale(optimizer, is_bad, before):
         is_bad: A bool tensor.
         before: The scale before the update.
     """
-    scale = compat.own_copy(optimizer.dynamic_scale.value)
-    steps = compat.own_copy(optimizer.step_counter.value)
+    scale = compat.local_variable(optimizer.dynamic_scale.value)
+    steps = compat.local_variable(optimizer.step_counter.value)
     scale.assign(tf.where(is_bad, 0.5 * before, scale))
     steps.assign(tf.where(is_bad, tf.zeros_like(steps), steps))
-
-
-def check_nonfinite(value):
-    """Returns `value`, or raises unless it names a policy."""
-    return check_policy("nonfinite", value, POLICIES)

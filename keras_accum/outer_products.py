@@ -28,10 +28,10 @@ ROWS = 4
 
 
 def factors(gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor] | None:
-    """What a gradient is the matrix product of, `x` and `dy` in `x^T dy`.
+    """Returns the factors of a gradient: `x` and `dy`, if it is `x^T dy`.
 
     Args:
-        gradient: Of any shape, and of any making.
+        gradient: Of any shape and origin.
 
     Returns:
         Two matrices with a row for each outer product, or None if it is no
@@ -51,13 +51,13 @@ def factors(gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor] | None:
 
 
 def written_out(gradient: tf.Tensor) -> tf.Tensor:
-    """`gradient`, as a sum of outer products where that pays.
+    """Returns `gradient`, as a sum of outer products where that is faster.
 
     For programs that XLA compiles for a CPU.
 
     Args:
-        gradient: Of any shape, and of any making. Only what a matrix product of
-            few rows returned is written otherwise, and a choice of that.
+        gradient: Of any shape and origin. Only the matrix product of few rows
+            is written otherwise, or a `tf.where` that selects one.
 
     Returns:
         A tensor of the same values, up to rounding.

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from keras_accum import compat
 from keras_accum import replicas
+from keras_accum.control_flow import tensors_in
 
 
 def are_around_run(model: keras.Model) -> bool:
-    """Whether a program has `strategy.run` in it, and not the reverse.
+    """Returns whether programs are around `strategy.run`, and not inside it.
 
     TPUs compile all that `strategy.run` is given.
     """
@@ -25,39 +25,63 @@ def are_around_run(model: keras.Model) -> bool:
     return not (replicas.has_several(strategy) or replicas.on_tpu(strategy))
 
 
-def on_replicas(
-    model: keras.Model, step: Callable, inline: bool = True
-) -> Callable:
-    """Returns what calls a step on each replica, compiled if the model is.
+def on_replicas(model: keras.Model, step: Callable) -> Callable:
+    """Returns a function that calls a step on each replica.
 
-    It is for the host: in cross-replica context.
+    It is compiled if the model is. It is for the host: in cross-replica
+    context. As `strategy.run`, it takes the step's arguments as a tuple,
+    `args`.
 
     Args:
         model: A `GradientAccumulationModel`.
         step: A function of nested tensors.
-        inline: As for `traced`, where there is one replica.
     """
+    run = model.distribute_strategy.run
+    step = tf.autograph.experimental.do_not_convert(step)
     if are_around_run(model):
-        run = running(model, step)
-        # What is not compiled may as well be a part of what calls it.
-        is_part = inline and not model.jit_compile
-        return run if is_part else traced(model, run, inline)
+        return traced(model, functools.partial(run, step))
     if not model.jit_compile:
-        return running(model, step)
+        return functools.partial(run, step)
     compiled = traced(model, step)
     # Not the `tf.function` itself: it would be put around `strategy.run`.
-    return running(model, lambda *args: compiled(*args))
+    return functools.partial(run, lambda *args: compiled(*args))
+
+
+def on_first_replica(model: keras.Model, step: Callable) -> Callable:
+    """Returns what `on_replicas` does, for the first replica's result alone."""
+    run = on_replicas(model, step)
+    strategy = model.distribute_strategy
+    if not replicas.has_several(strategy):
+        return run
+    return lambda args: first_replica(strategy, run(args=args))
+
+
+def first_replica(strategy: tf.distribute.Strategy, values):
+    """Returns what the first of this worker's replicas returned.
+
+    It depends on what all of them did, so that a step that fails on one fails.
+    """
+    done = []
+
+    def first(value):
+        local_values = strategy.experimental_local_results(value)
+        done.extend(tensors_in(local_values))
+        return local_values[0]
+
+    firsts = keras.tree.map_structure(first, values)
+    with tf.control_dependencies(done):
+        return keras.tree.map_structure(tf.identity, firsts)
 
 
 def in_loop(model: keras.Model, step: Callable) -> Callable:
-    """Returns a step as a program, for what `with_loop` is given to call."""
+    """Returns a step as a program, for loops that `with_loop` is given."""
     if are_around_run(model):
         step = running(model, step)
     return traced(model, step)
 
 
 def with_loop(model: keras.Model, loop: Callable) -> Callable:
-    """Returns what calls a loop over programs on each replica, for the host.
+    """Returns a function, for the host, that calls a loop on each replica.
 
     Args:
         model: A `GradientAccumulationModel`.
@@ -69,15 +93,13 @@ def with_loop(model: keras.Model, loop: Callable) -> Callable:
 
 
 def running(model: keras.Model, function: Callable) -> Callable:
-    """Returns what has `strategy.run` call a function."""
+    """Returns a function that calls another one by `strategy.run`."""
     strategy = model.distribute_strategy
     function = tf.autograph.experimental.do_not_convert(function)
     return lambda *args: strategy.run(function, args=args)
 
 
-def traced(
-    model: keras.Model, function: Callable, inline: bool = True
-) -> Callable:
+def traced(model: keras.Model, function: Callable) -> Callable:
     """Returns `function` as a `tf.function`, compiled if the model is.
 
     If the model runs eagerly, or is compiled for TPUs as a whole, it stays a
@@ -86,17 +108,12 @@ def traced(
     Args:
         model: A `GradientAccumulationModel`.
         function: A function of nested tensors.
-        inline: Whether TensorFlow may put its ops in the place of a call. They
-            need not wait for what the call waits for.
     """
     function = tf.autograph.experimental.do_not_convert(function)
     if model.run_eagerly or replicas.on_tpu(model.distribute_strategy):
         return function
     return in_graph(
-        function,
-        jit_compile=model.jit_compile or None,
-        reduce_retracing=True,
-        experimental_attributes=None if inline else compat.NOT_INLINED,
+        function, jit_compile=model.jit_compile or None, reduce_retracing=True
     )
 
 

@@ -18,7 +18,7 @@ from keras_accum import compat
 
 @contextlib.contextmanager
 def computing_assignments() -> Iterator[None]:
-    """Computes what `tf.Variable`s are assigned in this thread, and no more.
+    """Computes what this thread would assign, and assigns nothing.
 
     For tracing a function that is to need what another needs, and to change
     nothing. Optimizers assign `tf.Variable`s, which `keras.StatelessScope` does

@@ -53,12 +53,12 @@ def check_strategy() -> None:
 
 
 def on_cpu(variable: tf.Variable) -> bool:
-    """Whether a variable, or within a replica its own copy, is on a CPU."""
+    """Returns whether a variable, or this replica's copy, is on a CPU."""
     return "CPU" in variable.device
 
 
 def on_tpu(strategy: tf.distribute.Strategy) -> bool:
-    """Whether the replicas of a strategy are TPUs.
+    """Returns whether the replicas of a strategy are TPUs.
 
     XLA then compiles all that `strategy.run` is given, reductions included.
     """
@@ -66,12 +66,12 @@ def on_tpu(strategy: tf.distribute.Strategy) -> bool:
 
 
 def has_several(strategy: tf.distribute.Strategy) -> bool:
-    """Whether there is anyone to talk to."""
+    """Returns whether there is more than one replica."""
     return strategy.num_replicas_in_sync > 1
 
 
 def has_copies(strategy: tf.distribute.Strategy) -> bool:
-    """Whether a replica has copies of variables, even if it is the only one.
+    """Returns whether replicas have copies of variables, even if there is one.
 
     Such variables merge what replicas assign them, and within a replica none
     can be made.
@@ -82,7 +82,7 @@ def has_copies(strategy: tf.distribute.Strategy) -> bool:
 
 
 def has_several_workers(strategy: tf.distribute.Strategy) -> bool:
-    """Whether other processes run the same program."""
+    """Returns whether other processes run the same program."""
     resolver = strategy.cluster_resolver
     return (
         isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
@@ -92,7 +92,7 @@ def has_several_workers(strategy: tf.distribute.Strategy) -> bool:
 
 
 def strategy_of(variables) -> tf.distribute.Strategy:
-    """The strategy in whose scope we are, or that made `variables`."""
+    """Returns the strategy in whose scope we are, or that made `variables`."""
     if tf.distribute.has_strategy():
         return tf.distribute.get_strategy()
     for variable in variables:
@@ -136,7 +136,7 @@ def on_host(make: Callable[[], T]) -> T:
 def copies(
     strategy: tf.distribute.Strategy, variable: tf.Variable
 ) -> tuple[tf.Variable, ...]:
-    """The copies of a variable that this worker's replicas have.
+    """Returns the copies of a variable that this worker's replicas have.
 
     What the host does with these needs no replica: TensorFlow warns of a
     `strategy.run` that is not traced.
@@ -145,7 +145,7 @@ def copies(
 
 
 class Snapshot:
-    """What variables held, to be restored.
+    """The values of variables, to be restored.
 
     Args:
         strategy: The strategy that the variables were made under.
@@ -165,13 +165,13 @@ class Snapshot:
         self._values = [copy.read_value() for copy in self._copies]
 
     def restore(self) -> None:
-        """Assigns what the variables held."""
+        """Assigns the values to the variables."""
         for copy, value in zip(self._copies, self._values, strict=True):
             copy.assign(value)
 
 
 def sum_variable(initial: tf.Tensor, name: str) -> tf.Variable:
-    """A variable of which each replica has its own; the value is their sum."""
+    """Makes a variable that each replica has; its value is their sum."""
     return tf.Variable(
         initial,
         trainable=False,
@@ -182,12 +182,12 @@ def sum_variable(initial: tf.Tensor, name: str) -> tf.Variable:
 
 
 def total(variable: tf.Variable) -> np.ndarray:
-    """The value of a `sum_variable` over all replicas, or of another one."""
+    """Returns a `sum_variable`'s value over all replicas, or another's."""
     return tf.convert_to_tensor(variable).numpy()
 
 
 def assign_total(strategy, variable: tf.Variable, value) -> None:
-    """Gives a `sum_variable` a value, all of it on the first replica."""
+    """Assigns a value to a `sum_variable`, all of it on the first replica."""
     value = tf.cast(value, variable.dtype)
     values = strategy.experimental_distribute_values_from_function(
         lambda replica: (
@@ -203,26 +203,30 @@ def assign_total(strategy, variable: tf.Variable, value) -> None:
 
 
 def placed(variable: tf.Variable, strategy: tf.distribute.Strategy):
-    """A variable's value on each replica, along a new first axis, to be summed.
+    """Returns the replicas' values of a variable, along a new first axis.
 
-    Within a replica, all but its own are zeros.
+    Within a replica, all but its own are zeros, to be summed over all.
     """
     context = tf.distribute.get_replica_context()
     if context is None:
         return tf.stack(copies(strategy, variable))
-    number = strategy.num_replicas_in_sync
+    num_replicas = strategy.num_replicas_in_sync
     places = tf.one_hot(
-        context.replica_id_in_sync_group, number, True, False, dtype=tf.bool
+        context.replica_id_in_sync_group,
+        num_replicas,
+        True,
+        False,
+        dtype=tf.bool,
     )
-    shape = [number] + [1] * variable.shape.rank
+    shape = [num_replicas] + [1] * variable.shape.rank
     value = tf.convert_to_tensor(variable)[None]
     return tf.where(tf.reshape(places, shape), value, tf.zeros_like(value))
 
 
 def pack(values) -> tf.Tensor:
-    """One vector of all floats in a nested structure, to be reduced at once.
+    """Packs all floats of a nested structure into one vector.
 
-    The reduction costs 4 bytes an entry, or 8 if anything is float64.
+    It is reduced at once, at 4 bytes an entry, or 8 if anything is float64.
     """
     flat = [tf.convert_to_tensor(value) for value in tf.nest.flatten(values)]
     wide = any(value.dtype == tf.float64 for value in flat)
@@ -233,14 +237,14 @@ def pack(values) -> tf.Tensor:
 
 
 def unpack(vector: tf.Tensor, like):
-    """Takes a sum of `pack(like)` apart: tensors in the structure `like`."""
+    """Splits a sum of `pack(like)` into tensors, in the structure `like`."""
     flat = tf.nest.flatten(like)
-    parts = tf.split(vector, [value.shape.num_elements() for value in flat])
+    segments = tf.split(vector, [value.shape.num_elements() for value in flat])
     return tf.nest.pack_sequence_as(
         like,
         [
-            tf.cast(tf.reshape(part, value.shape), value.dtype)
-            for part, value in zip(parts, flat, strict=True)
+            tf.cast(tf.reshape(segment, value.shape), value.dtype)
+            for segment, value in zip(segments, flat, strict=True)
         ],
     )
 
@@ -259,7 +263,7 @@ def reduce_across(strategy, vector, destination: tf.Variable):
 
 
 def sum_over_replicas(values, destination: tf.Variable):
-    """`values` of all replicas added up, in replica context.
+    """Adds up `values` of all replicas, in replica context.
 
     Args:
         values: A nested structure of float tensors or variables.
@@ -276,69 +280,29 @@ def sum_over_replicas(values, destination: tf.Variable):
     return unpack(vector, values)
 
 
-def numbers_of_all(strategy: tf.distribute.Strategy, number: int) -> list[int]:
-    """The numbers that all replicas have.
+def values_of_all(strategy: tf.distribute.Strategy, value: int) -> list[int]:
+    """Returns the integers that all replicas have.
 
-    All workers have to ask, in cross-replica context.
+    All workers have to call it, in cross-replica context.
     """
-    own = strategy.experimental_distribute_values_from_function(
-        lambda replica: tf.constant([number], tf.int64)
+    local = strategy.experimental_distribute_values_from_function(
+        lambda replica: tf.constant([value], tf.int64)
     )
-    return strategy.gather(own, axis=0).numpy().tolist()
+    return strategy.gather(local, axis=0).numpy().tolist()
 
 
-def number_of_rows(strategy: tf.distribute.Strategy, data) -> tf.Tensor:
-    """Rows of a batch on all replicas, if all workers have as many as this.
-
-    Args:
-        strategy: The strategy.
-        data: Nested tensors, one per replica where there are several.
-    """
-    parts = local_rows(strategy, data)
-    workers = strategy.num_replicas_in_sync // len(parts)
-    return workers * tf.add_n(parts)
-
-
-def number_of_parts(
-    strategy: tf.distribute.Strategy, data, size: int
-) -> tf.Tensor | None:
-    """Into how many parts of `size` rows the replicas' batches can be cut.
-
-    All replicas of this worker then take as many steps, so that the state of
-    their random generators stays the same.
-
-    Args:
-        strategy: The strategy.
-        data: As for `number_of_rows`.
-        size: Most rows of a part.
-
-    Returns:
-        An integer scalar, or None if there is one replica.
-    """
-    if not has_several(strategy):
-        return None
-    return -(-tf.reduce_max(tf.stack(local_rows(strategy, data))) // size)
-
-
-def first_part(strategy: tf.distribute.Strategy, data):
-    """What the first of this worker's replicas gets of a batch."""
+def first_local(strategy: tf.distribute.Strategy, data):
+    """Returns what the first of this worker's replicas has of `data`."""
     return tf.nest.map_structure(
         lambda leaf: strategy.experimental_local_results(leaf)[0], data
     )
 
 
-def local_rows(strategy, data):
-    """Rows of a batch on each replica of this worker."""
-    leaf = next(leaf for leaf in tf.nest.flatten(data) if leaf is not None)
-    parts = strategy.experimental_local_results(leaf)
-    return [tf.shape(part)[0] for part in parts]
-
-
-def least_of_all(strategy: tf.distribute.Strategy, number: int) -> int:
-    """The least of the workers' numbers; they all have to ask."""
+def least_of_all(strategy: tf.distribute.Strategy, value: int) -> int:
+    """Returns the least of the workers' values; they all have to call it."""
     if not has_several_workers(strategy):
-        return number
-    return min(numbers_of_all(strategy, number))
+        return value
+    return min(values_of_all(strategy, value))
 
 
 def check_same_length(
@@ -352,10 +316,10 @@ def check_same_length(
         strategy: The strategy.
         batches: Batches in an epoch of this worker; None if it can't tell.
     """
-    numbers = numbers_of_all(strategy, -1 if batches is None else batches)
-    if len(set(numbers)) > 1:
+    counts = values_of_all(strategy, -1 if batches is None else batches)
+    if len(set(counts)) > 1:
         raise ValueError(
             "All workers must make the same number of steps in an epoch. "
-            f"Received: {numbers} batches, replica by replica (-1: not known). "
+            f"Received: {counts} batches, replica by replica (-1: not known). "
             "Give the same `steps_per_epoch` to all, and data that last."
         )

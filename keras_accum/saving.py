@@ -1,6 +1,7 @@
 """What is saved of a model: its class, and the arguments that are ours."""
 
 import weakref
+from collections.abc import Mapping
 from typing import Self
 
 import keras
@@ -9,6 +10,8 @@ from keras_accum import compat
 from keras_accum import functional
 from keras_accum import replicas
 from keras_accum import sharing
+from keras_accum.checkpoint import WindowCheckpoint
+from keras_accum.options import Options
 
 # Where a configuration has that of the model that `from_model` was given.
 MODEL = "from_model"
@@ -19,14 +22,17 @@ CHECKPOINT = "accumulation_window"
 class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
     """Configuration, pickling and clones, as `keras.Model` has them."""
 
+    # What the model's checkpoints have of its window.
+    _accum_checkpoint: WindowCheckpoint
+
     @compat.keeps_automatic_config
     def get_config(self) -> dict:
-        """The configuration; with this class's arguments if functional."""
+        """Returns the configuration; with our arguments if functional."""
         inner = functional.other_class(type(self))
         config = (
             super().get_config() if inner is None else self._config_as(inner)
         )
-        mine = self._arguments()
+        mine = arguments_of(self)
         mine["accum_steps"] = serialize_accum_steps(mine["accum_steps"])
         takes_all = inner is not None or (
             "input_layers" in config and "output_layers" in config
@@ -38,38 +44,26 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
             if takes_all or name in config
         }
 
-    def _arguments(self):
-        """The arguments that would make a model like this one."""
-        is_sized = self.effective_batch_size is not None
-        return {
-            "accum_steps": 1 if is_sized else self.accum_steps,
-            "microbatch_size": self.microbatch_size,
-            "effective_batch_size": self.effective_batch_size,
-            "partial_window": self.partial_window,
-            "nonfinite": self.nonfinite,
-            "accumulator_dtype": self.accumulator_dtype,
-        }
-
     def _config_as(self, inner):
-        """The configuration of what `from_model` was given."""
+        """Returns the configuration of what `from_model` was given."""
         model = keras.saving.serialize_keras_object(
             sharing.seen_as(self, inner)
         )
-        # The whole is built and compiled, in place of its part.
+        # The whole is built and compiled, not the model inside it.
         for name in ("build_config", "compile_config"):
             model.pop(name, None)
         return {MODEL: model}
 
-    def _parts_to_save(self):
-        """None if the window is empty, as in checkpoints of `keras.Model`."""
-        own = self._accum_checkpoint
-        return {} if own.is_empty() else {CHECKPOINT: own}
+    def _children_to_save(self):
+        """Returns the window's checkpoint by name; nothing if it is empty."""
+        checkpoint = self._accum_checkpoint
+        return {} if checkpoint.is_empty() else {CHECKPOINT: checkpoint}
 
-    def _part_to_restore(self, name):
+    def _child_to_restore(self, name):
         return self._accum_checkpoint if name == CHECKPOINT else None
 
-    def _note_clone(self, outputs):
-        """Tells a clone, which will be made of `outputs`, of its original."""
+    def _record_clone(self, outputs):
+        """Records this model as the original of a clone of these `outputs`."""
         for output in outputs:
             output._accum_original = weakref.ref(self)
 
@@ -88,10 +82,11 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
             return cls.from_model(model, **config)
         model = super().from_config(config, *args, **kwargs)
         # A `from_config` behind this one may pass on what it knows alone.
-        for name, value in arguments_of_windows(config):
+        for name, value in settable(config).items():
             setattr(model, name, value)
         if "accumulator_dtype" in config:
-            model._accumulator_dtype = config["accumulator_dtype"]
+            dtype = config["accumulator_dtype"]
+            model._accumulation.change(accumulator_dtype=dtype)
         return model
 
     def load_weights(self, *args, **kwargs) -> None:
@@ -124,10 +119,17 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
         return getattr(named, unpickle.__name__), *state
 
 
-def take_original(tensors):
-    """The model that a clone is made of, given its outputs; or None.
+def serialize_accum_steps(accum_steps):
+    """Returns `accum_steps` as it stands in a configuration."""
+    if callable(accum_steps):
+        return keras.saving.serialize_keras_object(accum_steps)
+    return int(accum_steps)
 
-    It is told once: other models may be made of the same outputs.
+
+def take_original(tensors):
+    """Returns the model that a clone is made of, given its outputs; or None.
+
+    It is returned once: other models may be made of the same outputs.
     """
     original = None
     for tensor in keras.tree.flatten(tensors):
@@ -137,23 +139,22 @@ def take_original(tensors):
     return original
 
 
-def arguments_of_windows(config):
-    """The arguments in a configuration that may be set at any time.
+def arguments_of(model: keras.Model) -> dict:
+    """Returns the arguments that would make a model like this one."""
+    arguments = {name: getattr(model, name) for name in Options.names()}
+    if arguments["effective_batch_size"] is not None:
+        # That is what was solved for.
+        arguments["accum_steps"] = 1
+    return arguments
+
+
+def settable(config: Mapping) -> dict:
+    """Returns the options in a configuration that may be set at any time.
 
     Of those that say how large a window is, only the one that was given: the
     others would undo it.
     """
-    others = ("microbatch_size", "effective_batch_size")
-    given = [name for name in others if config.get(name) is not None]
-    return [
-        (name, config[name])
-        for name in [*(given or ["accum_steps"]), "partial_window", "nonfinite"]
-        if name in config
-    ]
-
-
-def serialize_accum_steps(accum_steps):
-    """`accum_steps` as it stands in a configuration."""
-    if callable(accum_steps):
-        return keras.saving.serialize_keras_object(accum_steps)
-    return int(accum_steps)
+    sizes = ("microbatch_size", "effective_batch_size")
+    given = [name for name in sizes if config.get(name) is not None]
+    names = [*(given or ["accum_steps"]), "partial_window", "nonfinite"]
+    return {name: config[name] for name in names if name in config}

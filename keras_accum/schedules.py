@@ -19,7 +19,7 @@ from typing import Self
 
 import keras
 
-from keras_accum import window
+from keras_accum.options import check_positive_int
 
 UNITS = ("updates", "samples", "tokens")
 
@@ -30,7 +30,7 @@ PAIR = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMBT]?):([1-9][0-9]*)")
 def starts_in_updates(
     boundaries: Sequence[int], values: Sequence[int], microbatch: int
 ) -> list[int]:
-    """The updates from which each of `values[1:]` holds.
+    """Returns the updates from which each of `values[1:]` holds.
 
     Boundaries count what `microbatch` does, samples or tokens.
     """
@@ -47,7 +47,7 @@ def starts_in_updates(
 
 
 def ramp_boundaries(initial: int, final: int, duration: int) -> list[int]:
-    """Where a line from 0 to `duration` comes to each further whole number.
+    """Returns where a line from 0 to `duration` reaches each whole number.
 
     These are the first integers t at which
     `initial + (final - initial) * t // duration` is the next number.
@@ -80,11 +80,11 @@ class Schedule:
         )
 
     def __call__(self, updates: int) -> int:
-        """Micro-batches of the window that begins after so many updates."""
+        """Returns the micro-batches of a window that begins after `updates`."""
         return self._values[bisect.bisect_right(self._starts, updates)]
 
     def get_config(self) -> dict:
-        """The arguments."""
+        """Returns the arguments."""
         return copy.deepcopy(self._config)
 
     @classmethod
@@ -162,7 +162,7 @@ class PiecewiseConstant(Schedule):
     ) -> None:
         boundaries = check_ints("boundaries", boundaries)
         values = check_ints("values", values)
-        check_pieces(boundaries, values)
+        check_boundaries(boundaries, values)
         config = {"boundaries": boundaries, "values": values}
         config |= check_unit(unit, microbatch)
         super().__init__(config, boundaries, values)
@@ -185,7 +185,7 @@ class LinearRamp(Schedule):
 
     Args:
         initial: Micro-batches in the first window; a positive int.
-        final: Micro-batches per window from `duration` on; likewise.
+        final: Micro-batches per window from `duration` on; a positive int.
         duration: Length of the ramp, in `unit`; a positive int.
         unit: What `duration` counts: `"updates"`, `"samples"` or `"tokens"`.
         microbatch: As for `PiecewiseConstant`.
@@ -276,12 +276,12 @@ def parse(
 
 
 def increase(numbers):
-    """Whether each number is larger than the one before."""
+    """Returns whether each number is larger than the one before."""
     return all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
 
 
-def check_pieces(boundaries, values):
-    """Raises unless the boundaries increase and part the values."""
+def check_boundaries(boundaries, values):
+    """Raises unless the boundaries increase, and there is one value more."""
     if not increase(boundaries):
         raise ValueError(
             "`boundaries` must increase. Received: "
@@ -323,13 +323,13 @@ def check_ints(name, values):
         raise TypeError(f"{message} (of type {type(values).__name__})")
     values = list(values)
     for value in values:
-        window.check_positive_int(value, message)
+        check_positive_int(value, message)
     return [int(value) for value in values]
 
 
 def check_int(name, value):
     """Returns `value` as an int, or raises unless it is a positive integer."""
-    window.check_positive_int(
+    check_positive_int(
         value,
         f"`{name}` must be a positive integer. Received: {name}={value!r}",
     )

@@ -32,7 +32,7 @@ _READS = {"ReadVariableOp", "VariableShape", "VarIsInitializedOp"}
 def assigning_if(
     condition: tf.Tensor, variables: Sequence[tf.Variable]
 ) -> Iterator[None]:
-    """Leaves variables as they are unless a condition holds, for a while.
+    """Makes assignments within the context count only if a condition holds.
 
     Args:
         condition: A bool scalar.
@@ -48,7 +48,7 @@ def assigning_if(
 
 
 class Guard:
-    """Selects what a variable is assigned.
+    """A variable whose assignments count only if a condition holds.
 
     Args:
         condition: A bool scalar.
@@ -60,12 +60,12 @@ class Guard:
         self._assign = variable.assign
         self._graph = compat.current_graph()
         self._before = tf.identity(variable)
-        self._known = len(self._writes())
+        self._num_writes_before = len(self._writes())
         self._selected = 0
 
     @contextlib.contextmanager
     def guarding(self) -> Iterator[None]:
-        """Has the methods that assign all of the variable select."""
+        """Makes the methods that assign the whole variable select."""
         with contextlib.ExitStack() as stack:
             for name, value_of in (
                 ("assign", lambda value: value),
@@ -80,9 +80,9 @@ class Guard:
 
     def close(self) -> None:
         """Selects now, if any assignment was not seen."""
-        # As those in a conditional, of methods that assign a part, or, on TPUs,
-        # of all copies by one name.
-        writes = len(self._writes()) - self._known
+        # As those in a conditional, of methods that assign some entries, or, on
+        # TPUs, of all copies by one name.
+        writes = len(self._writes()) - self._num_writes_before
         if not self._selected or writes != self._selected:
             self._assign(self._select(self._variable))
 
@@ -100,7 +100,7 @@ class Guard:
         return tf.where(self._condition, value, self._before)
 
     def _writes(self):
-        """The ops of this graph that may assign the variable."""
+        """Returns the ops of this graph that may assign the variable."""
         if self._graph is None:
             return []
         uses = compat.uses(self._graph, self._variable)

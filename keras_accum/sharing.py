@@ -1,4 +1,4 @@
-"""A second model object with all that a first one has.
+"""A model of another class that shares every attribute of an existing one.
 
 Layers, variables and graph of a model cannot be moved into an object of another
 class, nor made again with what a user has done to them. But an object is a
@@ -11,11 +11,11 @@ import keras
 from keras_accum import compat
 
 # What belongs to the windows of the first model, if it has any.
-OWN = "_accum"
+PREFIX = "_accum"
 
 
 def sharing_all(model: keras.Model, cls: type[keras.Model]) -> keras.Model:
-    """A model of a class that has what another model has.
+    """Makes a model of another class that shares all of a model.
 
     Args:
         model: Any model.
@@ -27,7 +27,7 @@ def sharing_all(model: keras.Model, cls: type[keras.Model]) -> keras.Model:
         {
             name: value
             for name, value in compat.attributes_to_share(model).items()
-            if not name.startswith(OWN)
+            if not name.startswith(PREFIX)
         }
     )
     for name in ("train_function", "test_function", "predict_function"):
@@ -37,7 +37,7 @@ def sharing_all(model: keras.Model, cls: type[keras.Model]) -> keras.Model:
 
 
 def seen_as(model: keras.Model, cls: type[keras.Model]) -> keras.Model:
-    """The model as one of a class of its; to be looked at only.
+    """Returns a model as one of its base classes, only to be looked at.
 
     Args:
         model: A model that `sharing_all` returned.

@@ -48,14 +48,8 @@ ROWS = ("rows",)
 GUESS = ("guess",)
 
 
-def number_of_rows(x) -> tf.Tensor:
-    """Rows of a batch: the length of its first tensor; an int32 scalar."""
-    first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
-    return tf.shape(first)[0]
-
-
 def is_sum(losses) -> bool:
-    """Whether all of `losses`, as given to `compile`, are sums, not means."""
+    """Returns whether all losses given to `compile` are sums, not means."""
     leaves = [leaf for leaf in keras.tree.flatten(losses) if leaf is not None]
     return bool(leaves) and all(
         isinstance(leaf, keras.Loss) and leaf.reduction in SUM_REDUCTIONS
@@ -64,7 +58,7 @@ def is_sum(losses) -> bool:
 
 
 def loss_denominator(loss, y_true, y_pred, sample_weight, rows):
-    """The `Denominator` of one loss, or None if it is a sum.
+    """Returns the `Denominator` of one loss, or None if it is a sum.
 
     Mirrors `keras.Loss.__call__` up to the point where it divides.
 
@@ -84,13 +78,13 @@ def loss_denominator(loss, y_true, y_pred, sample_weight, rows):
     values = tf.convert_to_tensor(
         loss.call(as_dtype(y_true, loss), as_dtype(y_pred, loss))
     )
-    is_sum = loss.reduction in SUM_REDUCTIONS
+    has_sum_reduction = loss.reduction in SUM_REDUCTIONS
     if values.shape.rank == 0:
         # It is reduced already, and `reduction` says nothing. Keras multiplies
         # it by the mean of the sample weights, which no denominator can.
-        exact = not is_sum and sample_weight is None
+        exact = not has_sum_reduction and sample_weight is None
         return by_rows if exact else dataclasses.replace(by_rows, source=GUESS)
-    if is_sum:
+    if has_sum_reduction:
         return None
     masks = [compat.keras_mask(y_pred), compat.keras_mask(values)]
     masks = [mask for mask in masks if mask is not None]
@@ -105,7 +99,7 @@ def loss_denominator(loss, y_true, y_pred, sample_weight, rows):
     )
     values, weight = compat.align_ranks(values, tf.cast(weight, values.dtype))
     if loss.reduction == "mean_with_sample_weight":
-        source = ("weights", Same(sample_weight), *map(Same, masks))
+        source = ("weights", ById(sample_weight), *map(ById, masks))
         return Denominator(tf.reduce_sum(as_weight(weight)), source)
     entries = values * weight
     if mask is None:
@@ -113,11 +107,11 @@ def loss_denominator(loss, y_true, y_pred, sample_weight, rows):
     # The sum over the unmasked, times total / valid, over all entries.
     repeats = tf.math.divide_no_nan(count(entries), count(mask))
     valid = tf.reduce_sum(as_weight(mask))
-    return Denominator(valid * repeats, ("mask", *map(Same, masks)))
+    return Denominator(valid * repeats, ("mask", *map(ById, masks)))
 
 
 def total_weight(denominators):
-    """The weight of a micro-batch, from the `Denominator`s of its losses.
+    """Returns the weight of a micro-batch, from its losses' `Denominator`s.
 
     Returns:
         The sum of the denominators, which is right where they are proportional
@@ -132,7 +126,7 @@ def total_weight(denominators):
 
 
 def is_exact(denominators, has_row_means) -> bool:
-    """Whether one weight per micro-batch fits all of its losses.
+    """Returns whether one weight per micro-batch fits all of its losses.
 
     Args:
         denominators: The `Denominator`s of the losses, None for a sum.
@@ -144,7 +138,7 @@ def is_exact(denominators, has_row_means) -> bool:
 
 
 def differ(denominators, has_row_means) -> bool:
-    """Whether the losses have denominators that are not proportional.
+    """Returns whether the losses' denominators are not proportional.
 
     Args:
         denominators: As for `is_exact`.
@@ -154,13 +148,13 @@ def differ(denominators, has_row_means) -> bool:
 
 
 def sources_of(denominators, has_row_means):
-    """What the denominators of a micro-batch's losses follow from."""
+    """Returns what the denominators of a micro-batch's losses follow from."""
     sources = {None if d is None else d.source for d in denominators}
     return sources | {ROWS} if has_row_means else sources
 
 
 def as_dtype(values, loss):
-    """`values` as tensors of the loss's dtype, as a loss converts them."""
+    """Converts `values` to tensors of the loss's dtype, as a loss does."""
     return keras.tree.map_structure(
         lambda value: keras.ops.convert_to_tensor(value, dtype=loss.dtype),
         values,
@@ -168,7 +162,7 @@ def as_dtype(values, loss):
 
 
 def as_weight(values):
-    """`values` as float64 or float32, whatever Keras's `floatx` is.
+    """Converts `values` to float64 or float32, whatever Keras's `floatx` is.
 
     A count must not be rounded: bfloat16 ends at 256.
     """
@@ -177,18 +171,18 @@ def as_weight(values):
 
 
 def count(values):
-    """Number of entries of a tensor."""
+    """Returns the number of entries of a tensor."""
     return as_weight(tf.size(values))
 
 
 def shape_source(values):
-    """Source of a denominator that is the number of entries of `values`."""
+    """Returns the source of a denominator that is the size of `values`."""
     inner = values.shape[1:]
-    return ROWS if inner.is_fully_defined() else ("size", Same(values))
+    return ROWS if inner.is_fully_defined() else ("size", ById(values))
 
 
-class Same:
-    """Equal to another if both are of the very same object.
+class ById:
+    """A key that equals another if both hold the very same object.
 
     Outputs that share a mask have the same tensor as theirs.
     """
@@ -197,7 +191,7 @@ class Same:
         self._value = value
 
     def __eq__(self, other) -> bool:
-        return isinstance(other, Same) and self._value is other._value
+        return isinstance(other, ById) and self._value is other._value
 
     def __hash__(self) -> int:
         return id(self._value)

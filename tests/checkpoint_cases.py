@@ -36,7 +36,7 @@ class Killed(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         # Those that are skipped are no batches of this process.
-        self._batches -= not self.model._accum_progress.to_skip
+        self._batches -= not self.model._accumulation.progress.to_skip
 
     def on_train_batch_end(self, batch, logs=None):
         if not self._batches:

@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
+import keras_accum
 from tests import checkpoint_cases as cases
 from tests import test_utils
 
@@ -204,8 +205,8 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         plain.save_weights(f"{path}2.weights.h5")
         # What was gathered is of other weights.
         model.load_weights(f"{path}2.weights.h5")
-        self.assertEqual(int(model._accum_window.position), 0)
-        self.assertEqual(int(model._accum_buffers.count.numpy()), 0)
+        self.assertEqual(test_utils.position(model), 0)
+        self.assertEqual(test_utils.num_microbatches(model), 0)
 
     def test_files_between_windows_are_those_of_keras(self):
         def names(model, path):
@@ -267,7 +268,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         for a, b in zip(cases.state(model), before, strict=True):
             self.assertAllEqual(a, b)
-        self.assertEqual(int(model._accum_window.position), 2)
+        self.assertEqual(test_utils.position(model), 2)
         save(model, kind, self.path())
         other = loaded(
             kind,
@@ -283,7 +284,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         folder = self.folder()
         model = cases.build(accum_steps=ACCUM_STEPS, partial_window="carry")
         model.fit(cases.dataset(2), verbose=0)
-        self.assertEqual(int(model._accum_window.position), 2)
+        self.assertEqual(test_utils.position(model), 2)
         model.export(f"{folder}/model", verbose=False)
         names = [
             name
@@ -305,6 +306,80 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertAllClose(
             np.load(f"{folder}/y.npy"), model(x), rtol=1e-5, atol=1e-6
         )
+
+
+class ReportedLossTest(test_utils.TestCase, parameterized.TestCase):
+    """A window that goes on reports the loss of all its micro-batches."""
+
+    def build(self, **mode):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((3,))
+        hidden = keras.layers.Dense(4)(inputs)
+        outputs = {
+            "a": keras.layers.Dense(2, name="a")(hidden),
+            "b": keras.layers.Dense(2, name="b")(hidden),
+        }
+        model = keras_accum.GradientAccumulationModel(
+            inputs, outputs, accum_steps=3, partial_window="carry"
+        )
+        losses = {"a": "mse", "b": "mae"}
+        model.compile(keras.optimizers.Adam(0.1), losses, **mode)
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    def logs(self, model, batches):
+        data = cases.dataset().map(lambda x, y: (x, {"a": y, "b": 2.0 * y}))
+        data = data.skip(batches.start).take(len(batches))
+        history = model.fit(data, verbose=0, shuffle=False).history
+        return {name: values[-1] for name, values in history.items()}
+
+    @parameterized.parameters(
+        ("keras", {}),
+        ("h5", {"run_eagerly": True}),
+        ("tf", {"steps_per_execution": 2}),
+    )
+    def test_is_that_of_the_whole_window(self, kind, mode):
+        expected = self.logs(self.build(**mode), range(3))
+        path = os.path.join(self.get_temp_dir(), kind)
+        model = self.build(**mode)
+        self.logs(model, range(2))
+        save(model, kind, path)
+        if kind == "keras":
+            model = keras.models.load_model(f"{path}.keras")
+        else:
+            model = self.build(**mode)
+            if kind == "h5":
+                model.load_weights(f"{path}.weights.h5")
+            else:
+                tf.train.Checkpoint(model=model).read(path)
+        actual = self.logs(model, range(2, 3))
+        self.assertEqual(int(model.optimizer.iterations), 1)
+        self.assertEqual(list(actual), list(expected))
+        for name, value in expected.items():
+            self.assertAllClose(actual[name], value, rtol=1e-6, msg=name)
+
+
+class OldFilesTest(test_utils.TestCase, parameterized.TestCase):
+    """Files of before a window was made of parts: one update, and 2 of 3."""
+
+    @parameterized.parameters("keras", "tf")
+    def test_go_on(self, kind):
+        arguments = {
+            "accum_steps": ACCUM_STEPS,
+            "partial_window": "carry",
+            "nonfinite": "skip_microbatch",
+        }
+        expected = cases.build(**arguments)
+        for skipped in (0, 3):
+            expected.fit(cases.dataset(skipped), verbose=0, shuffle=False)
+        path = str(ROOT / "tests" / "data" / "window")
+        model = loaded(kind, path, **arguments)
+        self.assertEqual(model.partial_window, "carry")
+        for each in (model, expected):
+            each.fit(cases.dataset(3), verbose=0, shuffle=False)
+            self.assertEqual(int(each.optimizer.iterations), 2)
+        for a, b in zip(cases.state(model), cases.state(expected), strict=True):
+            self.assertAllClose(a, b, rtol=1e-5, atol=1e-6)
 
 
 class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
@@ -355,7 +430,7 @@ class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
                 status = tf.train.Checkpoint(model=model).read(path)
                 status.assert_existing_objects_matched()
         model.fit(test_utils.dataset(batches[5:]), verbose=0)
-        self.assertEqual(int(model._accum_window.position), 0)
+        self.assertEqual(test_utils.position(model), 0)
         expected = test_utils.mlp()
         initial = expected.get_weights()
         expected.compile(

@@ -77,7 +77,7 @@ class NamesTest(test_utils.TestCase):
         x, y = test_utils.microbatches([4])[0]
         with (
             compat.iterating_over(first_rows),
-            compat.noting_epoch_iterators(begun.append),
+            compat.recording_epoch_iterators(begun.append),
         ):
             predicted = model.predict(x, batch_size=1, steps=4, verbose=0)
         self.assertLen(seen, 1)
@@ -222,7 +222,7 @@ class NamesTest(test_utils.TestCase):
         )
         model = keras.Model(inputs, layer(inputs))
         model(np.ones((3, 2)))
-        self.assertLen(compat.own_losses(model), 1)
+        self.assertLen(compat.added_losses(model), 1)
         self.assertLen(model.losses, 2)
 
     def test_masks(self):
@@ -325,9 +325,9 @@ class NamesTest(test_utils.TestCase):
         after = [dict(vars(each)) for each in (extended, optimizer, inner)]
         self.assertEqual(list(map(set, after)), list(map(set, before)))
 
-    def test_own_copy(self):
+    def test_local_variable(self):
         variable = tf.Variable(1.0)
-        self.assertIs(compat.own_copy(variable), variable)
+        self.assertIs(compat.local_variable(variable), variable)
 
     def test_number_of_batches(self):
         strategy = tf.distribute.MirroredStrategy(["CPU:0"])
@@ -373,10 +373,10 @@ class NamesTest(test_utils.TestCase):
                 part = tf.train.Checkpoint(value=tf.Variable(1.0))
                 compat.set_untracked(self, "part", part)
 
-            def _parts_to_save(self):
+            def _children_to_save(self):
                 return {"extra": self.part}
 
-            def _part_to_restore(self, name):
+            def _child_to_restore(self, name):
                 return self.part if name == "extra" else None
 
         model, other = Model(), Model()
@@ -414,7 +414,7 @@ class NamesTest(test_utils.TestCase):
         seen = []
 
         class Told(compat.ToldOfClones, compat.functional_class()):
-            def _note_clone(self, outputs):
+            def _record_clone(self, outputs):
                 seen.append((self, len(outputs)))
 
         inputs = keras.Input((2,))
@@ -441,7 +441,7 @@ class NamesTest(test_utils.TestCase):
         model = keras.Sequential([layer, keras.layers.Dropout(0.5), renorm])
         x = np.array([[0.0], [2.0]], "float32")
         seen = []
-        with compat.noting_moments(lambda *args: seen.append(args)):
+        with compat.recording_moments(lambda *args: seen.append(args)):
             model(x, training=True)
         self.assertEqual([each for each, *_ in seen], [layer, renorm])
         _, inputs, mask, means, variances = seen[0]
@@ -506,17 +506,17 @@ class NamesTest(test_utils.TestCase):
             self.assertIsNone(layer.build)
         self.assertEqual(vars(layer), before)
 
-    def test_note_number_of_batches(self):
+    def test_record_number_of_batches(self):
         with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
             model = test_utils.mlp()
         seen = []
 
         def note(epoch_iterator):
-            compat.note_number_of_batches(epoch_iterator)
+            compat.record_number_of_batches(epoch_iterator)
             seen.append(int(epoch_iterator._distributed_dataset.cardinality))
 
         ((x, _),) = test_utils.microbatches([4])
-        with compat.noting_epoch_iterators(note):
+        with compat.recording_epoch_iterators(note):
             model.predict(x, batch_size=2, verbose=0)
         self.assertEqual(set(seen), {2})
 

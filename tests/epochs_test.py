@@ -100,7 +100,7 @@ class PolicyTest(test_utils.TestCase, parameterized.TestCase):
         model = compiled(test_utils.accumulating(partial_window="drop"))
         model.fit(test_utils.dataset(BATCHES), epochs=2, verbose=0)
         self.assertTrainedOn(model, [FULL] * 2)
-        self.assertEqual(int(model._accum_buffers.count), 0)
+        self.assertEqual(test_utils.num_microbatches(model), 0)
 
     def test_stopped_epoch_is_flushed(self):
         model = compiled(test_utils.accumulating())
@@ -205,8 +205,8 @@ class LeftoverTest(test_utils.TestCase, parameterized.TestCase):
         for error in (KeyboardInterrupt(), ValueError("mine")):
             model = compiled(test_utils.accumulating(partial_window=policy))
             self.interrupt(model, error)
-            self.assertEqual(int(model._accum_window.position), 0)
-            self.assertEqual(int(model._accum_buffers.count), 0)
+            self.assertEqual(test_utils.position(model), 0)
+            self.assertEqual(test_utils.num_microbatches(model), 0)
             model.fit(test_utils.dataset(FULL), verbose=0)
             self.assertSameWeights(
                 model.get_weights(),
@@ -234,7 +234,7 @@ class LeftoverTest(test_utils.TestCase, parameterized.TestCase):
 
         with self.assertRaisesRegex(Exception, "gone"):
             model.fit(failing(), verbose=0)
-        self.assertEqual(int(model._accum_window.position), 0)
+        self.assertEqual(test_utils.position(model), 0)
 
     def test_train_on_batch_leaves_nothing_for_fit(self):
         model = compiled(test_utils.accumulating())

@@ -526,7 +526,7 @@ class PrecisionTest(test_utils.TestCase, parameterized.TestCase):
             windows(),
             tolerance,
         )
-        for buffer in actual._accum_buffers.buffers:
+        for buffer in test_utils.accumulator(actual).buffers:
             self.assertEqual(buffer.dtype, tf.float32)
         is_scaled = isinstance(
             actual.optimizer, keras.optimizers.LossScaleOptimizer
@@ -604,21 +604,21 @@ def with_added_losses(cls, loss_on_outputs=False, **kwargs):
 
 
 @pytest.mark.thorough
-class OptimizerInPiecesTest(OptimizerTest):
+class OptimizerInMicrobatchesTest(OptimizerTest):
     """The same, where the whole batch is given and cut up."""
 
     microbatch_size = 3
 
 
 @pytest.mark.thorough
-class LossInPiecesTest(LossTest):
+class LossInMicrobatchesTest(LossTest):
     """Likewise."""
 
     microbatch_size = 3
 
 
 @pytest.mark.thorough
-class PrecisionInPiecesTest(PrecisionTest):
+class PrecisionInMicrobatchesTest(PrecisionTest):
     """Likewise."""
 
     microbatch_size = 3

@@ -51,24 +51,14 @@ class WindowLossTest(test_utils.TestCase):
         metric.update_state(6.0, sample_weight=1)
         self.assertAllClose(metric.result(), 3.0)
 
-    def test_held_back_values_are_added_with_their_weight(self):
-        metric = added()
-        for index, (loss, rows, weight) in enumerate(
-            [(2.0, 8, 3.0), (6.0, 8, 1.0)]
-        ):
-            with metric.held_back():
-                metric.update_state(tf.constant(loss), sample_weight=rows)
-            metric.add_held(weight, first=index == 0)
+    def test_holds_back_what_it_is_given(self):
+        metric, recorded = added(), {}
+        with metric.recording(recorded):
+            metric.update_state(2.0, sample_weight=8)
+        self.assertEqual(recorded, {id(metric): (2.0, 8)})
+        self.assertAllEqual(metric.result(), 0.0)
+        metric.update_state(3.0, sample_weight=1)
         self.assertAllClose(metric.result(), 3.0)
-        metric.close()
-        # Of unknown numbers of rows, each window counts once.
-        for first in (True, False):
-            with metric.held_back():
-                metric.update_state(tf.constant(5.0), sample_weight=None)
-            metric.add_held(None, first)
-        self.assertAllClose(metric.result(), (16 * 3 + 1 * 10) / 17)
-        metric.add_held(None, first=True)
-        self.assertAllClose(metric.result(), (16 * 3 + 1 * 10) / 17)
 
     def test_it_has_the_variables_of_a_mean(self):
         self.assertEqual(

@@ -11,6 +11,7 @@ from absl.testing import parameterized
 
 import keras_accum
 from keras_accum import microbatching
+from keras_accum import position
 from keras_accum import training
 from tests import equivalence_test
 from tests import test_utils
@@ -22,7 +23,7 @@ MODES = {
 }
 
 
-def in_pieces(build=test_utils.mlp, microbatch_size=3, **kwargs):
+def in_microbatches(build=test_utils.mlp, microbatch_size=3, **kwargs):
     """`build` with `GradientAccumulationModel` and a `microbatch_size`."""
     return build(
         keras_accum.GradientAccumulationModel,
@@ -43,9 +44,9 @@ def sizes_of(data, size):
     return microbatching.fold(
         data,
         size,
-        lambda piece: tf.nest.flatten(piece)[0].shape[:1],
-        lambda sizes, piece: tf.concat(
-            [sizes, tf.nest.flatten(piece)[0].shape[:1]], axis=0
+        lambda microbatch: tf.nest.flatten(microbatch)[0].shape[:1],
+        lambda sizes, microbatch: tf.concat(
+            [sizes, tf.nest.flatten(microbatch)[0].shape[:1]], axis=0
         ),
     )
 
@@ -64,19 +65,27 @@ class FoldTest(test_utils.TestCase, parameterized.TestCase):
         x = tf.reshape(tf.range(rows * 2), (rows, 2))
 
         def sizes_and_rows(data):
-            pieces = []
+            microbatches = []
             microbatching.fold(
                 data,
                 size,
-                lambda piece: pieces.append(piece) or tf.constant(0),
-                lambda result, piece: pieces.append(piece) or result,
+                lambda microbatch: (
+                    microbatches.append(microbatch) or tf.constant(0)
+                ),
+                lambda result, microbatch: (
+                    microbatches.append(microbatch) or result
+                ),
             )
-            return pieces
+            return microbatches
 
-        pieces = sizes_and_rows({"a": x, "b": None})
-        self.assertEqual([len(piece["a"]) for piece in pieces], expected)
-        self.assertAllEqual(tf.concat([p["a"] for p in pieces], 0), x)
-        self.assertTrue(all(piece["b"] is None for piece in pieces))
+        microbatches = sizes_and_rows({"a": x, "b": None})
+        self.assertEqual(
+            [len(microbatch["a"]) for microbatch in microbatches], expected
+        )
+        self.assertAllEqual(tf.concat([p["a"] for p in microbatches], 0), x)
+        self.assertTrue(
+            all(microbatch["b"] is None for microbatch in microbatches)
+        )
 
     @parameterized.product(known=(False, True), rows=(0, 1, 6, 7, 9))
     def test_in_a_graph(self, known, rows):
@@ -84,11 +93,11 @@ class FoldTest(test_utils.TestCase, parameterized.TestCase):
             input_signature=[tf.TensorSpec((rows if known else None, 2))]
         )
         def squares(x):
-            def square(piece):
+            def square(microbatch):
                 if known and rows:
-                    self.assertIsNotNone(piece.shape[0])
-                tf.debugging.assert_less_equal(tf.shape(piece)[0], 3)
-                return piece**2
+                    self.assertIsNotNone(microbatch.shape[0])
+                tf.debugging.assert_less_equal(tf.shape(microbatch)[0], 3)
+                return microbatch**2
 
             return microbatching.concatenated(x, 3, square)
 
@@ -105,13 +114,15 @@ class FoldTest(test_utils.TestCase, parameterized.TestCase):
 
         @tf.function
         def sums(data):
-            def sum_of(piece):
+            def sum_of(microbatch):
                 if is_ragged:
-                    return tf.reduce_sum(piece.to_tensor(), axis=1)
-                return tf.sparse.reduce_sum(piece, axis=1)
+                    return tf.reduce_sum(microbatch.to_tensor(), axis=1)
+                return tf.sparse.reduce_sum(microbatch, axis=1)
 
             return microbatching.concatenated(
-                data, 2, lambda piece: tf.ensure_shape(sum_of(piece), [None])
+                data,
+                2,
+                lambda microbatch: tf.ensure_shape(sum_of(microbatch), [None]),
             )
 
         self.assertAllEqual(sums(data), [3, 3, 15, 7, 8])
@@ -164,7 +175,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
             },
             windows,
         )
-        self.assertTrue(actual._uses_totals())
+        self.assertTrue(actual._accumulation.losses.uses_denominators())
 
     @parameterized.parameters(*MODES)
     def test_masks_with_added_losses(self, mode):
@@ -190,7 +201,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
             },
             windows,
         )
-        self.assertTrue(actual._uses_totals())
+        self.assertTrue(actual._accumulation.losses.uses_denominators())
 
     def test_reported_losses(self):
         tokens = masked_tokens(8)
@@ -198,7 +209,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
         reported = []
         for model in (
             equivalence_test.masked_and_not(keras.Model),
-            in_pieces(equivalence_test.masked_and_not),
+            in_microbatches(equivalence_test.masked_and_not),
         ):
             model.compile(
                 "sgd",
@@ -224,7 +235,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         # The last batch is shorter than a micro-batch.
         batches = test_utils.microbatches([10, 10, 2])
         x, y = test_utils.concatenate(batches)
-        expected, actual = test_utils.mlp(), in_pieces()
+        expected, actual = test_utils.mlp(), in_microbatches()
         initial = expected.get_weights()
         reported = []
         for model in (expected, actual):
@@ -265,7 +276,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             x = masked_tokens(22)
             y = [x % 5, x[:, 0] % 5]
         reported = []
-        for model in (build(keras.Model), in_pieces(build)):
+        for model in (build(keras.Model), in_microbatches(build)):
             loss = test_utils.crossentropy()
             model.compile("sgd", loss if name == "mlp" else [loss, loss])
             reported.append(
@@ -290,7 +301,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
 
     def test_steps_per_execution(self):
         batches = test_utils.microbatches([8, 7, 5, 3, 4])
-        expected, actual = test_utils.mlp(), in_pieces()
+        expected, actual = test_utils.mlp(), in_microbatches()
         initial = expected.get_weights()
         for model in (expected, actual):
             model.compile(
@@ -387,7 +398,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameTraining(actual, expected, initial)
 
     def test_a_step_that_fails_leaves_no_window(self):
-        expected, actual = test_utils.mlp(), in_pieces()
+        expected, actual = test_utils.mlp(), in_microbatches()
         initial = expected.get_weights()
         (x, y), other = test_utils.microbatches([8, 8])
         for model in (expected, actual):
@@ -401,7 +412,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         with self.assertRaises(tf.errors.InvalidArgumentError):
             actual.train_on_batch(x, wrong)
         self.assertAllClose(before, actual.get_weights(), 0, 0)
-        self.assertEqual(int(actual._accum_buffers.count), 0)
+        self.assertEqual(test_utils.num_microbatches(actual), 0)
         for model in (expected, actual):
             model.compile("adam", loss=test_utils.crossentropy())
             model.run_eagerly = model is expected
@@ -418,10 +429,10 @@ def checked_crossentropy(y_true, y_pred):
 
 class ProgramTest(test_utils.TestCase):
     def graph_size(self, rows):
-        model = in_pieces()
+        model = in_microbatches()
         model.compile("adam", loss=test_utils.crossentropy())
-        update = training.make_update_function(model)
-        step = training.make_batch_step_function(model, update, set())
+        programs = training.Programs(model._accumulation)
+        step = programs.make_step(position.WHOLE)
         batch = test_utils.microbatches([rows])[0]
         graph = (
             tf.function(step, autograph=False)
@@ -521,14 +532,14 @@ class ErrorsTest(test_utils.TestCase, parameterized.TestCase):
 
     def test_unknown_word(self):
         with self.assertRaisesRegex(TypeError, "microbatch_size='most'"):
-            in_pieces(microbatch_size="most")
+            in_microbatches(microbatch_size="most")
 
     def test_one_of_them(self):
         with self.assertRaisesRegex(
             ValueError, "give one of them. Received: accum_steps=2, micro"
         ):
-            in_pieces(accum_steps=2)
-        model = in_pieces()
+            in_microbatches(accum_steps=2)
+        model = in_microbatches()
         with self.assertRaisesRegex(ValueError, "give one of them"):
             model.accum_steps = 2
         model.microbatch_size = None
@@ -538,28 +549,11 @@ class ErrorsTest(test_utils.TestCase, parameterized.TestCase):
 
     @parameterized.parameters(*MODES)
     def test_batches_that_are_not_cut_along_their_first_axis(self, mode):
-        model = in_pieces()
+        model = in_microbatches()
         model.compile("sgd", loss="mse", **MODES[mode])
         x = np.zeros((8, test_utils.FEATURES))
         with self.assertRaisesRegex(ValueError, "cut along the first axis"):
             model.train_on_batch(x, np.zeros((7, 3)))
-
-    def test_lengths_that_are_known_later(self):
-        @tf.function(
-            input_signature=[tf.TensorSpec((None, 2)), tf.TensorSpec((None,))]
-        )
-        def rows(x, y):
-            return microbatching.check_rows((x, y))
-
-        self.assertEqual(int(rows(np.zeros((3, 2)), np.zeros(3))), 3)
-        with self.assertRaisesRegex(
-            tf.errors.InvalidArgumentError, "cut along the first axis"
-        ):
-            rows(np.zeros((3, 2)), np.zeros(4))
-
-    def test_scalars(self):
-        with self.assertRaisesRegex(ValueError, "cut along the first axis"):
-            microbatching.check_rows([tf.zeros((3, 2)), tf.zeros(())])
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
         model.train_on_batch(*batch)
         self.assertEqual(iterations(model), 1)
 
-    def test_batches_in_pieces(self):
+    def test_batches_in_microbatches(self):
         x, y = test_utils.concatenate(test_utils.microbatches([4, 4, 2]))
         kwargs = {"accum_steps": 1, "microbatch_size": 4}
         actual = compiled(accumulating(**kwargs), jit_compile=True)
@@ -267,7 +267,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
         gradients = [tf.ones(v.shape) for v in model.trainable_weights]
         model.accumulate(gradients, 2.0)
         model.accumulate([np.nan * gradients[0], *gradients[1:]], 3.0)
-        mean = model._gradient_accumulator().mean()
+        mean = test_utils.accumulator(model).mean()
         self.assertAllClose(mean, gradients)
         self.assertEqual(model.nonfinite_microbatches, 1)
 
@@ -363,7 +363,8 @@ class PropagateTest(test_utils.TestCase):
         first, last = test_utils.microbatches([4, 4])
         test_utils.train_on(model, [spoiled(first), last])
         self.assertTrue(all(np.isnan(w).any() for w in model.get_weights()))
-        self.assertIsNone(model._accum_nonfinite)
+        nonfinite = model._accumulation.window["nonfinite"]
+        self.assertEmpty(nonfinite.variables)
 
 
 class LossScalesTest(test_utils.TestCase, parameterized.TestCase):

@@ -98,7 +98,10 @@ class ProgramTest(test_utils.TestCase, parameterized.TestCase):
         model.compile("sgd", "mse", jit_compile=True)
         batch = np.ones((rows, 64), "float32"), np.ones((rows, 32), "float32")
         model.train_on_batch(*batch)
-        step = tf.function(model._next_microbatch, jit_compile=True)
+        step = tf.function(
+            lambda batch: test_utils.train_microbatch(model, False, batch),
+            jit_compile=True,
+        )
         batch = tuple(map(tf.constant, batch))
         return step.experimental_get_compiler_ir(batch)(stage="optimized_hlo")
 

@@ -128,10 +128,10 @@ def train(folder):
     # Nobody says how much is free: the batch is tried as it is.
     model = fitted(cls(*layers(), microbatch_size="auto"), **eager)
     assert model.microbatch_size == ROWS // 2
-    from keras_accum import forecast
+    from keras_accum import memory
 
-    assert forecast.free_bytes() == forecast.UNKNOWN
-    assert forecast.address_limit() is None
+    assert memory.free_bytes() == memory.UNKNOWN
+    assert memory.address_limit() is None
 
 
 def launch_workers(folder):

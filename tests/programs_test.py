@@ -9,6 +9,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
+from keras_accum import position
 from keras_accum import training
 from tests import test_utils
 
@@ -73,10 +74,14 @@ def trained(optimizer="adam"):
 def program_of(name):
     """What XLA makes of a step of that model."""
     model, batch = trained()
-    step = getattr(model, name)
-    if name == "update_step":
-        return optimized_hlo(step)
-    return optimized_hlo(lambda *batch: step(batch), *batch)
+    if name == "update":
+        return optimized_hlo(model.update_step)
+    return optimized_hlo(
+        lambda *batch: test_utils.train_microbatch(
+            model, name == "first", batch
+        ),
+        *batch,
+    )
 
 
 def kernels(model):
@@ -93,11 +98,11 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
                 written.count(shape), shapes(variables).count(shape), msg=shape
             )
 
-    @parameterized.parameters("_first_microbatch", "_next_microbatch")
+    @parameterized.parameters("first", "next")
     def test_buffers(self, name):
         model, _ = trained()
         hlo = program_of(name)
-        accumulator = model._accum_buffers
+        accumulator = test_utils.accumulator(model)
         self.assertInPlace(
             hlo, [*accumulator.buffers, accumulator.weight, accumulator.count]
         )
@@ -118,7 +123,7 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
 
     def test_an_update_reads_the_buffers_and_leaves_them(self):
         model, _ = trained()
-        hlo = program_of("update_step")
+        hlo = program_of("update")
         read = parameters(hlo)
         written = [read[index] for index in aliased(hlo)]
         for kernel in shapes(kernels(model)):
@@ -128,19 +133,19 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
 
     def test_a_micro_batch_does_not_touch_the_optimizer(self):
         model, _ = trained()
-        hlo = program_of("_next_microbatch")
+        hlo = program_of("next")
         for kernel in shapes(kernels(model)):
             self.assertEqual(parameters(hlo).count(kernel), 2)
 
     def test_no_conditional_in_any_program(self):
-        for name in ("_first_microbatch", "_next_microbatch", "update_step"):
+        for name in ("first", "next", "update"):
             hlo = program_of(name)
             self.assertNotIn(" conditional(", hlo)
             self.assertNotIn(" while(", hlo)
 
     def test_first_micro_batch_does_not_read_the_buffers(self):
         model, _ = trained()
-        hlo = program_of("_first_microbatch")
+        hlo = program_of("first")
         entry = hlo[hlo.index("\nENTRY") :]
         kernel = model.trainable_variables[0]
         shape = shapes([kernel])[0]
@@ -156,8 +161,8 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
 class TracingTest(test_utils.TestCase, parameterized.TestCase):
     def graph_size(self, accum_steps):
         model = compiled_model(accum_steps=accum_steps)
-        update = training.make_update_function(model)
-        step = training.make_step_function(model, update, set())
+        programs = training.Programs(model._accumulation)
+        step = programs.make_step(position.ON_DEVICE)
         x, y = test_utils.microbatches([8])[0]
         traced = tf.function(step, autograph=False)
         graph = traced.get_concrete_function(
@@ -187,8 +192,8 @@ class TracingTest(test_utils.TestCase, parameterized.TestCase):
 
 class HostTest(test_utils.TestCase):
     def test_the_window_lives_on_the_host(self):
-        window = test_utils.accumulating()._accum_window
-        for variable in (window.position, window.size, window.completed):
+        found = test_utils.accumulating()._accumulation.position
+        for variable in (found.variable, found.completed):
             self.assertIn("CPU:0", variable.device)
 
 
@@ -205,7 +210,9 @@ class EmbeddingTest(test_utils.TestCase):
         x, y = np.zeros((4, 3), "int32"), np.zeros((4,), "int32")
         test_utils.train_on(model, [(x, y)] * 2)
         batch = (tf.constant(x), tf.constant(y))
-        hlo = optimized_hlo(lambda *b: model._next_microbatch(b), *batch)
+        hlo = optimized_hlo(
+            lambda *b: test_utils.train_microbatch(model, False, b), *batch
+        )
         index = parameters(hlo).index("f32[5000,16]")
         tables = [
             i for i, p in enumerate(parameters(hlo)) if p == "f32[5000,16]"

@@ -21,7 +21,7 @@ ROWS, STATE, PRECISION, WINDOWS, STEPS, ONE = (
 EVERYTHING = (
     REPLICAS,
     "tests/checkpoint_test.py::ReplicasTest",
-    "tests/fitting_test.py::FindingTest::test_replicas_take_the_same_size",
+    "tests/auto_size_test.py::FindingTest::test_replicas_take_the_same_size",
     "tests/microbatching_test.py::EffectiveBatchSizeTest::test_replicas_count",
     "tests/nonfinite_test.py::DistributionTest",
     "tests/quantization_test.py::QuantizationTest::test_scales_on_several_replicas",

@@ -334,14 +334,14 @@ class RowsTest(TestCase):
 
 
 @pytest.mark.thorough
-class OptimizerInPiecesTest(OptimizerTest):
+class OptimizerInMicrobatchesTest(OptimizerTest):
     """The same, where the whole batch is given and cut up on each replica."""
 
     microbatch_size = 3
 
 
 @pytest.mark.thorough
-class LossInPiecesTest(LossTest):
+class LossInMicrobatchesTest(LossTest):
     """Likewise."""
 
     microbatch_size = 3
@@ -376,7 +376,7 @@ class DenominatorsTest(TestCase):
             ),
             windows,
         )
-        self.assertTrue(actual._uses_totals())
+        self.assertTrue(actual._accumulation.losses.uses_denominators())
 
 
 class WindowTest(TestCase):

@@ -10,6 +10,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
+from keras_accum import saving
 from tests import test_utils
 
 GA = keras_accum.GradientAccumulationModel
@@ -403,7 +404,9 @@ class CloneTest(test_utils.TestCase, parameterized.TestCase):
         on_tensor = keras.models.clone_model(
             model, input_tensors=keras.Input((3,), batch_size=7)
         )
-        self.assertEqual(on_tensor._arguments(), clone._arguments())
+        self.assertEqual(
+            saving.arguments_of(on_tensor), saving.arguments_of(clone)
+        )
 
     def test_models_of_the_same_tensors_have_their_own(self):
         model = self.model(accum_steps=3)

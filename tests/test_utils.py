@@ -11,6 +11,7 @@ import tensorflow as tf
 from absl import flags
 
 import keras_accum
+from keras_accum import steps
 
 FEATURES, CLASSES = 6, 3
 
@@ -33,6 +34,26 @@ needs_multi_optimizer = unittest.skipUnless(
 def with_nightly(cases, nightly):
     """Cases for every change, and those that are for the night alone."""
     return [*cases, *(nightly if IS_NIGHTLY else ())]
+
+
+def accumulator(model):
+    """What sums the gradients of a model; None before the first."""
+    return model._accumulation.window["gradients"].accumulator
+
+
+def num_microbatches(model):
+    """How many micro-batches have gradients in a model's window."""
+    return model._accumulation.window["gradients"].num_microbatches
+
+
+def position(model):
+    """How many micro-batches of its window `fit` has counted."""
+    return model._accumulation.position.read()[0]
+
+
+def train_microbatch(model, is_first, data):
+    """What a model's program for a micro-batch computes, within a replica."""
+    return steps.train_microbatch(model._accumulation, is_first, data)
 
 
 def first_command(*cases):

@@ -1,5 +1,6 @@
 """The programs, compiled for a TPU by its own compiler, which needs no TPU."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -14,8 +15,9 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
+from keras_accum import microbatching
 from keras_accum import replicas
-from keras_accum import training
+from keras_accum import steps as library_steps
 from tests import test_utils
 
 TOOL = pathlib.Path(__file__).absolute().parent.parent / "tools/hlo_report.py"
@@ -78,7 +80,7 @@ MODELS = {
 }
 # Variables that the optimizer has for each weight.
 SLOTS = {"convolutional": 1, "decoder": 2}
-WINDOW = ("first", "further", "update")
+WINDOW = ("first", "next", "update")
 # Micro-batches of a batch that is cut within the program, by model.
 CUT = {"decoder": (4, 32)}
 
@@ -103,8 +105,14 @@ def steps(build, batch, rows):
     )
     plain = trained(build, batch, keras.Model)
     return {
-        "first": (lambda *data: model._first_microbatch(data), batch(rows)),
-        "further": (lambda *data: model._next_microbatch(data), batch(rows)),
+        "first": (
+            lambda *data: test_utils.train_microbatch(model, True, data),
+            batch(rows),
+        ),
+        "next": (
+            lambda *data: test_utils.train_microbatch(model, False, data),
+            batch(rows),
+        ),
         "update": (model.update_step, ()),
         "plain": (lambda *data: plain.train_step(data), batch(rows)),
         "large": (lambda *data: plain.train_step(data), batch(STEPS * rows)),
@@ -118,8 +126,18 @@ def steps(build, batch, rows):
 def whole_window(model, rows):
     """A window of one batch, as it is in a program for TPUs: with its loop."""
     with mock.patch.object(replicas, "on_tpu", return_value=True):
-        add_all = training.make_adding_function(model, set())
-    return lambda *data: add_all(data, rows)
+        each = microbatching.EachMicrobatch(
+            model._accumulation,
+            *(
+                functools.partial(
+                    library_steps.train_microbatch,
+                    model._accumulation,
+                    is_first,
+                )
+                for is_first in (True, False)
+            ),
+        )
+    return lambda *data: each((data,), rows)
 
 
 def lower(function, batch):
@@ -258,7 +276,7 @@ class TpuTest(JaxTestCase, parameterized.TestCase):
         # The buffers, in place.
         self.assertLessEqual(new_bytes(report), 2 * SCALAR)
 
-    @parameterized.product(name=tuple(MODELS), step=("first", "further"))
+    @parameterized.product(name=tuple(MODELS), step=("first", "next"))
     def test_micro_batches_do_not_read_the_optimizer(self, name, step):
         report, plain = self.reports[name, step], self.reports[name, "plain"]
         # A plain step writes all that it reads but this.

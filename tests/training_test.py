@@ -399,7 +399,7 @@ class OneTest(test_utils.TestCase, parameterized.TestCase):
             state = [v.numpy() for v in model.optimizer.variables]
             results.append((model.get_weights(), state, history))
         self.assertAllClose(*results, rtol=0, atol=0)
-        self.assertIsNone(model._accum_buffers)
+        self.assertIsNone(test_utils.accumulator(model))
 
     def test_train_on_batch(self):
         results = []
@@ -475,7 +475,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
         expected = model.evaluate(2.0 * x, y, batch_size=99, verbose=0)
         model.reset_metrics()
         self.assertAllClose(model.train_step((x, y))["loss"], expected)
-        self.assertEqual(model._accum_buffers.count, 1)
+        self.assertEqual(test_utils.num_microbatches(model), 1)
 
     def test_loop_after_fit(self):
         batches = test_utils.microbatches([8, 7, 5, 3])
@@ -745,7 +745,7 @@ class GradientsTest(test_utils.TestCase):
         model.compile("sgd", loss=test_utils.crossentropy())
         with self.assertWarnsRegex(UserWarning, "Gradients do not exist"):
             test_utils.train_on(model, data()[:2])
-        buffers = model._accum_buffers.buffers
+        buffers = test_utils.accumulator(model).buffers
         self.assertEqual([b is None for b in buffers], [False] * 2 + [True] * 2)
 
     def test_gradient_that_comes_and_goes(self):
@@ -843,12 +843,12 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
         fine = (np.full((2, 3), 7), np.array([0, 1]))
         bad = (np.full((2, 3), 70), np.array([0, 1]))
         test_utils.train_on(model, [fine, fine])
-        before = [b.numpy() for b in model._accum_buffers.buffers]
+        before = [b.numpy() for b in test_utils.accumulator(model).buffers]
         with self.assertRaises(tf.errors.InvalidArgumentError):
             model.train_on_batch(*bad)
-        self.assertEqual(int(model._accum_window.position), 2)
-        self.assertEqual(int(model._accum_buffers.count), 2)
-        self.assertAllClose(before, model._accum_buffers.buffers, 0, 0)
+        self.assertEqual(test_utils.position(model), 2)
+        self.assertEqual(test_utils.num_microbatches(model), 2)
+        self.assertAllClose(before, test_utils.accumulator(model).buffers, 0, 0)
         test_utils.train_on(model, [fine, fine])
         self.assertEqual(int(model.optimizer.iterations), 1)
 
@@ -861,8 +861,8 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
         batches = data()[:5]
         for epoch in range(1, 8):
             model.fit(test_utils.dataset(batches), verbose=0)
-            self.assertEqual(int(model._accum_window.position), 5 * epoch % 7)
-            self.assertEqual(int(model._accum_buffers.count), 5 * epoch % 7)
+            self.assertEqual(test_utils.position(model), 5 * epoch % 7)
+            self.assertEqual(test_utils.num_microbatches(model), 5 * epoch % 7)
             self.assertEqual(int(model.optimizer.iterations), 5 * epoch // 7)
 
 

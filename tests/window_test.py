@@ -1,114 +1,98 @@
-"""The window's arithmetic, and the checks of `accum_steps`."""
+"""A window is the list of its parts."""
 
-import numpy as np
+import keras
 import tensorflow as tf
-from absl.testing import parameterized
 
+from keras_accum import microbatch
 from keras_accum import window
 from tests import test_utils
 
 
-def run(state, microbatches):
-    """Positions at which the window was full."""
-    full = []
-    for index in range(microbatches):
-        if int(state.position) == 0:
-            state.begin(state.completed)
-        if state.advance():
-            full.append(index)
-            state.complete()
-    return full
+class Counted(window.Part):
+    """Counts micro-batches, and writes down what it is told."""
+
+    def __init__(self, name, told):
+        self._name, self._told, self.count = name, told, tf.Variable(0.0)
+
+    @property
+    def variables(self):
+        return [self.count]
+
+    def add(self, microbatch):
+        self.count.assign_add(1.0)
+
+    def close(self, totals, applies):
+        self._told.append((self._name, "close", float(totals[0]), applies))
+
+    def reset(self):
+        self._told.append((self._name, "reset"))
+
+    def state(self):
+        return {self._name: self.count.numpy()}
+
+    def restore(self, state):
+        self.count.assign(state[self._name])
 
 
-class WindowTest(test_utils.TestCase):
-    def test_ends_every_k(self):
-        state = window.Window(3)
-        self.assertEqual(run(state, 10), [2, 5, 8])
-        self.assertEqual(state.position, 1)
-        self.assertEqual(state.completed, 3)
+class WindowTest(tf.test.TestCase):
+    def test_asks_each_part_in_its_order(self):
+        told = []
+        parts = {"b": Counted("b", told), "a": Counted("a", told)}
+        found = window.Window(parts)
+        for _ in range(2):
+            found.add(microbatch.Microbatch(None, True))
+        self.assertEqual(list(found.sums()), ["b", "a"])
+        self.assertEqual(found.state(), {"b": 2.0, "a": 2.0})
+        found.close({"b": [tf.constant(3.0)], "a": [tf.constant(4.0)]}, None)
+        found.reset()
+        self.assertEqual(
+            told,
+            [
+                ("b", "close", 3.0, None),
+                ("a", "close", 4.0, None),
+                ("b", "reset"),
+                ("a", "reset"),
+            ],
+        )
+        found.restore({"a": 7.0, "b": 8.0})
+        self.assertAllEqual(found["a"].count, 7.0)
+        self.assertLen(found.variables, 2)
+        self.assertEqual(found.signature(), (1, 1))
 
-    def test_change_waits_for_the_next_window(self):
-        state = window.Window(3)
-        self.assertEqual(run(state, 2), [])
-        state.accum_steps = 2
-        self.assertEqual(run(state, 5), [0, 2, 4])
+    def test_a_part_without_variables_needs_nothing(self):
+        found = window.Window({"nothing": window.Part()})
+        found.add(microbatch.Microbatch(None, True))
+        found.close(found.sums(), None)
+        found.check_state({})
+        found.restore({})
+        self.assertEqual((found.state(), found.signature()), ({}, (0,)))
 
-    def test_function_gets_ints_once_a_window(self):
-        seen = []
-
-        def schedule(updates):
-            self.assertIs(type(updates), int)
-            seen.append(updates)
-            return updates + 1
-
-        state = window.Window(schedule)
-        self.assertEqual(run(state, 7), [0, 2, 5])
-        self.assertEqual(seen, [0, 1, 2, 3])
-
-
-class CountingTest(test_utils.TestCase, parameterized.TestCase):
-    def counted(self, state, microbatches, asks=False):
-        """Positions of first and last micro-batches, counted in Python."""
-        first, last = [], []
-        for index in range(microbatches):
-            place = state.place()
-            if asks:
-                self.assertEqual(int(state.position) == 0, place.is_first)
-            first += [index] * place.is_first
-            last += [index] * place.is_last
-            if place.is_last:
-                state.complete()
-            state.count(place)
-        return first, last
-
-    @parameterized.parameters(False, True)
-    def test_counts_as_the_variables_do(self, asks):
-        state = window.Window(3)
-        self.assertEqual(self.counted(state, 8, asks), ([0, 3, 6], [2, 5]))
-        self.assertEqual(state.position, 2)
-        self.assertEqual(state.size, 3)
-        self.assertEqual(state.completed, 2)
-        self.assertEqual(run(state, 5), [0, 3])
-        self.assertEqual(self.counted(state, 3, asks), ([2], [1]))
-
-    def test_change_waits_for_the_next_window(self):
-        state = window.Window(3)
-        self.counted(state, 2)
-        state.accum_steps = 2
-        self.assertEqual(self.counted(state, 5), ([1, 3], [0, 2, 4]))
-
-    def test_what_fails_is_not_counted(self):
-        state = window.Window(2)
-        self.assertTrue(state.place().is_first)
-        self.assertTrue(state.place().is_first)
-        self.counted(state, 1)
-        state.rewind()
-        self.assertTrue(state.place().is_first)
+    def test_totals_count_if_the_update_is_made(self):
+        totals = [tf.constant([1.0, 2.0])]
+        self.assertIs(window.if_applied(totals, None), totals)
+        for applies, expected in ((True, [1.0, 2.0]), (False, [0.0, 0.0])):
+            (found,) = window.if_applied(totals, tf.constant(applies))
+            self.assertAllEqual(found, expected)
 
 
-class ErrorTest(test_utils.TestCase, parameterized.TestCase):
-    @parameterized.parameters(0, -1, np.int64(0))
-    def test_not_positive(self, value):
-        with self.assertRaisesRegex(
-            ValueError, f"`accum_steps` must be a positive .*{value}"
-        ):
-            window.Window(value)
+class LayerStateTest(test_utils.TestCase):
+    def test_is_the_replicas_mean(self):
+        with test_utils.mirrored().scope():
+            inputs = keras.Input((2,))
+            layer = keras.layers.BatchNormalization()
+            model = keras.Model(inputs, layer(inputs))
+        part = window.LayerState(model)
+        step = microbatch.Microbatch(model, True, is_replicated=True)
+        self.assertEmpty(part.variables)
+        step.assigned[id(layer.moving_mean)] = layer.moving_mean
+        part.add(step)
+        self.assertLen(part.variables, 1)
+        self.assertIs(part.variables[0], layer.moving_mean.value)
 
-    @parameterized.parameters(2.5, 2.0, True, "8", None, ([8],))
-    def test_not_an_int(self, value):
-        with self.assertRaisesRegex(
-            TypeError, "`accum_steps` must be a positive .*of type"
-        ):
-            window.Window(value)
-
-    def test_numpy_ints_are_ints(self):
-        self.assertEqual(run(window.Window(np.int32(2)), 4), [1, 3])
-
-    def test_policy(self):
-        with self.assertRaisesRegex(
-            ValueError, "`partial_window` must be one of \"flush\".*'keep'"
-        ):
-            window.check_partial_window("keep")
+    def test_one_replica_has_none(self):
+        model = test_utils.mlp()
+        self.assertEmpty(window.LayerState(model).variables)
+        self.assertEmpty(window.MetricSums(model).variables)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Every private name that is used, each in one small function.
 
-What is needed here has no public name, or none that is documented. A room for
-each subject; all others know this package alone. `tests/compat_test.py` fails
-with a clear message when a name is gone from a Keras release.
+What is needed here has no public name, or none that is documented. Each subject
+has its module; the rest of `keras_accum` imports this package alone.
+`tests/compat_test.py` fails with a clear message when a name is gone from a
+Keras release.
 """
 
 from keras_accum.compat.classes import CheckpointMixin
@@ -25,15 +26,16 @@ from keras_accum.compat.iterators import asking_no_other_workers
 from keras_accum.compat.iterators import end_epoch
 from keras_accum.compat.iterators import first_batch
 from keras_accum.compat.iterators import iterating_over
-from keras_accum.compat.iterators import note_number_of_batches
-from keras_accum.compat.iterators import noting_epoch_iterators
 from keras_accum.compat.iterators import number_of_batches
+from keras_accum.compat.iterators import record_number_of_batches
+from keras_accum.compat.iterators import recording_epoch_iterators
 from keras_accum.compat.layers import global_seed_state
 from keras_accum.compat.layers import moving_statistics
 from keras_accum.compat.layers import normalizations
-from keras_accum.compat.layers import noting_moments
 from keras_accum.compat.layers import random_states
+from keras_accum.compat.layers import recording_moments
 from keras_accum.compat.layers import update_renorm_statistics
+from keras_accum.compat.losses import added_losses
 from keras_accum.compat.losses import align_ranks
 from keras_accum.compat.losses import build_compiled_losses
 from keras_accum.compat.losses import compiled_loss
@@ -43,12 +45,11 @@ from keras_accum.compat.losses import map_compiled_losses
 from keras_accum.compat.losses import merge_mask
 from keras_accum.compat.losses import number_of_losses
 from keras_accum.compat.losses import output_metrics
-from keras_accum.compat.losses import own_losses
 from keras_accum.compat.losses import replace_output_metrics
 from keras_accum.compat.losses import unscale_loss
 from keras_accum.compat.losses import weighting_losses
 from keras_accum.compat.replicas import concatenate_outputs
-from keras_accum.compat.replicas import own_copy
+from keras_accum.compat.replicas import local_variable
 from keras_accum.compat.replicas import sum_to
 from keras_accum.compat.replicas import without_communication
 from keras_accum.compat.trainer import FIRST_EPOCH

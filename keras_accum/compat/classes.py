@@ -9,7 +9,7 @@ from keras.src.utils import python_utils
 
 
 def functional_class() -> type[keras.Model]:
-    """The class of models that are built from inputs and outputs.
+    """Returns the class of models that are built from inputs and outputs.
 
     `keras.Model(inputs, outputs)` returns one; it has no public name.
     """
@@ -17,30 +17,30 @@ def functional_class() -> type[keras.Model]:
 
 
 class Saveable(KerasSaveable):
-    """What has a part of its own in the files of the model that it is of."""
+    """An object with a place of its own in the files of its model."""
 
     def _obj_type(self):
-        return "Loss"  # One that has no parts.
+        return "Loss"  # A type that has no children.
 
 
 class CheckpointMixin:
-    """A model that has parts of its own in TensorFlow's checkpoints.
+    """A model that has objects of its own in TensorFlow's checkpoints.
 
-    It has the methods `_parts_to_save`, which returns them by name, and
-    `_part_to_restore`, which returns the one of a name, or None if it is not
-    ours. There are none in what is exported.
+    It has the methods `_children_to_save`, which returns them by name, and
+    `_child_to_restore`, which returns the one of a name, or None if it is not
+    ours. Exported models have none of them.
     """
 
     def _trackable_children(self, save_type="checkpoint", **kwargs):
         children = super()._trackable_children(save_type, **kwargs)
         if save_type == "checkpoint":
-            children = children | self._parts_to_save()
+            children = children | self._children_to_save()
         return children
 
     def _lookup_dependency(self, name, *args, **kwargs):
-        part = self._part_to_restore(name)
-        if part is not None:
-            return part
+        child = self._child_to_restore(name)
+        if child is not None:
+            return child
         return super()._lookup_dependency(name, *args, **kwargs)
 
 
@@ -50,7 +50,7 @@ def set_untracked(owner, name, value) -> None:
 
 
 def attributes_to_share(model) -> dict:
-    """Returns what an object of another class may have of a model, by name."""
+    """Returns what an object of another class may share with a model."""
     # Methods that `__new__` has put around those of the class.
     wrapped = {"build", "quantize"}
     attributes = {
@@ -76,12 +76,12 @@ class ToldOfClones:
     `keras.models.clone_model` calls the clone's layers, one after the other, by
     a method of the original, and makes a model of what they return. Layers that
     were called have left a history in it. When a model is called, there is
-    none. `_note_clone` is called with the outputs that have one.
+    none. `_record_clone` is called with the outputs that have one.
     """
 
     def _run_through_graph(self, *args, **kwargs):
         outputs = super()._run_through_graph(*args, **kwargs)
-        self._note_clone(
+        self._record_clone(
             [
                 output
                 for output in keras.tree.flatten(outputs)

@@ -10,20 +10,20 @@ NOT_INLINED = {"_noinline": True}
 
 
 def current_graph() -> tf.Graph | None:
-    """What is being traced in this thread; None if nothing is."""
+    """Returns the graph that this thread is tracing; None if there is none."""
     if tf.executing_eagerly():
         return None
     return tf.compat.v1.get_default_graph()
 
 
 def is_compiled_by_xla() -> bool:
-    """Whether what is traced here is a part of a program of XLA's."""
+    """Returns whether what is traced here is inside a program of XLA's."""
     graph = tf.compat.v1.get_default_graph()
     return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
 def stateful_operations() -> list[tf.Operation]:
-    """Returns what was traced here so far that has effects, or may fail.
+    """Returns the operations traced here so far that have effects, or may fail.
 
     No public name says so of an operation.
     """
@@ -43,7 +43,7 @@ def uses(graph, variable) -> list[tf.Operation]:
 
 
 def uninitialized(size) -> tf.Tensor:
-    """Takes so many bytes of memory, and writes none of them."""
+    """Takes `size` bytes of memory, and writes none of them."""
     return tf.raw_ops.Empty(shape=[size], dtype=tf.uint8)
 
 
@@ -55,7 +55,7 @@ def compute_anyway(value) -> None:
 
 
 def planned_bytes(program, *args) -> int:
-    """What a compiled `tf.function` allocates when it is called, at most.
+    """Returns the most bytes that a call of a compiled `tf.function` allocates.
 
     XLA plans that when it compiles. No public name has it; the format is XLA's
     `HloProto`.

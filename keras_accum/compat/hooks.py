@@ -1,4 +1,4 @@
-"""Attributes and methods of others, replaced for a while."""
+"""Attributes and methods of others, replaced within a context."""
 
 import contextlib
 import threading
@@ -10,7 +10,7 @@ _INHERITED = object()
 
 @contextlib.contextmanager
 def attribute(owner, name, value):
-    """Gives an object another attribute for a while."""
+    """Sets an attribute of an object, and resets it at the end."""
     missing = object()
     before = vars(owner).get(name, missing)
     object.__setattr__(owner, name, value)
@@ -52,7 +52,7 @@ class Hook:
 
     @contextlib.contextmanager
     def calling(self, function):
-        """Has this thread call `function(method, owner, *args)` for a while."""
+        """Calls `function(method, owner, *args)` instead, in this thread."""
         before = getattr(self._local, "function", None)
         self._enter()
         self._local.function = function

@@ -18,10 +18,10 @@ _begun_epochs = Hook(TFEpochIterator, "_get_iterator")
 
 
 def first_batch(epoch_iterator):
-    """The first replica's part of an epoch's first batch.
+    """Returns the first replica's rows of an epoch's first batch.
 
-    Keras takes the mean over the replicas, which fails where the parts differ
-    in their shapes, or are on several workers (keras#20585).
+    Keras takes the mean over the replicas, which fails where their rows differ
+    in shape, or are on several workers (keras#20585).
     """
     for _, _, iterator in epoch_iterator:
         return keras.tree.map_structure(
@@ -36,7 +36,7 @@ def first_batch(epoch_iterator):
 
 
 def iterating_over(function):
-    """Has a function say what distributed data this thread iterates over.
+    """Passes distributed data of this thread's iterators through `function`.
 
     Args:
         function: Called with each worker's `tf.data.Dataset`; returns one.
@@ -51,83 +51,83 @@ def iterating_over(function):
     )
 
 
-def noting_epoch_iterators(function):
-    """Has a function see each epoch iterator that begins in this thread.
+def recording_epoch_iterators(function):
+    """Passes each epoch iterator that begins in this thread to `function`.
 
     Args:
-        function: Called with what Keras counts the steps of an epoch with.
+        function: Called with what counts the steps of an epoch in Keras.
 
     Returns:
         A context manager.
     """
 
-    def note(data_of, epoch_iterator):
+    def record(data_of, epoch_iterator):
         function(epoch_iterator)
         return data_of(epoch_iterator)
 
-    return _begun_epochs.calling(note)
+    return _begun_epochs.calling(record)
 
 
 def end_epoch(epoch_iterator) -> None:
-    """Lets go of the data of an epoch, which may be in its middle.
+    """Drops the data of an epoch, which may be in its middle.
 
-    Keras does the same before the next one. The generator of the steps refers
-    to what has it.
+    Keras does the same before the next one. Until then the generator of the
+    steps refers to the epoch iterator, which has the data.
     """
     epoch_iterator._current_iterator = None
     epoch_iterator._epoch_iterator = None
 
 
 def number_of_batches(iterator) -> int:
-    """How many batches a distributed iterator has for this worker in all.
+    """Returns how many batches a distributed iterator has here, in all.
 
     Returns:
         A negative number where that is not known, or there is no end.
     """
     return min(
-        _number_of_steps(part._dataset, iterator._cardinality)
-        for part in iterator._iterators
+        _number_of_steps(local._dataset, iterator._cardinality)
+        for local in iterator._iterators
     )
 
 
-def note_number_of_batches(epoch_iterator) -> None:
-    """Tells a distributed dataset what Keras knows of its length.
+def record_number_of_batches(epoch_iterator) -> None:
+    """Records in a distributed dataset the length that Keras knows.
 
-    Keras makes the dataset of arrays in a way that hides it.
+    Keras makes a dataset from arrays in a way that hides it.
     """
-    dataset, number = (
+    dataset, num_batches = (
         epoch_iterator._distributed_dataset,
         epoch_iterator.num_batches,
     )
     is_unknown = dataset.cardinality == tf.data.UNKNOWN_CARDINALITY
-    if number is not None and is_unknown:
-        dataset._cardinality = number
+    if num_batches is not None and is_unknown:
+        dataset._cardinality = num_batches
 
 
-def _number_of_steps(dataset, uncut_length):
-    """The length of a worker's dataset before it was cut into shares.
+def _number_of_steps(dataset, source_length):
+    """Returns the length of a worker's dataset before its split into shares.
 
     TensorFlow does not know how many shares there are. If each worker has its
     share of each batch, if need be an empty one, there is a step per batch.
     """
     policy = dataset.options().experimental_distribute.auto_shard_policy
-    is_cut = (rebatch_op._RebatchDataset, data_ops._LegacyRebatchDataset)
-    uncut = dataset
+    split_classes = (rebatch_op._RebatchDataset, data_ops._LegacyRebatchDataset)
+    source = dataset
     while policy == tf.data.experimental.AutoShardPolicy.DATA:
-        inputs = uncut._inputs()
+        inputs = source._inputs()
         if len(inputs) != 1:
             break
-        if isinstance(uncut, is_cut):
-            return int(uncut_length)
-        uncut = inputs[0]
+        if isinstance(source, split_classes):
+            return int(source_length)
+        source = inputs[0]
     return int(dataset.cardinality())
 
 
 @contextlib.contextmanager
 def asking_no_other_workers() -> Iterator[None]:
-    """Lets distributed iterators end when the data end on this worker.
+    """Ends distributed iterators when the data end on this worker.
 
-    By themselves they ask all workers at every step whether anyone has a batch
+    Otherwise they ask all workers at every step whether anyone has a batch
     left.
     """
 

@@ -9,7 +9,7 @@ _moments = Hook(keras.layers.BatchNormalization, "_moments")
 
 
 def random_states(model) -> list[keras.Variable]:
-    """The states of all random generators of a model's layers."""
+    """Returns the states of all random generators of a model's layers."""
     return [
         generator.state
         for layer in model._flatten_layers()
@@ -18,7 +18,7 @@ def random_states(model) -> list[keras.Variable]:
 
 
 def normalizations(model) -> list[keras.layers.BatchNormalization]:
-    """All `BatchNormalization` layers, in an order that is always the same."""
+    """Returns all `BatchNormalization` layers, always in the same order."""
     return [
         layer
         for layer in model._flatten_layers()
@@ -27,12 +27,12 @@ def normalizations(model) -> list[keras.layers.BatchNormalization]:
 
 
 def global_seed_state() -> list[keras.Variable]:
-    """The state of the random generator that all layers without one share."""
+    """Returns the random state that all layers without their own share."""
     return [seed_generator.global_seed_generator().state]
 
 
-def noting_moments(function):
-    """Has a function see what this thread's BatchNormalization works with.
+def recording_moments(function):
+    """Passes what this thread's BatchNormalizations work with to `function`.
 
     Args:
         function: Called as `function(layer, inputs, mask, means, variances)`.
@@ -41,16 +41,16 @@ def noting_moments(function):
         A context manager.
     """
 
-    def note(compute, layer, inputs, mask):
+    def record(compute, layer, inputs, mask):
         means, variances = compute(layer, inputs, mask)
         function(layer, inputs, mask, means, variances)
         return means, variances
 
-    return _moments.calling(note)
+    return _moments.calling(record)
 
 
 def moving_statistics(layer) -> list[keras.Variable]:
-    """What a BatchNormalization assigns when it has seen a batch."""
+    """Returns the variables that a BatchNormalization updates after a batch."""
     names = ["moving_mean", "moving_variance"]
     if layer.renorm:
         names += ["moving_stddev", "renorm_mean", "renorm_stddev"]
@@ -58,7 +58,7 @@ def moving_statistics(layer) -> list[keras.Variable]:
 
 
 def update_renorm_statistics(layer, means, variances) -> None:
-    """Does what a BatchNormalization with `renorm` does with a batch's moments.
+    """Updates a BatchNormalization with `renorm` by the moments of a batch.
 
     No public method does that alone.
     """

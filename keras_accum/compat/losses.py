@@ -17,32 +17,32 @@ def unscale_loss(loss):
 
 
 def keras_mask(tensor):
-    """The mask that a layer attached to its output, or None."""
+    """Returns the mask that a layer attached to its output, or None."""
     return backend.get_keras_mask(tensor)
 
 
 def merge_mask(sample_weight, mask, dtype, reduction):
-    """The weights of a loss's entries, as `keras.Loss` merges them."""
+    """Returns the weights of a loss's entries, as `keras.Loss` merges them."""
     return loss_module.apply_mask(
         sample_weight, mask, dtype=dtype, reduction=reduction
     )
 
 
 def align_ranks(values, weight):
-    """`values` and `weight` with the ranks at which `keras.Loss` multiplies."""
+    """Returns `values` and `weight`, in the ranks that `keras.Loss` uses."""
     return loss_module.squeeze_or_expand_to_same_rank(values, weight)
 
 
 def compiled_loss(model):
-    """The object that computes the losses given to `compile`, or None.
+    """Returns the object that computes the losses of `compile`, or None.
 
     It pairs each loss with its output, label and sample weight.
     """
     return getattr(model, "_compile_loss", None)
 
 
-def own_losses(model) -> list[tf.Tensor]:
-    """What layers added by `add_loss` and activity regularizers."""
+def added_losses(model) -> list[tf.Tensor]:
+    """Returns what layers added by `add_loss` and activity regularizers."""
     losses = list(model._get_own_losses())
     for layer in model._flatten_layers(include_self=False):
         losses.extend(layer._get_own_losses())
@@ -73,7 +73,7 @@ def map_compiled_losses(compiled, function, y, y_pred, sample_weight):
 
 @contextlib.contextmanager
 def weighting_losses(compiled, factors) -> Iterator[None]:
-    """Multiplies the losses of `compile` by factors, for a while.
+    """Multiplies the losses of `compile` by factors, within the context.
 
     Args:
         compiled: What `compiled_loss` returned, built.
@@ -94,7 +94,7 @@ def weighting_losses(compiled, factors) -> Iterator[None]:
 
 
 def build_compiled_losses(compiled, y, y_pred, sample_weight) -> None:
-    """Lets `compiled` meet its first batch, and make its metrics, unrun."""
+    """Builds `compiled` and its metrics for a batch, without running it."""
 
     def symbolic(leaf):
         if leaf is None:
@@ -108,12 +108,12 @@ def build_compiled_losses(compiled, y, y_pred, sample_weight) -> None:
 
 
 def number_of_losses(compiled) -> int:
-    """How many losses `compile` was given; `compiled` is built."""
+    """Returns how many losses `compile` was given; `compiled` is built."""
     return len(compiled._flat_losses)
 
 
 def output_metrics(compiled) -> list[keras.Metric]:
-    """The metrics behind the losses of single outputs; none if there is one."""
+    """Returns the metrics of single outputs; none if there is one output."""
     return list(compiled._metrics)
 
 
@@ -130,7 +130,7 @@ def replace_output_metrics(compiled, make) -> list[keras.Metric]:
 
 
 def is_built(compiled) -> bool:
-    """Whether `compiled` has met its first batch."""
+    """Returns whether `compiled` has met its first batch."""
     return bool(compiled.built)
 
 

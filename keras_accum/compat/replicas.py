@@ -10,12 +10,12 @@ from keras_accum.compat.hooks import attribute
 
 
 def concatenate_outputs(outputs, strategy):
-    """The outputs of all replicas, one after the other."""
+    """Returns the outputs of all replicas, one after the other."""
     return reduce_per_replica(outputs, strategy, reduction="concat")
 
 
-def own_copy(variable):
-    """Within a replica, its own copy of a `tf.Variable`."""
+def local_variable(variable):
+    """Returns the copy of a `tf.Variable` that belongs to this replica."""
     if isinstance(variable, tf.distribute.DistributedValues):
         return variable._get_on_device_or_primary()
     return variable
@@ -40,25 +40,25 @@ def sum_to(strategy, values, destination):
 
 @contextlib.contextmanager
 def without_communication(optimizer, is_tpu) -> Iterator[None]:
-    """Lets an optimizer update each replica's copies from what it is given.
+    """Makes an optimizer update each replica's copies from what it is given.
 
-    All replicas must give it the same gradients. By itself it would sum them
-    over the replicas, after it has clipped them, and leave the replicas'
-    programs for that, where XLA cannot follow.
+    All replicas must give it the same gradients. Otherwise it would clip them,
+    then sum them over the replicas, and leave the replicas' programs for that,
+    where XLA cannot follow.
 
     Args:
         optimizer: The optimizer of a model.
         is_tpu: Whether `merge_call` is known to XLA, as it is on TPUs alone.
     """
     extended = tf.distribute.get_strategy().extended
-    parts = [optimizer, getattr(optimizer, "inner_optimizer", None)]
-    parts += getattr(optimizer, "optimizers", [])
+    optimizers = [optimizer, getattr(optimizer, "inner_optimizer", None)]
+    optimizers += getattr(optimizer, "optimizers", [])
     with contextlib.ExitStack() as stack:
-        for part in parts:
-            if part is not None:
+        for each in optimizers:
+            if each is not None:
                 stack.enter_context(
                     attribute(
-                        part, "_all_reduce_sum_gradients", lambda pairs: pairs
+                        each, "_all_reduce_sum_gradients", lambda pairs: pairs
                     )
                 )
         if not is_tpu:
@@ -67,8 +67,8 @@ def without_communication(optimizer, is_tpu) -> Iterator[None]:
             stack.enter_context(
                 attribute(extended, "_use_merge_call", lambda: False)
             )
-            for part in parts:
-                for variable in getattr(part, "variables", []):
+            for each in optimizers:
+                for variable in getattr(each, "variables", []):
                     # The number of updates would be sent by the first replica.
                     stack.enter_context(
                         attribute(

@@ -22,9 +22,9 @@ _updates = [
 
 
 def compute_loss(model, x, y, y_pred, sample_weight, training):
-    """`model.compute_loss`.
+    """Calls `model.compute_loss`.
 
-    Calls overrides that lack the argument `training`, as Keras 3.2 had it.
+    An override may lack the argument `training`, as Keras 3.2 had it.
     """
     return model._compute_loss(
         x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
@@ -32,16 +32,16 @@ def compute_loss(model, x, y, y_pred, sample_weight, training):
 
 
 def has_custom_compute_loss(model) -> bool:
-    """Whether a class replaces Keras's own `compute_loss`."""
+    """Returns whether a class replaces Keras's own `compute_loss`."""
     return type(model).compute_loss is not Trainer.compute_loss
 
 
 def has_custom_step(model, mixin, name) -> bool:
-    """Whether a class behind `mixin` replaces Keras's own step of a name.
+    """Returns whether a class behind `mixin` replaces Keras's own step.
 
     Args:
         model: The model.
-        mixin: A class of its, which has a step of that name.
+        mixin: One of its classes, which has a step of that name.
         name: "train_step" or "test_step".
     """
     behind = getattr(super(mixin, model), name)
@@ -49,12 +49,12 @@ def has_custom_step(model, mixin, name) -> bool:
 
 
 def takes_training_argument(model) -> bool:
-    """Whether `model.call` has an argument `training`."""
+    """Returns whether `model.call` has an argument `training`."""
     return model._call_has_training_arg
 
 
 def loss_tracker(model):
-    """The metric behind the "loss" that `fit` reports; None if uncompiled."""
+    """Returns the metric behind the "loss" of `fit`; None if not compiled."""
     return getattr(model, "_loss_tracker", None)
 
 
@@ -74,7 +74,7 @@ def optionals_to_none(model, function):
 
 
 def has_local_strategy(model) -> bool:
-    """Whether a model was made in the scope of a strategy."""
+    """Returns whether a model was made in the scope of a strategy."""
     return model._distribute_strategy is not None
 
 
@@ -96,7 +96,7 @@ def symbolic_build(model, data_batch) -> None:
 
 
 def ending_training_by(optimizer, function):
-    """Has a function be called where Keras ends a `fit`, for a while.
+    """Calls `function` where Keras ends a `fit`, within the context.
 
     Args:
         optimizer: The optimizer, which then takes averages for the weights, if
@@ -116,7 +116,7 @@ def ending_training_by(optimizer, function):
 
 @contextlib.contextmanager
 def before_updates(function) -> Iterator[None]:
-    """Has a function be called before updates of Keras's, in this thread.
+    """Calls `function` before each update of an optimizer, in this thread.
 
     Args:
         function: Called as `function(optimizer)`.

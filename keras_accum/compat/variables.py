@@ -22,7 +22,7 @@ _tensorflow_assignments = [
 
 
 def assigning_through(function):
-    """Has a function say what Keras's variables are assigned, in this thread.
+    """Passes each value that Keras assigns, in this thread, through `function`.
 
     Args:
         function: Called as `function(variable, value)`; its result is what
@@ -39,13 +39,13 @@ def assigning_through(function):
 
 
 def is_overwritten(variable) -> bool:
-    """Whether a variable is assigned its gradient, as the scales of float8."""
+    """Returns whether a gradient overwrites the variable, as float8 scales."""
     return getattr(variable, "overwrite_with_gradient", False)
 
 
 @contextlib.contextmanager
 def replacing_assignments(functions) -> Iterator[None]:
-    """Puts functions in the place of `tf.Variable`'s methods, in this thread.
+    """Replaces methods of `tf.Variable` by functions, in this thread.
 
     Args:
         functions: By the name of a method that assigns, such as "assign_add":

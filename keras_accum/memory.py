@@ -7,8 +7,8 @@ CPU is not asked for what it is known not to have.
 
 A compiled step says how much it needs: XLA plans that. Of one that is not
 compiled, TensorFlow counts what it took. So steps on few rows come first, and
-what those on more rows need follows from these: it is a number, and another
-for each row.
+what those on more rows need follows from these: it is a fixed amount, and an
+amount for each row.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ UNKNOWN = 2**62
 
 
 def free_bytes() -> int:
-    """How much this process may still allocate, as far as the system says.
+    """Returns the bytes that this process may allocate, as the system says.
 
     Linux says all of it. Elsewhere it is `UNKNOWN`: nothing is forecast then,
     and what TensorFlow's allocator says counts, as on a GPU.
@@ -62,7 +62,7 @@ def free_bytes() -> int:
 
 
 def address_limit() -> int | None:
-    """The most bytes of address space that the process may have, if limited."""
+    """Returns the most bytes of address space for the process, if limited."""
     try:
         # Windows has neither the module nor such a limit.
         import resource
@@ -76,13 +76,13 @@ def address_limit() -> int | None:
 
 
 def room_of_machine() -> int:
-    """The bytes that Linux says are available without swapping."""
+    """Returns the bytes that Linux says are available without swapping."""
     meminfo = read_kernel(pathlib.Path("/proc/meminfo"))
     return 1024 * number_after("MemAvailable:", meminfo)
 
 
 def room_of_group(folder: str = "/sys/fs/cgroup") -> int:
-    """What is left of the limit of a container; raises if there is none.
+    """Returns the rest of a container's limit, or raises if there is none.
 
     Args:
         folder: Of the control group. What it has in memory of files that were
@@ -96,17 +96,17 @@ def room_of_group(folder: str = "/sys/fs/cgroup") -> int:
 
 
 def read_kernel(file: pathlib.Path) -> str:
-    """What is in a file of Linux's kernel; an `OSError` on other systems."""
+    """Reads a file of Linux's kernel, or raises `OSError` on other systems."""
     return file.read_text(encoding="utf-8")
 
 
 def number_after(name: str, text: str) -> int:
-    """The number behind a name, in a file of the kernel's."""
+    """Returns the number behind a name, in a file of the kernel's."""
     return int(text.partition(name)[2].split()[0])
 
 
 class Forecast:
-    """What steps on so many rows need, for batches of one shape.
+    """What steps on a number of rows need, for batches of one shape.
 
     Args:
         needed: Function of a batch and a number of rows: the bytes for a step.
@@ -116,10 +116,10 @@ class Forecast:
     def __init__(self, needed: Callable, reserve: "Reserve") -> None:
         self._needed = needed
         self._reserve = reserve
-        self._known: dict[int, int] = {}
+        self._measured: dict[int, int] = {}
 
     def most_rows(self, data, size: int, margin: int) -> int:
-        """How many rows there is room for, but not more than `size`.
+        """Returns how many rows there is room for, but not more than `size`.
 
         Args:
             data: A batch.
@@ -133,9 +133,9 @@ class Forecast:
         raise NotImplementedError
 
     def _measure(self, data, rows):
-        if rows not in self._known:
-            self._known[rows] = self._needed(data, rows)
-        return self._known[rows]
+        if rows not in self._measured:
+            self._measured[rows] = self._needed(data, rows)
+        return self._measured[rows]
 
 
 class Counted(Forecast):
@@ -149,14 +149,16 @@ class Counted(Forecast):
         """Makes steps on more and more rows, as long as there is room."""
         rows = 1
         while rows == 1 or rows * GROWTH <= size:
-            needed = bytes_for(self._known, rows)
+            needed = bytes_for(self._measured, rows)
             if not self._reserve.grow(needed, self._free(margin)):
                 break
             self._measure(data, rows)
             rows *= GROWTH
         free = self._free(margin)
-        size = largest(size, lambda rows: bytes_for(self._known, rows) <= free)
-        self._reserve.grow(bytes_for(self._known, size), free)
+        size = largest(
+            size, lambda rows: bytes_for(self._measured, rows) <= free
+        )
+        self._reserve.grow(bytes_for(self._measured, size), free)
         return size
 
     def _free(self, margin):
@@ -189,7 +191,9 @@ class Planned(Forecast):
             # Of those that are known to need too much, none is compiled.
             rows = largest(
                 most,
-                lambda rows: bytes_for(self._known, rows) <= self._free(margin),
+                lambda rows: (
+                    bytes_for(self._measured, rows) <= self._free(margin)
+                ),
             )
             if rows <= NEARLY * found:
                 break
@@ -198,7 +202,7 @@ class Planned(Forecast):
             else:
                 most = rows - 1
         # The scratch memory of a program is one tensor.
-        needed = self._known.get(found, 0)
+        needed = self._measured.get(found, 0)
         self._reserve.grow(needed, self._free(margin), needed)
         return found
 
@@ -209,7 +213,7 @@ class Planned(Forecast):
         return max(int(free / OVERSHOOT), self._reserve.size)
 
     def _measure(self, data, rows):
-        before = address_space() + (0 if self._known else COMPILATION)
+        before = address_space() + (0 if self._measured else COMPILATION)
         needed = super()._measure(data, rows)
         self._compiling = max(self._compiling, address_space() - before)
         return needed
@@ -232,7 +236,7 @@ class Reserve:
         self.size = 0
 
     def grow(self, needed: int, free: int, tensor: int = TENSOR) -> bool:
-        """Gets what a step will need, if that much is free.
+        """Gets what a step will need, and returns whether that much is free.
 
         Args:
             needed: Bytes of its tensors, all together.
@@ -244,21 +248,23 @@ class Reserve:
         limit = address_limit()
         if needed > self.size and limit is not None:
             more = needed - self.size if tensor < needed else needed
-            number = -(-needed // tensor)
+            count = -(-needed // tensor)
             region = int(OVERSHOOT * more) + TENSOR
             with kept_heap(region // 32 + TENSOR):
                 rest = limit - address_space() - region
                 with ballast(rest), tf.device("CPU:0"):
                     # All at once: what there is, and what is added.
-                    held = [compat.uninitialized(tensor) for _ in range(number)]
-                del held
+                    tensors = [
+                        compat.uninitialized(tensor) for _ in range(count)
+                    ]
+                del tensors
             self.size = needed
         return True
 
 
 @contextlib.contextmanager
 def kept_heap(size: int) -> Iterator[None]:
-    """Has the C library keep so many bytes, in one piece, for who asks next.
+    """Makes the C library keep `size` bytes in one block, for who asks next.
 
     TensorFlow's allocator keeps books on each region, of a 32nd of its size,
     and makes them when the region is there and addresses may be gone.
@@ -275,7 +281,7 @@ def kept_heap(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ballast(size: int) -> Iterator[None]:
-    """Keeps addresses from others for a while."""
+    """Takes addresses, so that nobody else gets them within the context."""
     if size <= 0:
         yield
         return
@@ -284,7 +290,10 @@ def ballast(size: int) -> Iterator[None]:
 
 
 def largest(size: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `size` that fits, where all smaller ones do."""
+    """Returns the largest number up to `size` that fits.
+
+    If a number fits, so do all smaller ones.
+    """
     if fits(size):
         return size
     low, high = 0, size
@@ -295,22 +304,22 @@ def largest(size: int, fits: Callable[[int], bool]) -> int:
     return low - low % 8 if low > 8 else low
 
 
-def bytes_for(known: dict[int, int], rows: int) -> int:
-    """What so many rows need, from what others did."""
-    if rows in known:
-        return known[rows]
-    if not known:
+def bytes_for(measured: dict[int, int], rows: int) -> int:
+    """Returns the bytes that `rows` rows need, from what others needed."""
+    if rows in measured:
+        return measured[rows]
+    if not measured:
         return 0
     # Of one number of rows it is not known what they need besides.
-    few, many = sorted([0, *known])[-2:]
-    per_row = max(0, known[many] - known.get(few, 0)) / (many - few)
+    few, many = sorted([0, *measured])[-2:]
+    per_row = max(0, measured[many] - measured.get(few, 0)) / (many - few)
     if rows > many:
         per_row *= UNEVENNESS
-    return int(known[many] + per_row * (rows - many))
+    return int(measured[many] + per_row * (rows - many))
 
 
 def address_space() -> int:
-    """Bytes of this process's address space; 0 where that is not known."""
+    """Returns the bytes of this process's address space; 0 if not known."""
     try:
         pages = read_kernel(pathlib.Path("/proc/self/statm")).split()[0]
         return int(pages) * mmap.PAGESIZE
@@ -319,7 +328,7 @@ def address_space() -> int:
 
 
 def counted_bytes(function: Callable, *args) -> int:
-    """The most memory that a call took on the CPU, beyond what it found.
+    """Returns the most memory of the CPU that a call took, over what it found.
 
     Raises:
         ValueError: If TensorFlow does not count.

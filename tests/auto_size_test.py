@@ -16,8 +16,9 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
-from keras_accum import fitting
-from keras_accum import forecast
+from keras_accum import auto_size
+from keras_accum import building
+from keras_accum import memory
 from tests import equivalence_test
 from tests import microbatching_test
 from tests import test_utils
@@ -90,7 +91,7 @@ def state_of(model):
         *model.variables,
         *model.metrics_variables,
         *model.optimizer.variables,
-        *(each.window for each in model._window_trackers()),
+        *model._accumulation.window["losses"].variables,
     ]
     return [v.numpy() for v in variables]
 
@@ -138,7 +139,7 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
         found.train_on_batch(*data)
         found.compile("sgd", loss=found.loss)
         tried = []
-        found._accum_size.to_try = lambda rows: tried.append(rows) or 4
+        found._accumulation.size.to_try = lambda rows: tried.append(rows) or 4
         found.fit(*data, batch_size=16, verbose=0)
         self.assertEqual(tried, [16])
         self.assertEqual(found.microbatch_size, 4)
@@ -186,7 +187,9 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
         model = compiled("auto", constraint=constraint)
         (data,) = batches([4], [1])
         train_function = model.make_train_function()
-        model._build_for(tf.nest.map_structure(tf.constant, data))
+        building.build_for(
+            model._accumulation, tf.nest.map_structure(tf.constant, data)
+        )
         before = state_of(model)
         with self.assertRaisesRegex(
             tf.errors.ResourceExhaustedError, "update does not fit"
@@ -208,7 +211,7 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
         self.check_rehearsal(name)
 
     def check_rehearsal(self, name):
-        model = microbatching_test.in_pieces()
+        model = microbatching_test.in_microbatches()
         model.compile(
             equivalence_test.OPTIMIZERS[name](
                 use_ema=True, weight_decay=0.1, global_clipnorm=1.0
@@ -219,7 +222,7 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
         model.train_on_batch(*batch)
         model.train_step(other)
         before = test_utils.all_state(model)
-        fitting.make_rehearsal(model)()
+        auto_size.make_rehearsal(model._accumulation)()
         self.assertAllClose(before, test_utils.all_state(model), 0, 0)
 
     def test_other_errors_are_raised_as_they_are(self):
@@ -235,55 +238,22 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
             (tf.errors.InternalError(None, None, "CUDA: out of memory"), True),
             (tf.errors.InternalError(None, None, "BLOOM failed"), False),
         ):
-            self.assertEqual(fitting.is_out_of_memory(error), expected)
+            self.assertEqual(auto_size.is_out_of_memory(error), expected)
 
 
 class ForecastTest(tf.test.TestCase):
-    def test_takes_a_line_through_what_is_known(self):
-        known = {4: 400, 16: 1000}
-        # 50 for each of the rows beyond 16, and the unevenness.
-        unevenness = forecast.UNEVENNESS
-        self.assertEqual(
-            forecast.bytes_for(known, 32), int(1000 + unevenness * 800)
-        )
-        self.assertEqual(forecast.bytes_for(known, 16), 1000)
-        self.assertEqual(forecast.bytes_for(known, 8), 600)
-        self.assertEqual(
-            forecast.bytes_for({4: 400}, 8), int(400 + unevenness * 400)
-        )
-
-    def test_largest(self):
-        for limit, expected in ((100, 64), (63, 56), (5, 5), (0, 0)):
-            self.assertEqual(
-                forecast.largest(64, lambda n, most=limit: n <= most), expected
-            )
-
-    def test_reads_what_linux_says(self):
-        folder = pathlib.Path(self.get_temp_dir())
-        for name, text in (
-            ("memory.max", "1000\n"),
-            ("memory.current", "700\n"),
-            ("memory.stat", "anon 500\ninactive_file 150\nactive_file 50\n"),
-        ):
-            folder.joinpath(name).write_text(text, encoding="utf-8")
-        self.assertEqual(forecast.room_of_group(folder), 450)
-        folder.joinpath("memory.max").write_text("max\n", encoding="utf-8")
-        with self.assertRaises(ValueError):
-            forecast.room_of_group(folder)
-        self.assertGreater(forecast.free_bytes(), 0)
-
     def test_forecasts_nothing_where_the_system_says_nothing(self):
         model = compiled("auto", "eager")
         (data,) = batches([8], [1])
         with (
             mock.patch.object(
-                forecast, "read_kernel", side_effect=FileNotFoundError
+                memory, "read_kernel", side_effect=FileNotFoundError
             ),
             mock.patch.dict(sys.modules, {"resource": None}),
-            mock.patch.object(forecast, "counted_bytes") as counted,
+            mock.patch.object(memory, "counted_bytes") as counted,
         ):
-            self.assertEqual(forecast.free_bytes(), forecast.UNKNOWN)
-            self.assertIsNone(forecast.address_limit())
+            self.assertEqual(memory.free_bytes(), memory.UNKNOWN)
+            self.assertIsNone(memory.address_limit())
             # Eight rows are tried, and do not fit.
             model.train_on_batch(*data)
         counted.assert_not_called()
@@ -294,10 +264,8 @@ class ForecastTest(tf.test.TestCase):
             model = compiled("auto")
             (data,) = batches([4], [1])
             with (
-                mock.patch.object(forecast, "free_bytes", return_value=0),
-                mock.patch.object(
-                    forecast, "address_limit", return_value=limit
-                ),
+                mock.patch.object(memory, "free_bytes", return_value=0),
+                mock.patch.object(memory, "address_limit", return_value=limit),
             ):
                 if raises:
                     with self.assertRaisesRegex(
@@ -326,7 +294,7 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
         # The C library has room of its own in each of its arenas.
         env = {} if arenas is None else {"MALLOC_ARENA_MAX": str(arenas)}
         run = subprocess.run(
-            [sys.executable, "-m", "tests.fitting_cases", *flags],
+            [sys.executable, "-m", "tests.auto_size_cases", *flags],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": PYTHONPATH} | env,
             capture_output=True,

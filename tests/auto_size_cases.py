@@ -1,6 +1,6 @@
 """One training in a process whose address space is limited, for a test.
 
-    python -m tests.fitting_cases --limit_mib=500 --jit_compile
+    python -m tests.auto_size_cases --limit_mib=500 --jit_compile
 
 Prints what came of it, as JSON: the size, the weights, the error.
 """

@@ -1,0 +1,243 @@
+"""What a model owns that accumulates gradients, and its life between fits."""
+
+import contextlib
+from collections.abc import Callable
+from collections.abc import Iterator
+
+import keras
+import tensorflow as tf
+
+from keras_accum import boundary
+from keras_accum import replicas
+from keras_accum import rows
+from keras_accum import training
+from keras_accum.epochs import Progress
+from keras_accum.losses import Losses
+from keras_accum.microbatch import Microbatch
+from keras_accum.microbatch_size import MicrobatchSize
+from keras_accum.moments import WindowMoments
+from keras_accum.nonfinite import SkipCounts
+from keras_accum.options import Options
+from keras_accum.options import check_optimizer
+from keras_accum.position import Position
+from keras_accum.window import LayerState
+from keras_accum.window import MetricSums
+from keras_accum.window import Window
+from keras_accum.window_gradients import Gradients
+from keras_accum.window_losses import WindowLosses
+
+
+class Accumulation:
+    """The options of a model, its window and where it is, and its programs.
+
+    Args:
+        model: The model. It may not be constructed yet.
+        options: Its options.
+        is_custom: Returns whether a method of the model, by name, is not ours.
+
+    Attributes:
+        model: As above.
+        options: As above; see `change`.
+        is_custom: As above.
+        is_active: Whether gradients are gathered; if not, the model is a
+            `keras.Model`.
+        is_restored: Whether the window comes from a checkpoint, and `fit` goes
+            on with it.
+        position: Where in its window the next micro-batch is.
+        window: What was gathered.
+        losses: The losses, and how much micro-batches count by them.
+        size: Most rows of a micro-batch.
+        progress: Where `fit` is.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        options: Options,
+        is_custom: Callable[[str], bool],
+    ) -> None:
+        self.model, self.options, self.is_custom = model, options, is_custom
+        self.is_active = options.accumulates
+        if self.is_active:
+            replicas.check_strategy()
+        self.is_restored = False
+        self.progress = Progress()
+        self.position = Position(options)
+        self.size = MicrobatchSize(options.microbatch_size)
+        window_losses = WindowLosses(model)
+        self.window = Window(
+            {
+                "gradients": Gradients(model, options.accumulator_dtype),
+                "losses": window_losses,
+                "moments": WindowMoments(model),
+                "state": LayerState(model),
+                "metrics": MetricSums(model),
+                "nonfinite": SkipCounts(model, options.nonfinite),
+            }
+        )
+        self.losses = Losses(model, window_losses, is_custom)
+        self._update = None
+
+    def change(self, **changes) -> None:
+        """Changes options, and makes functions anew that no longer fit."""
+        before, options = self.options, self.options.replace(**changes)
+        model = self.model
+        starts = options.accumulates and not self.is_active
+        if starts:
+            check_optimizer(getattr(model, "optimizer", None))
+            with model.distribute_strategy.scope():
+                replicas.check_strategy()
+        if (
+            changes.get("microbatch_size") is not None
+            or before.nonfinite != options.nonfinite
+        ):
+            # What the window has was gathered in the other way.
+            self.reset()
+        self.options, self.is_active = options, self.is_active or starts
+        if {"accum_steps", "effective_batch_size"} & changes.keys():
+            self.position.set_options(options)
+        if "microbatch_size" in changes:
+            self.size = MicrobatchSize(options.microbatch_size)
+        self.window["gradients"].dtype = options.accumulator_dtype
+        self.window["nonfinite"].policy = options.nonfinite
+        # Between int and int there is nothing to trace.
+        if (
+            starts
+            or "microbatch_size" in changes
+            or before.window_kind != options.window_kind
+            or before.nonfinite != options.nonfinite
+        ):
+            if model.train_function:
+                model.make_train_function(force=True)
+            model.test_function = model.predict_function = None
+
+    def skipped(self, policy: str) -> int:
+        """Returns how often a policy skipped this epoch; 0 if it is not set."""
+        is_ours = self.options.nonfinite == policy
+        return self.window["nonfinite"].skipped if is_ours else 0
+
+    def set_optimizer(self, optimizer) -> None:
+        """Starts a new window, for another optimizer."""
+        if self.is_active:
+            check_optimizer(optimizer)
+            # Gradients are scaled as the old optimizer wanted them.
+            self.reset()
+            self.losses.forget()
+        self._update = None
+
+    def trains_itself(self) -> bool:
+        """Returns whether the train function is ours.
+
+        Without accumulation its windows have one micro-batch. It is then ours
+        only where Keras's own function fails.
+        """
+        return self.is_active or self._is_beyond_keras()
+
+    def tests_itself(self) -> bool:
+        """Returns whether the test function is ours."""
+        is_replicated = replicas.has_several(self.model.distribute_strategy)
+        return (self.is_active and is_replicated) or self.predicts_itself()
+
+    def predicts_itself(self) -> bool:
+        """Returns whether the predict function is ours."""
+        return self.size.value is not None or self._is_beyond_keras()
+
+    def _is_beyond_keras(self):
+        """Returns whether Keras's functions fail: see keras#20585.
+
+        They do for several devices, with XLA or with other workers.
+        """
+        strategy = self.model.distribute_strategy
+        if not replicas.has_several(strategy) or replicas.on_tpu(strategy):
+            return False
+        return self.model.jit_compile or replicas.has_several_workers(strategy)
+
+    def make_train_function(self) -> training.TrainFunction:
+        """Returns a new train function for the model."""
+        self.window["losses"].make_tracker()
+        self._update = None
+        return training.TrainFunction(self)
+
+    def new_microbatch(
+        self, data=None, is_first: bool | None = None, denominators=None
+    ) -> Microbatch:
+        """Returns a `Microbatch`.
+
+        Args:
+            data: The micro-batch; None if it is not known.
+            is_first: Whether it is its window's first; None if the buffers
+                tell, as in steps by hand.
+            denominators: See `Microbatch`.
+        """
+        is_replicated = replicas.has_several(self.model.distribute_strategy)
+        is_empty = self.window["gradients"].is_empty
+        return Microbatch(
+            self.model,
+            first=is_empty if is_first is None else is_first,
+            has_rows=rows.has_rows(data) if is_replicated else None,
+            nonfinite=self.options.nonfinite,
+            is_replicated=is_replicated,
+            denominators=denominators,
+        )
+
+    @contextlib.contextmanager
+    def microbatch(
+        self, data, is_first=None, denominators=None, trains: bool = True
+    ) -> Iterator[Microbatch]:
+        """Yields a micro-batch, which is the current one until the step ends.
+
+        Args:
+            data: The micro-batch.
+            is_first: See `new_microbatch`.
+            denominators: See `Microbatch`.
+            trains: Whether to add to the window what the step recorded.
+        """
+        microbatch = self.new_microbatch(data, is_first, denominators)
+        with microbatch, microbatch.watched(layers=trains):
+            yield microbatch
+            if trains:
+                self.window.add(microbatch)
+
+    def flush(self) -> None:
+        """Updates now, unless the window is empty."""
+        if not self.window["gradients"].num_microbatches:
+            return
+        self.position.write()
+        if self._update is None:
+            self._update = boundary.make_update_for_host(self)
+        self._update()
+
+    def reset(self) -> None:
+        """Forgets the micro-batches that the window has so far."""
+        self.position.move_to(0)
+        self.is_restored = False
+        self.window.reset()
+
+    def resume(self) -> None:
+        """Continues with what calls of `train_step` by hand have gathered."""
+        count = self.window["gradients"].num_microbatches
+        position, _ = self.position.read()
+        if self.size.value is None and count != position:
+            self.position.write()
+            self.position.begin(self.model.optimizer.iterations)
+            self.position.move_to(count)
+
+    @contextlib.contextmanager
+    def losing_failed_window(self) -> Iterator[None]:
+        """Forgets what a step has added when it fails.
+
+        With `microbatch_size`, the window was empty before the step. With
+        `accum_steps`, a step adds as the last thing that it does. So one
+        replica leaves the window as it was. Of several replicas, some may have
+        added and others not. To find out would take a message between replicas
+        in every micro-batch, so the whole window is forgotten.
+        """
+        is_replicated = replicas.has_several(self.model.distribute_strategy)
+        try:
+            yield
+        except (StopIteration, tf.errors.OutOfRangeError):
+            raise
+        except BaseException:
+            if is_replicated or self.size.value is not None:
+                self.reset()
+            raise

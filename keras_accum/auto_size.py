@@ -1,0 +1,361 @@
+"""`microbatch_size="auto"`: the largest size that fits, found by trying.
+
+As ordinary code:
+
+```python
+while True:
+    state = copies_of(variables)
+    try:
+        logs = add_all_microbatches(batch, size)
+        break
+    except OutOfMemory:
+        restore(state)
+        size = ceil(size / 2)
+update()
+```
+
+so that no batch is lost, none is seen twice, and a failed attempt leaves
+nothing behind. It begins with the whole batch. The real thing differs in three
+ways. The copies are references to the values, which cost nothing until a step
+assigns others. The update does not depend on the size and cannot be taken back,
+so that it is rehearsed first, where it could fail half way. And a CPU is not
+asked for what it is known not to have: see `memory`.
+
+References: `device_train_microbatch_size="auto"` of MosaicML's Composer, which
+does the same for PyTorch.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_accum import boundary
+from keras_accum import building
+from keras_accum import compat
+from keras_accum import loops
+from keras_accum import memory
+from keras_accum import microbatching
+from keras_accum import programs
+from keras_accum import rehearsal
+from keras_accum import replicas
+from keras_accum import rows as row_counts
+
+
+def make_loop(model: keras.Model, step: Callable) -> Callable:
+    """Returns a function of an iterator, which makes steps on the host.
+
+    Args:
+        model: The model.
+        step: A function of a batch.
+    """
+    fetch_one = loops.make_loop(model, lambda data: data, num_steps=1)
+
+    def fetch(iterator):
+        data = fetch_one(iterator)
+        if data is None:  # An iterator of Python's has ended.
+            raise StopIteration
+        return tf.nest.map_structure(
+            lambda leaf: (
+                tf.convert_to_tensor(leaf)
+                if isinstance(leaf, np.ndarray)
+                else leaf
+            ),
+            data,
+        )
+
+    def loop(iterator):
+        logs = None
+        for _ in range(model.steps_per_execution):
+            try:
+                data = fetch(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                if logs is None:
+                    raise
+                break
+            logs = step(data)
+        return logs
+
+    return loop
+
+
+class Attempts:
+    """A function that trains on a batch, in the size that it finds to fit.
+
+    Args:
+        accumulation: What the model accumulates in.
+        each: The `EachMicrobatch` that trains.
+    """
+
+    def __init__(
+        self, accumulation, each: microbatching.EachMicrobatch
+    ) -> None:
+        self._accumulation = accumulation
+        self._attempt = Attempt(accumulation, each)
+        self._rehearse = make_rehearsal(accumulation)
+        self._is_built = False
+
+    def __call__(self, args: tuple):
+        """Adds a batch to the window, in micro-batches; returns the logs.
+
+        Args:
+            args: The batch alone, as for `programs.on_replicas`.
+        """
+        (data,), accumulation = args, self._accumulation
+        if not self._is_built:
+            building.build_for(accumulation, data)
+            self._is_built = True
+        strategy = accumulation.model.distribute_strategy
+        # A worker may get no rows, of a last batch that is short.
+        counts = row_counts.local_counts(strategy, data)
+        rows = max(1, *map(int, counts))
+        sizes = accumulation.size
+        limit = sizes.limit
+        while True:
+            size = sizes.to_try(rows)
+            snapshot = replicas.Snapshot(
+                strategy, assigned_variables(accumulation)
+            )
+            (logs, smaller), failure = catching(self._attempt, data, size)
+            if failure:
+                smaller = size // 2
+            # All workers go on together, or try again together.
+            if not failed_anywhere(strategy, logs is None):
+                break
+            snapshot.restore()
+            smaller = replicas.least_of_all(
+                strategy, size if logs is not None else smaller
+            )
+            if smaller == 0:
+                sizes.limit = limit
+                raise does_not_fit("One row", failure)
+            sizes.limit = smaller
+        _, failure = catching(self._rehearse)
+        if failed_anywhere(strategy, failure is not None):
+            snapshot.restore()
+            raise does_not_fit("The optimizer's update", failure)
+        if sizes.record_fit(replicas.least_of_all(strategy, size)):
+            model = accumulation.model
+            model.test_function = model.predict_function = None
+        return logs
+
+
+class Attempt:
+    """A function that adds a batch to the buffers, in micro-batches of a size.
+
+    It returns the logs, and None. Where the memory is known not to be enough,
+    it returns None, and a smaller size, or 0 if there is none. If the memory
+    runs out on the way it raises, and variables may hold anything.
+
+    Args:
+        accumulation: What the model accumulates in.
+        each: The `EachMicrobatch` that trains.
+    """
+
+    def __init__(
+        self, accumulation, each: microbatching.EachMicrobatch
+    ) -> None:
+        self._accumulation, self._each = accumulation, each
+        self._by_size: dict[int, Callable] = {}
+        self._forecasts, self._allowed = {}, {}
+        self._reserve = memory.Reserve()
+
+    def __call__(self, data, size: int):
+        """Tries to add a batch in micro-batches of `size` rows."""
+        strategy = self._accumulation.model.distribute_strategy
+        shapes, allowed = shapes_of(strategy, data), self._allowed
+        # What was found to have room is not asked for again.
+        if size > most_allowed(allowed, shapes):
+            if shapes not in self._forecasts:
+                self._forecasts[shapes] = self._make_forecast()
+            forecast = self._forecasts[shapes]
+            if forecast is not None:
+                allowed[shapes] = forecast.most_rows(
+                    data, size, memory.MARGIN + 2 * bytes_of(strategy, data)
+                )
+                if memory.address_limit() is None:
+                    # Nothing ends the process, and memory may be had by
+                    # swapping, or be free again.
+                    allowed[shapes] = max(1, allowed[shapes])
+                if allowed[shapes] < size:
+                    return None, allowed[shapes]
+        return self._by(size)((data,)), None
+
+    def _by(self, size):
+        """Returns a function of a batch, which does not trace steps again."""
+        if size not in self._by_size:
+            by_size = functools.partial(self._each, size=size)
+            if not self._accumulation.model.run_eagerly:
+                by_size = programs.in_graph(by_size, reduce_retracing=True)
+            self._by_size[size] = by_size
+        return self._by_size[size]
+
+    def _make_forecast(self):
+        """Returns a `Forecast` of what steps need, or None if none is made."""
+        accumulation, model = self._accumulation, self._accumulation.model
+        weight = accumulation.window["gradients"].make_accumulator().weight
+        if not replicas.on_cpu(weight):
+            return None
+        if memory.free_bytes() == memory.UNKNOWN:
+            # Steps on trial would cost time, and be compared with nothing.
+            return None
+        if model.jit_compile and not model.run_eagerly:
+            return memory.Planned(self._each.planned_bytes, self._reserve)
+        return memory.Counted(self._count_bytes, self._reserve)
+
+    def _count_bytes(self, data, rows):
+        """Returns the bytes that TensorFlow counts in a step on `rows` rows."""
+        accumulation, model = self._accumulation, self._accumulation.model
+        snapshot = replicas.Snapshot(
+            model.distribute_strategy, assigned_variables(accumulation)
+        )
+
+        def few(data, rows):
+            return row_counts.take_first(row_counts.as_tensors(data), rows)
+
+        try:
+            # Two micro-batches: the steps for both kinds are then traced,
+            # while there is room for that.
+            take = programs.with_loop(model, few)
+            few_rows = programs.in_graph(take)(data, 2 * rows)
+            return memory.counted_bytes(self._by(rows), (few_rows,))
+        except ValueError:
+            # TensorFlow counts where it uses oneDNN, and not elsewhere.
+            return 0
+        finally:
+            snapshot.restore()
+
+
+def make_rehearsal(accumulation) -> Callable:
+    """Returns a function that computes what an update would assign, once.
+
+    An update that is not compiled assigns some variables before the memory for
+    others is asked for. If there was enough to compute all of them, there is
+    enough for the update. XLA asks for everything first.
+    """
+    model, window = accumulation.model, accumulation.window
+    is_done = model.jit_compile or replicas.on_tpu(model.distribute_strategy)
+
+    def rehearse():
+        accumulator = window["gradients"].make_accumulator()
+        gradients = accumulator.mean(accumulator.sums())
+        pairs = zip(gradients, accumulator.variables, strict=True)
+        with (
+            rehearsal.computing_assignments(),
+            boundary.updating_local_copies(model),
+        ):
+            model.optimizer.apply_gradients(pairs)
+
+    function = programs.in_graph(programs.running(model, rehearse))
+
+    def run():
+        nonlocal is_done
+        if not is_done:
+            function()
+        is_done = True
+
+    return run
+
+
+def assigned_variables(accumulation) -> list[tf.Variable]:
+    """Returns all that steps assign except the buffers, which start anew."""
+    model, window = accumulation.model, accumulation.window
+    trained = {id(variable) for variable in model.trainable_weights}
+    variables = [
+        variable.value
+        for variable in [
+            *model.variables,
+            *model.metrics_variables,
+            *compat.global_seed_state(),
+        ]
+        if id(variable) not in trained
+    ]
+    buffers = set(map(id, window["gradients"].variables))
+    listed = buffers | set(map(id, variables))
+    return variables + [v for v in window.variables if id(v) not in listed]
+
+
+def local_leaves(strategy, data):
+    """Returns all tensors of a batch, of each of this worker's replicas."""
+    return [
+        local
+        for leaf in tf.nest.flatten(data)
+        if leaf is not None
+        for local in strategy.experimental_local_results(leaf)
+    ]
+
+
+def shapes_of(strategy, data):
+    """Returns shapes without the rows: they decide a step's memory per row."""
+    return tuple(
+        tuple(leaf.shape[1:].as_list()) for leaf in local_leaves(strategy, data)
+    )
+
+
+def most_allowed(allowed, shapes):
+    """Returns the most rows allowed where rows are no shorter than these."""
+
+    def are_shorter(others):
+        return len(shapes) == len(others) and all(
+            len(shape) == len(other)
+            and all(
+                a is not None and a <= b
+                for a, b in zip(shape, other, strict=True)
+            )
+            for shape, other in zip(shapes, others, strict=True)
+        )
+
+    return max((n for s, n in allowed.items() if are_shorter(s)), default=0)
+
+
+def bytes_of(strategy, data):
+    """Returns the bytes of a batch, on all of this worker's replicas."""
+    return sum(
+        tensor.dtype.size * tensor.shape.num_elements()
+        for leaf in local_leaves(strategy, data)
+        for tensor in tf.nest.flatten(leaf, expand_composites=True)
+    )
+
+
+def failed_anywhere(strategy, has_failed):
+    """Returns whether anything has failed on any worker."""
+    return replicas.least_of_all(strategy, 0 if has_failed else 1) == 0
+
+
+def catching(function, *args):
+    """Calls a function that may run out of memory.
+
+    Returns:
+        What it returned, and None; or two None, and what the error says.
+    """
+    try:
+        return function(*args), None
+    except (tf.errors.OpError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Not the error itself, which would keep alive what it passed by.
+        said = str(error).partition("\n")[0]
+        return (None, None), said or type(error).__name__
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether a device, or the process, ran out of memory."""
+    if isinstance(error, (tf.errors.ResourceExhaustedError, MemoryError)):
+        return True
+    # Some of CUDA's libraries have errors of other kinds for it.
+    return bool(re.search(r"(?i)out of memory|\bOOM\b", str(error)))
+
+
+def does_not_fit(what, failure):
+    """Returns the error to raise when no smaller size would help."""
+    return tf.errors.ResourceExhaustedError(
+        None,
+        None,
+        f"{what} does not fit in the memory of the device, and "
+        '`microbatch_size="auto"` can do no more. The model is as it was '
+        "before this batch. Make the model, its rows or the optimizer's state "
+        f"smaller. Received: {failure or 'less memory than is needed'}",
+    )

@@ -1,0 +1,69 @@
+"""The functions that `evaluate` and `predict` call for every step."""
+
+import functools
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from keras_accum import compat
+from keras_accum import loops
+from keras_accum import microbatching
+from keras_accum import programs
+from keras_accum import steps
+from keras_accum.control_flow import after
+
+
+def make_test_function(accumulation) -> Callable:
+    """Returns a test function for several replicas, or for micro-batches.
+
+    For several replicas Keras compiles around `strategy.run`, which XLA refuses
+    where there are several devices, and reduces all logs at every step. And it
+    takes each batch as a whole.
+    """
+    model, size = accumulation.model, accumulation.size.rows
+    first, next_ = (
+        functools.partial(steps.test_microbatch, accumulation, is_first)
+        for is_first in (True, False)
+    )
+    if size is None:
+        run = programs.on_first_replica(model, first)
+
+        def step(data):
+            return run(args=(data,))
+    else:
+        each = microbatching.EachMicrobatch(accumulation, first, next_)
+
+        def end_window():
+            for tracker in accumulation.window["losses"].trackers:
+                tracker.close()
+
+        def step(data):
+            logs = each((data,), size)
+            with after(logs):
+                programs.running(model, end_window)()
+            return logs
+
+    return loops.make_loop(model, step, model.steps_per_execution)
+
+
+def make_predict_function(accumulation) -> Callable:
+    """Returns a predict function, for the same cases."""
+    model, size = accumulation.model, accumulation.size.rows
+    predict = microbatching.concatenating(model, model.predict_step, size)
+
+    def step(data):
+        outputs = predict(data)
+        return compat.concatenate_outputs(outputs, model.distribute_strategy)
+
+    step = compat.optionals_to_none(model, step)
+    if not model.run_eagerly:
+        step = programs.in_graph(step, reduce_retracing=True)
+
+    def predict_function(batches):
+        outputs = [step(batch) for batch in batches]
+        return keras.tree.map_structure(
+            lambda *leaves: tf.concat(leaves, axis=0), *outputs
+        )
+
+    return predict_function

@@ -1,0 +1,449 @@
+"""`GradientAccumulationMixin`: what Keras sees of models that accumulate.
+
+Read it beside `keras.Model`: `train_step` is Keras's, except that it hands the
+gradients to `accumulate` where Keras hands them to the optimizer. `update_step`
+does the rest of Keras's step, once a window. What else is here decides when
+windows begin and end, and what Keras is told of it.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from keras_accum import boundary
+from keras_accum import building
+from keras_accum import compat
+from keras_accum import epochs
+from keras_accum import evaluation
+from keras_accum import functional
+from keras_accum import iterators
+from keras_accum import microbatch
+from keras_accum import sharing
+from keras_accum.accumulation import Accumulation
+from keras_accum.checkpoint import WindowCheckpoint
+from keras_accum.gradients import Gradient
+from keras_accum.gradients import check_lengths
+from keras_accum.losses import forward
+from keras_accum.options import AccumSteps
+from keras_accum.options import Options
+from keras_accum.options import check_optimizer
+from keras_accum.options import takes_options
+from keras_accum.saving import SavingMixin
+from keras_accum.saving import arguments_of
+from keras_accum.saving import take_original
+
+
+class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
+    """A mixin that puts gradient accumulation in front of any model class.
+
+    ```python
+    class Mine(keras_accum.GradientAccumulationMixin, Theirs):
+        pass
+
+
+    model = Mine(..., accum_steps=8)
+    ```
+
+    takes the arguments of `Theirs`, a subclass of `keras.Model`, and those of
+    `GradientAccumulationModel`, which says what they mean.
+    """
+
+    _accumulation: Accumulation | None = None
+
+    @takes_options
+    def __init__(self, *args, **kwargs) -> None:
+        options = Options.take_from(kwargs)
+        if functional.is_functional_call(args, kwargs):
+            self.__class__ = functional.functional_subclass(type(self))
+            # `keras.models.clone_model` gives inputs and outputs, and no more.
+            original = take_original((args, kwargs))
+            if original is not None and options == Options():
+                options = Options(**arguments_of(original))
+        # First, since a model may compile itself in its constructor.
+        self._start_accumulation(options)
+        super().__init__(*args, **kwargs)
+
+    def _start_accumulation(self, options):
+        accumulation = Accumulation(
+            self, options, functools.partial(is_custom, self)
+        )
+        compat.set_untracked(self, "_accumulation", accumulation)
+        checkpoint = WindowCheckpoint(accumulation)
+        compat.set_untracked(self, "_accum_checkpoint", checkpoint)
+
+    @classmethod
+    def from_model(cls, model: keras.Model, **arguments) -> keras.Model:
+        """Makes a model that accumulates from one that exists already.
+
+        It shares all with `model`: layers and variables, methods, names, and,
+        where it is compiled, the optimizer and its state, the losses and the
+        metrics. Training one trains both, and what is said of one, such as a
+        layer added, may be seen in the other. Compile it to give it an
+        optimizer, losses and metrics of its own.
+
+        Args:
+            model: Functional, `Sequential`, or of any other class; built or
+                not, compiled or not. It stays what it is.
+            **arguments: Those of `GradientAccumulationModel`, from
+                `accum_steps` on, by name.
+
+        Returns:
+            A model, which is both of this class and of that of `model`.
+
+        Raises:
+            TypeError: If `model` is no `keras.Model`, or an argument is
+                unknown.
+            ValueError: As `GradientAccumulationModel`.
+
+        Example:
+
+        ```python
+        model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(10)])
+        model = keras_accum.GradientAccumulationModel.from_model(
+            model, accum_steps=8
+        )
+        ```
+        """
+        if not isinstance(model, keras.Model):
+            raise TypeError(
+                f"`model` must be a `keras.Model`. Received: model={model!r}"
+            )
+        options = Options.by_name(arguments)
+        made = sharing.sharing_all(
+            model, functional.subclass_of_both(cls, type(model))
+        )
+        with made.distribute_strategy.scope():
+            made._start_accumulation(options)
+        if options.accumulates:
+            check_optimizer(getattr(made, "optimizer", None))
+        return made
+
+    @property
+    def accum_steps(self) -> AccumSteps:
+        """Micro-batches per window; may be set at any time.
+
+        A change takes effect at the next window, and traces nothing again.
+        """
+        return self._accumulation.position.accum_steps
+
+    @accum_steps.setter
+    def accum_steps(self, value: AccumSteps) -> None:
+        self._accumulation.change(accum_steps=value, effective_batch_size=None)
+
+    @property
+    def effective_batch_size(self) -> int | None:
+        """Rows per update, on all replicas together; or None."""
+        return self._accumulation.options.effective_batch_size
+
+    @effective_batch_size.setter
+    def effective_batch_size(self, value: int | None) -> None:
+        self._accumulation.change(accum_steps=1, effective_batch_size=value)
+
+    @property
+    def microbatch_size(self) -> int | str | None:
+        """Most rows of a micro-batch on each replica; may be set at any time.
+
+        None where each batch is a micro-batch. "auto" until the first batch
+        showed what fits, and from then on the size that was found.
+        """
+        return self._accumulation.size.value
+
+    @microbatch_size.setter
+    def microbatch_size(self, value: int | str | None) -> None:
+        self._accumulation.change(microbatch_size=value)
+
+    @property
+    def partial_window(self) -> str:
+        """What becomes of a window that the epoch's end cuts short."""
+        return self._accumulation.options.partial_window
+
+    @partial_window.setter
+    def partial_window(self, value: str) -> None:
+        self._accumulation.change(partial_window=value)
+
+    @property
+    def nonfinite(self) -> str:
+        """What becomes of gradients with a NaN or an infinity.
+
+        May be set at any time. A change forgets the micro-batches that the
+        window has so far, and traces the steps again.
+        """
+        return self._accumulation.options.nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: str) -> None:
+        self._accumulation.change(nonfinite=value)
+
+    @property
+    def nonfinite_microbatches(self) -> int:
+        """Micro-batches that `"skip_microbatch"` left out, in this epoch.
+
+        Of all replicas together. Without `fit`, since the last one began.
+        """
+        return self._accumulation.skipped("skip_microbatch")
+
+    @property
+    def nonfinite_windows(self) -> int:
+        """Windows that `"skip_window"` left without an update, in this epoch.
+
+        Without `fit`, since the last one began.
+        """
+        return self._accumulation.skipped("skip_window")
+
+    @property
+    def accumulator_dtype(self) -> str | None:
+        """Dtype of the buffers, or None for float32 and wider."""
+        return self._accumulation.options.accumulator_dtype
+
+    @property
+    def losses(self) -> list[tf.Tensor]:
+        """Losses from `add_loss` and regularizers, as in `keras.Model`.
+
+        If the loss is a sum over the window, so are these in a train step. A
+        weight regularizer counts once a window, and is left out after that.
+        """
+        return self._accumulation.losses.of(super().losses)
+
+    def train_step(self, data) -> dict[str, tf.Tensor]:
+        """Adds one micro-batch to the window; never updates.
+
+        Args:
+            data: A batch as `fit` gets it: `x`, `(x, y)` or
+                `(x, y, sample_weight)`.
+
+        Returns:
+            The logs: a dict of scalars.
+        """
+        accumulation = self._accumulation
+        in_window = microbatch.current(self) is not None
+        is_ours = accumulation.is_active or in_window
+        if not is_ours or accumulation.is_custom("train_step"):
+            return super().train_step(data)
+        if not in_window:
+            with accumulation.microbatch(data):
+                # Not that of a subclass, which has called this one.
+                return GradientAccumulationMixin.train_step(self, data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            y_pred = forward(self, x, training=True)
+            batch = (x, y, y_pred, sample_weight)
+            loss = accumulation.losses.compute(
+                *batch, options=accumulation.options
+            )
+            building.build_optimizer_early(
+                self, is_needed=self.nonfinite != "propagate"
+            )
+            scaled_loss = self.optimizer.scale_loss(loss)
+        gradients = []
+        if self.trainable_weights:
+            gradients = tape.gradient(scaled_loss, self.trainable_weights)
+            accumulation.window["nonfinite"].check(
+                microbatch.current(self), gradients
+            )
+        else:
+            warnings.warn(
+                "The model does not have any trainable weights.", stacklevel=2
+            )
+        weight = accumulation.losses.count(loss, *batch)
+        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        # Last, so that a step that fails leaves the window as it was.
+        if gradients:
+            self.accumulate(gradients, weight)
+        return logs
+
+    def test_step(self, data) -> dict[str, tf.Tensor]:
+        """Evaluates one batch, or one of its micro-batches, as Keras does.
+
+        Args:
+            data: As for `train_step`.
+
+        Returns:
+            The logs: a dict of scalars.
+        """
+        accumulation = self._accumulation
+        is_whole = not self.microbatch_size or not microbatch.current(self)
+        if is_whole or accumulation.is_custom("test_step"):
+            return super().test_step(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred = forward(self, x, training=False)
+        batch = (x, y, y_pred, sample_weight)
+        loss = accumulation.losses.compute(*batch, options=None)
+        accumulation.losses.count(loss, *batch)
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def accumulate(
+        self,
+        gradients: Sequence[Gradient],
+        weight: float | tf.Tensor | None = 1.0,
+    ) -> None:
+        """Adds gradients to the window.
+
+        A `train_step` of your own calls it in place of
+        `self.optimizer.apply_gradients`. With `accum_steps=1` it is that call.
+
+        Args:
+            gradients: One per trainable weight, in the order of
+                `self.trainable_weights`; None where there is none. Gradients
+                of `self.optimizer.scale_loss(loss)`, as in Keras.
+            weight: How much they count: the denominator of the loss, for a mean
+                the number of rows. A scalar; None if the loss is a sum.
+
+        Raises:
+            ValueError: If there are not as many gradients as trainable weights.
+        """
+        gradients = list(gradients)
+        check_lengths(gradients, self.trainable_weights)
+        accumulation = self._accumulation
+        current = microbatch.current(self)
+        if not accumulation.is_active and current is None:
+            self.optimizer.apply_gradients(
+                zip(gradients, self.trainable_weights, strict=True)
+            )
+            return
+        current = current or accumulation.new_microbatch()
+        accumulation.window["nonfinite"].check(current, gradients)
+        gradients = current.gradients_or_nothing(gradients)
+        weight = current.or_nothing(weight)
+        accumulation.window["gradients"].make_accumulator().add(
+            gradients, weight, current.is_first
+        )
+        current.accumulated.append((gradients, weight))
+
+    def microbatch_weight(
+        self, x, y, y_pred, sample_weight=None
+    ) -> tf.Tensor | None:
+        """Returns how much a micro-batch counts: the denominator of its loss.
+
+        The default takes it from the losses given to `compile`: the number of
+        entries, without masked ones, or what else the loss's `reduction`
+        divides by. Without such a loss it is the number of rows, which is right
+        for a mean over the batch. Override it for a loss of your own.
+
+        There is one weight for all losses of a micro-batch. That is exact where
+        their denominators are proportional to each other, as they are without
+        masks. It is not exact for outputs whose masks, or whose kinds of
+        reduction, differ, nor for a masked loss together with `add_loss` or an
+        activity regularizer, which are means over the rows. The weight is then
+        the sum of the denominators, and a warning says so, once. With
+        `microbatch_size` the whole batch is known, each of these losses is
+        divided by its own denominator, and this method is not called.
+
+        Args:
+            x: Inputs of the micro-batch.
+            y: Its labels, or None.
+            y_pred: The model's outputs.
+            sample_weight: Its sample weights, or None.
+
+        Returns:
+            A float scalar, or None where the loss is a sum and not a mean, so
+            that gradients just add up.
+        """
+        return self._accumulation.losses.weight(x, y, y_pred, sample_weight)
+
+    def update_step(self) -> None:
+        """Ends the window: gives the mean gradient to the optimizer.
+
+        With several replicas it is called within each, by `strategy.run`, and
+        makes the one reduction of the window.
+        """
+        boundary.update(self, self._accumulation.window)
+
+    def flush(self) -> None:
+        """Updates now, from the micro-batches that the window has so far.
+
+        Their true weight counts, not `accum_steps`. Does nothing if the window
+        is empty.
+        """
+        self._accumulation.flush()
+
+    def reset_window(self) -> None:
+        """Forgets the micro-batches that the window has so far."""
+        self._accumulation.reset()
+
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args, **kwargs) -> keras.callbacks.History:  # noqa: D102
+        end_of_epoch = epochs.EndOfEpoch(self._accumulation)
+        end_of_epoch.set_model(self)
+        args, kwargs = epochs.prepend_callback(
+            super().fit, args, kwargs, end_of_epoch
+        )
+        try:
+            with (
+                iterators.ending(),
+                epochs.keeping_weights_without_update(
+                    getattr(self, "optimizer", None)
+                ),
+            ):
+                return super().fit(*args, **kwargs)
+        except BaseException:
+            if self.partial_window != "carry":
+                self.reset_window()
+            raise
+        finally:
+            self._accumulation.progress.end_training()
+
+    @functools.wraps(keras.Model.evaluate)
+    def evaluate(self, *args, **kwargs):  # noqa: D102
+        with iterators.ending():
+            return super().evaluate(*args, **kwargs)
+
+    @functools.wraps(keras.Model.predict)
+    def predict(self, *args, **kwargs):  # noqa: D102
+        with iterators.ending():
+            return super().predict(*args, **kwargs)
+
+    def make_train_function(self, force: bool = False):
+        """Makes `self.train_function`, if it is not there or `force` is set."""
+        if self.train_function is not None and not force:
+            return self.train_function
+        if not self._accumulation.trains_itself():
+            return super().make_train_function(force=force)
+        self.train_function = self._accumulation.make_train_function()
+        return self.train_function
+
+    def make_test_function(self, force: bool = False):
+        """Makes `self.test_function`, if it is not there or `force` is set."""
+        if self.test_function is not None and not force:
+            return self.test_function
+        if not self._accumulation.tests_itself():
+            return super().make_test_function(force=force)
+        self.test_function = evaluation.make_test_function(self._accumulation)
+        return self.test_function
+
+    def make_predict_function(self, force: bool = False):
+        """Makes `self.predict_function`, as `make_test_function`."""
+        if self.predict_function is not None and not force:
+            return self.predict_function
+        if not self._accumulation.predicts_itself():
+            return super().make_predict_function(force=force)
+        predict = evaluation.make_predict_function(self._accumulation)
+        self.predict_function = predict
+        return self.predict_function
+
+    def __setattr__(self, name, value):
+        # Here, since an overridden `compile` is not called when loading.
+        if name == "optimizer" and self._accumulation is not None:
+            self._accumulation.set_optimizer(value)
+        if name == compat.FIRST_EPOCH:
+            value = self._accumulation.progress.first_epoch(value)
+        super().__setattr__(name, value)
+
+    def _build_from(self, iterator, data_batch):
+        building.build_from(self, iterator, data_batch)
+
+
+def is_custom(model: GradientAccumulationMixin, name: str) -> bool:
+    """Returns whether a method of a model is not ours, nor Keras's.
+
+    Args:
+        model: The model.
+        name: "train_step" or "test_step", which are not ours if a class behind
+            the mixin has another; or "microbatch_weight".
+    """
+    if name == "microbatch_weight":
+        ours = GradientAccumulationMixin.microbatch_weight
+        return type(model).microbatch_weight is not ours
+    return compat.has_custom_step(model, GradientAccumulationMixin, name)

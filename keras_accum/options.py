@@ -1,0 +1,239 @@
+"""The arguments of models that accumulate, and what each may be."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Self
+
+import numpy as np
+import tensorflow as tf
+
+# An int, or a function from the number of updates so far to an int.
+AccumSteps = int | Callable[[int], int]
+
+AUTO = "auto"
+PARTIAL_WINDOW_POLICIES = ("flush", "carry", "drop")
+NONFINITE_POLICIES = ("propagate", "skip_microbatch", "skip_window")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of a model that accumulates, as its user gave them.
+
+    The only place that lists these arguments. `GradientAccumulationModel` says
+    what they mean, and which errors they raise.
+    """
+
+    accum_steps: AccumSteps = 1
+    microbatch_size: int | str | None = None
+    effective_batch_size: int | None = None
+    partial_window: str = "flush"
+    nonfinite: str = "propagate"
+    accumulator_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_one_way(self)
+        check_accum_steps(self.accum_steps)
+        check_effective_batch_size(self.effective_batch_size)
+        size = check_microbatch_size(self.microbatch_size)
+        check_policy(
+            "partial_window", self.partial_window, PARTIAL_WINDOW_POLICIES
+        )
+        check_policy("nonfinite", self.nonfinite, NONFINITE_POLICIES)
+        dtype = check_dtype("accumulator_dtype", self.accumulator_dtype)
+        # A frozen dataclass assigns so.
+        object.__setattr__(self, "microbatch_size", size)
+        object.__setattr__(self, "accumulator_dtype", dtype)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Returns the names of the arguments."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def take_from(cls, arguments: dict) -> Self:
+        """Takes these arguments out of others, by name.
+
+        Args:
+            arguments: Keyword arguments of a model; what is found is removed.
+        """
+        return cls(
+            **{
+                name: arguments.pop(name)
+                for name in cls.names()
+                if name in arguments
+            }
+        )
+
+    @classmethod
+    def by_name(cls, arguments: Mapping) -> Self:
+        """Makes options from arguments, all of which must be options.
+
+        Raises:
+            TypeError: If there is another.
+        """
+        unknown = arguments.keys() - set(cls.names())
+        if unknown:
+            names = ", ".join(f"`{name}`" for name in cls.names())
+            raise TypeError(
+                f"`from_model` takes {names} besides the model. "
+                f"Received: {', '.join(sorted(unknown))}"
+            )
+        return cls(**arguments)
+
+    def replace(self, **changes) -> Self:
+        """Returns these options with others in place of some."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def window_kind(self) -> str:
+        """How the number of micro-batches in a window is found.
+
+        A change of it needs another train function; one of the number does not.
+        """
+        if self.effective_batch_size is not None:
+            return "rows"
+        return "schedule" if callable(self.accum_steps) else "count"
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether an update may be of several micro-batches, or of none."""
+        return (
+            self.window_kind != "count"
+            or self.accum_steps != 1
+            or self.microbatch_size is not None
+            or self.nonfinite != "propagate"
+        )
+
+
+def takes_options(init: Callable) -> Callable:
+    """Decorates an `__init__` that passes `**kwargs` on to `take_from`.
+
+    Its signature, as `help` prints it, then lists the arguments one by one.
+    """
+    signature = inspect.signature(init)
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=field.type,
+        )
+        for field in dataclasses.fields(Options)
+    ]
+    *others, rest = signature.parameters.values()
+    init.__signature__ = signature.replace(parameters=[*others, *options, rest])
+    return init
+
+
+def check_one_way(options: Options) -> None:
+    """Raises a `ValueError` if the size of a window is said twice."""
+    steps = options.accum_steps
+    given = {
+        "accum_steps": steps if callable(steps) or steps != 1 else None,
+        "microbatch_size": options.microbatch_size,
+        "effective_batch_size": options.effective_batch_size,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        received = ", ".join(
+            f"{name}={value!r}" for name, value in given.items()
+        )
+        raise ValueError(
+            "`accum_steps`, `microbatch_size` and `effective_batch_size` each "
+            f"say how large a window is; give one of them. Received: {received}"
+        )
+
+
+def check_accum_steps(value) -> None:
+    """Raises an error unless `value` is a positive int or a function."""
+    if not callable(value):
+        check_positive_int(
+            value,
+            "`accum_steps` must be a positive integer, or a function of the "
+            "number of updates that returns one. "
+            f"Received: accum_steps={value!r}",
+        )
+
+
+def check_scheduled(value, updates: int) -> np.int64:
+    """Returns a schedule's result as int64; raises unless it is positive."""
+    check_positive_int(
+        value,
+        "A function given as `accum_steps` must return a positive integer. "
+        f"Received: accum_steps({updates})={value!r}",
+    )
+    return np.int64(value)
+
+
+def check_effective_batch_size(value) -> None:
+    """Raises an error unless `value` is None or a positive int."""
+    if value is not None:
+        check_positive_int(
+            value,
+            "`effective_batch_size` must be a positive integer or None. "
+            f"Received: effective_batch_size={value!r}",
+        )
+
+
+def check_microbatch_size(value) -> int | str | None:
+    """Returns `value`, or raises if it is no positive int, "auto" or None."""
+    if value is None or (isinstance(value, str) and value == AUTO):
+        return value
+    check_positive_int(
+        value,
+        "`microbatch_size` must be a positive integer, "
+        f'"auto" or None. Received: microbatch_size={value!r}',
+    )
+    return int(value)
+
+
+def check_positive_int(value, message: str) -> None:
+    """Raises with `message` unless `value` is an integer of at least 1."""
+    # A bool is an int to Python, and a mistake here.
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{message} (of type {type(value).__name__})")
+    if value < 1:
+        raise ValueError(message)
+
+
+def check_policy(argument: str, value, policies) -> None:
+    """Raises a `ValueError` unless `value` of an argument is in `policies`."""
+    if not isinstance(value, str) or value not in policies:
+        names = ", ".join(f'"{name}"' for name in policies)
+        raise ValueError(
+            f"`{argument}` must be one of {names}. "
+            f"Received: {argument}={value!r}"
+        )
+
+
+def check_dtype(argument: str, value) -> str | None:
+    """Returns the name of a dtype, or raises unless it is None or a float's."""
+    if value is None:
+        return None
+    try:
+        dtype = tf.as_dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not dtype.is_floating:
+        raise ValueError(
+            f"`{argument}` must be None or the name of a float dtype, such as "
+            f'"float32". Received: {argument}={value!r}'
+        )
+    return dtype.name
+
+
+def check_optimizer(optimizer) -> None:
+    """Raises a `ValueError` if the optimizer accumulates by itself."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    for each in [optimizer, inner, *getattr(optimizer, "optimizers", [])]:
+        steps = getattr(each, "gradient_accumulation_steps", None)
+        if steps:
+            raise ValueError(
+                "`optimizer` must not have `gradient_accumulation_steps` set, "
+                "since it would accumulate a second time. Received: "
+                f"gradient_accumulation_steps={steps}. Leave it out; "
+                "`accum_steps` of the model does what it is for."
+            )

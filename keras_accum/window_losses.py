@@ -1,0 +1,115 @@
+"""The losses that `fit` reports, as a part of a window."""
+
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_accum import compat
+from keras_accum import replicas
+from keras_accum.loss_tracker import WindowLoss
+from keras_accum.window import Part
+from keras_accum.window import if_applied
+
+
+class WindowLosses(Part):
+    """The metrics that count a window as one batch: of the loss, of outputs.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        # What a checkpoint had of a window, until it goes on.
+        self._restored: dict[int, np.ndarray] = {}
+
+    @property
+    def trackers(self) -> list[WindowLoss]:
+        """The metrics that there are."""
+        compiled = compat.compiled_loss(self._model)
+        outputs = [] if compiled is None else compat.output_metrics(compiled)
+        metrics = [compat.loss_tracker(self._model), *outputs]
+        return [each for each in metrics if isinstance(each, WindowLoss)]
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """Their sums in this window."""
+        return [tracker.window for tracker in self.trackers]
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether sums of a checkpoint wait for `resume`."""
+        return bool(self._restored)
+
+    def make_tracker(self) -> WindowLoss:
+        """Returns the loss's metric, and puts it in the place of Keras's."""
+        model = self._model
+        if not isinstance(compat.loss_tracker(model), WindowLoss):
+            made = replicas.on_each(model.distribute_strategy, WindowLoss)
+            compat.set_loss_tracker(model, made)
+            # It may have been traced with the other one.
+            model.test_function = None
+        return compat.loss_tracker(model)
+
+    def make_output_trackers(self) -> list[WindowLoss]:
+        """Returns the metrics of single outputs, in the place of Keras's."""
+        model = self._model
+        compiled = compat.compiled_loss(model)
+        trackers = compat.output_metrics(compiled)
+        if not all(isinstance(each, WindowLoss) for each in trackers):
+            trackers = replicas.on_each(
+                model.distribute_strategy,
+                lambda: compat.replace_output_metrics(
+                    compiled, lambda metric: WindowLoss(metric.name)
+                ),
+            )
+            model.test_function = None
+        return trackers
+
+    def close(self, totals, applies) -> None:
+        """Adds the window to what is reported, as one batch."""
+        num_replicas = self._model.distribute_strategy.num_replicas_in_sync
+        totals = if_applied(totals, applies)
+        for tracker, total in zip(self.trackers, totals, strict=True):
+            tracker.close(total, 1 / num_replicas)
+
+    def reset(self) -> None:
+        """Ends the window as `close` does, on each replica by itself."""
+        # Another worker may have failed.
+        self._restored = {}
+        for tracker in self.trackers:
+            tracker.close_copies(self._model.distribute_strategy)
+
+    def add_to(self, values: dict[int, tf.Tensor], totals: list) -> None:
+        """Adds the window to values of the metrics' variables, by `id`."""
+        for tracker, total in zip(self.trackers, totals, strict=True):
+            tracker.add_window_to(values, total)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the sums in this window."""
+        return {
+            f"loss_{index}": replicas.total(variable)
+            for index, variable in enumerate(self.variables)
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Keeps the sums that `state` returned for `resume`."""
+        self._restored = {
+            int(name.removeprefix("loss_")): value
+            for name, value in state.items()
+            if name.startswith("loss_")
+        }
+
+    def resume(self) -> None:
+        """Continues with the sums that were restored, in an epoch.
+
+        The start of the epoch has set all metrics to zero, and its first step
+        makes those of single outputs.
+        """
+        for index, variable in enumerate(self.variables):
+            if index in self._restored:
+                value = self._restored.pop(index)
+                strategy = self._model.distribute_strategy
+                replicas.assign_total(strategy, variable, value)

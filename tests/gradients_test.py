@@ -1,0 +1,83 @@
+"""One gradient: its weight, its buffer, and what is selected in its place."""
+
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+from keras_accum import gradients
+
+
+def rows(values, indices, number=3):
+    """A gradient of some rows."""
+    values = tf.constant(values)
+    return tf.IndexedSlices(
+        values, tf.constant(indices), tf.constant([number, values.shape[1]])
+    )
+
+
+class ArithmeticTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(True, False)
+    def test_adds_with_a_weight(self, as_tensors):
+        variable = tf.Variable(tf.zeros((3, 1)))
+        # What it holds before the first is forgotten.
+        buffer = tf.Variable(np.full((3, 1), np.nan, "float32"))
+        for index, (gradient, weight) in enumerate(
+            [
+                (tf.constant([[1.0], [2.0], [3.0]]), 2.0),
+                (rows([[1.0], [1.0]], [0, 0]), 3.0),
+                (None, 5.0),
+                (tf.constant([[1.0], [0.0], [0.0]]), None),
+            ]
+        ):
+            first = index == 0
+            gradients.add(
+                variable,
+                buffer,
+                gradient,
+                weight,
+                tf.constant(first) if as_tensors else first,
+            )
+        self.assertAllEqual(buffer, [[9.0], [4.0], [6.0]])
+
+    def test_without_a_gradient_the_first_clears(self):
+        variable, buffer = tf.Variable([1.0]), tf.Variable([np.nan])
+        gradients.add(variable, buffer, None, 1.0, True)
+        self.assertAllEqual(buffer, [0.0])
+
+    def test_a_nan_is_forgotten_where_the_device_knows(self):
+        self.assertAllEqual(gradients.keep_unless(True, [np.nan, 1.0]), [0, 0])
+
+    def test_buffers_are_wide_enough(self):
+        for dtype, requested, expected in (
+            ("float16", None, tf.float32),
+            ("bfloat16", None, tf.float32),
+            ("float64", None, tf.float64),
+            ("float32", "bfloat16", tf.bfloat16),
+        ):
+            found = gradients.buffer_dtype(dtype, requested)
+            self.assertEqual(found, expected)
+
+
+class SelectionTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.product(
+        function=(gradients.select_all, gradients.choose_all),
+        condition=(True, False),
+    )
+    def test_takes_one_or_the_other(self, function, condition):
+        some = [tf.constant([np.nan, 1.0]), None, rows([[2.0]], [1])]
+        others = [tf.constant([3.0, 4.0]), None, None]
+        dense, missing, sparse = function(tf.constant(condition), some, others)
+        self.assertAllEqual(dense, some[0] if condition else others[0])
+        self.assertIsNone(missing)
+        self.assertAllEqual(sparse.values, [[2.0 if condition else 0.0]])
+        self.assertAllEqual(sparse.indices, [1])
+
+    def test_nothing_to_choose(self):
+        condition = tf.constant(True)
+        self.assertEqual(
+            gradients.choose_all(condition, [None], [None]), [None]
+        )
+
+
+if __name__ == "__main__":
+    tf.test.main()

@@ -1,0 +1,46 @@
+"""What is known of a CPU's memory, and what follows for a step."""
+
+import pathlib
+
+import tensorflow as tf
+
+from keras_accum import memory
+
+
+class MemoryTest(tf.test.TestCase):
+    def test_takes_a_line_through_what_is_known(self):
+        known = {4: 400, 16: 1000}
+        # 50 for each of the rows beyond 16, and the unevenness.
+        unevenness = memory.UNEVENNESS
+        self.assertEqual(
+            memory.bytes_for(known, 32), int(1000 + unevenness * 800)
+        )
+        self.assertEqual(memory.bytes_for(known, 16), 1000)
+        self.assertEqual(memory.bytes_for(known, 8), 600)
+        self.assertEqual(
+            memory.bytes_for({4: 400}, 8), int(400 + unevenness * 400)
+        )
+
+    def test_largest(self):
+        for limit, expected in ((100, 64), (63, 56), (5, 5), (0, 0)):
+            self.assertEqual(
+                memory.largest(64, lambda n, most=limit: n <= most), expected
+            )
+
+    def test_reads_what_linux_says(self):
+        folder = pathlib.Path(self.get_temp_dir())
+        for name, text in (
+            ("memory.max", "1000\n"),
+            ("memory.current", "700\n"),
+            ("memory.stat", "anon 500\ninactive_file 150\nactive_file 50\n"),
+        ):
+            folder.joinpath(name).write_text(text, encoding="utf-8")
+        self.assertEqual(memory.room_of_group(folder), 450)
+        folder.joinpath("memory.max").write_text("max\n", encoding="utf-8")
+        with self.assertRaises(ValueError):
+            memory.room_of_group(folder)
+        self.assertGreater(memory.free_bytes(), 0)
+
+
+if __name__ == "__main__":
+    tf.test.main()

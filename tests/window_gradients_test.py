@@ -1,0 +1,49 @@
+"""The gradients of a window."""
+
+import tensorflow as tf
+
+from keras_accum import window_gradients
+from tests import test_utils
+
+
+class GradientsTest(test_utils.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.model = test_utils.mlp()
+        self.part = window_gradients.Gradients(self.model, None)
+
+    def gradients(self, value):
+        return [tf.fill(v.shape, value) for v in self.model.trainable_weights]
+
+    def test_counts_and_divides(self):
+        self.assertEqual(self.part.num_microbatches, 0)
+        self.assertEmpty(self.part.variables)
+        accumulator = self.part.make_accumulator()
+        self.assertAllEqual(self.part.is_empty(), True)
+        accumulator.add(self.gradients(1.0), 1.0, True)
+        accumulator.add(self.gradients(5.0), 3.0, False)
+        self.assertEqual(self.part.num_microbatches, 2)
+        self.assertLen(self.part.variables, 4)
+        for mean in self.part.mean(self.part.sums()):
+            self.assertAllClose(mean, tf.fill(mean.shape, 4.0))
+        state = self.part.state()
+        self.part.close(None, None)
+        self.assertEqual(self.part.num_microbatches, 0)
+        self.part.restore(state)
+        self.assertEqual(self.part.num_microbatches, 2)
+
+    def test_other_variables_have_another_accumulator(self):
+        before = self.part.make_accumulator()
+        self.assertIs(self.part.make_accumulator(), before)
+        self.model.layers[1].trainable = False
+        self.assertLen(self.part.make_accumulator().variables, 2)
+        with self.assertRaisesRegex(ValueError, "as many variables"):
+            self.part.check_state(before.state())
+
+    def test_reset_needs_nothing(self):
+        self.part.reset()
+        self.assertIsNone(self.part.accumulator)
+
+
+if __name__ == "__main__":
+    tf.test.main()

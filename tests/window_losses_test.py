@@ -1,0 +1,55 @@
+"""The losses of a window that `fit` reports."""
+
+import tensorflow as tf
+
+from keras_accum import compat
+from keras_accum import window_losses
+from tests import test_utils
+
+
+class WindowLossesTest(test_utils.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.model = test_utils.mlp()
+        self.model.compile("sgd", loss=test_utils.crossentropy())
+        self.part = window_losses.WindowLosses(self.model)
+
+    def test_takes_the_place_of_keras_metric(self):
+        self.assertEmpty(self.part.trackers)
+        tracker = self.part.make_tracker()
+        self.assertIs(self.part.make_tracker(), tracker)
+        self.assertIs(compat.loss_tracker(self.model), tracker)
+        self.assertEqual(self.part.trackers, [tracker])
+
+    def test_a_window_counts_as_one_batch(self):
+        tracker = self.part.make_tracker()
+        tracker.add(tf.constant(2.0), tf.constant(3.0), tf.constant(3))
+        tracker.add(tf.constant(6.0), tf.constant(1.0), tf.constant(1))
+        self.part.close(self.part.sums(), None)
+        self.assertAllClose(tracker.result(), 3.0)
+        self.assertAllClose(tracker.count, 4.0)
+        # One that is left without an update counts for nothing.
+        tracker.add(tf.constant(9.0), tf.constant(1.0), tf.constant(4))
+        self.part.close(self.part.sums(), tf.constant(False))
+        self.assertAllClose(tracker.result(), 3.0)
+
+    def test_a_checkpoint_goes_on_when_an_epoch_has_begun(self):
+        tracker = self.part.make_tracker()
+        tracker.add(tf.constant(2.0), tf.constant(3.0), tf.constant(3))
+        state = self.part.state()
+        self.model.reset_metrics()
+        self.part.restore(state)
+        self.model.reset_metrics()
+        self.assertTrue(self.part.is_restored)
+        self.assertAllEqual(tracker.result(), 0.0)
+        self.part.resume()
+        self.assertFalse(self.part.is_restored)
+        self.assertAllClose(tracker.result(), 2.0)
+        # Those of before a window was restored are forgotten with it.
+        self.part.restore(state)
+        self.part.reset()
+        self.assertFalse(self.part.is_restored)
+
+
+if __name__ == "__main__":
+    tf.test.main()
