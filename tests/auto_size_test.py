@@ -349,6 +349,7 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
             other, _ = self.outcome(limit, jit_compile, rows, size=twice)
             self.assertTrue(other is None or other["error"])
 
+    @pytest.mark.thorough
     def test_trains_as_with_the_size_that_it_finds(self):
         self.check_found(500, jit_compile=False, rows=256)
 

@@ -121,6 +121,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameState(model, whole)
 
     @unittest.skipIf(os.name == "nt", "Windows has no SIGKILL.")
+    @pytest.mark.thorough
     def test_killed_between_windows_and_within_one(self):
         self.check_killed("carry", every=3)
 
@@ -280,6 +281,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
             each.fit(cases.dataset(3), verbose=0, shuffle=False)
         self.assertSameState(model, other)
 
+    @pytest.mark.thorough
     def test_exported_model_needs_no_library_and_has_no_buffers(self):
         folder = self.folder()
         model = cases.build(accum_steps=ACCUM_STEPS, partial_window="carry")

@@ -99,6 +99,7 @@ class CommandTest(tf.test.TestCase, parameterized.TestCase):
             text=True,
         )
 
+    @pytest.mark.thorough
     def test_prints_a_table_and_draws(self):
         with tempfile.TemporaryDirectory() as folder:
             picture = pathlib.Path(folder) / "digits.png"

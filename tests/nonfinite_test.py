@@ -449,6 +449,7 @@ class DistributionTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(history["nonfinite_windows"], [1])
         self.assertTrue(np.isfinite(history["loss"][0]))
 
+    @pytest.mark.thorough
     def test_none_counts(self):
         batches = [spoiled(b) for b in test_utils.microbatches([8] * WINDOW)]
         for x, _ in batches:

@@ -220,7 +220,7 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
         self.assertAllClose(loss, 3 * error, rtol=1e-5)
 
     @parameterized.parameters(unbuilt, Subclassed, accumulating)
-    @test_utils.first_command(0, 2)
+    @test_utils.first_command(2)
     def test_files_and_pickles(self, kind):
         self.check_files(kind)
 
@@ -340,7 +340,7 @@ class KerasHubTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         ({"accum_steps": 3}, 4), ({"microbatch_size": 5}, 12)
     )
-    @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_task(self, arguments, batch_size):
         large = text_classifier()
         expected = self.train(large, 12)

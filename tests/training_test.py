@@ -127,7 +127,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
 
     # As many as there are, fewer, and more.
     @parameterized.parameters((2, 2), (5, 3), (2, 200))
-    @test_utils.first_command(1)
+    @test_utils.first_command(0)
     def test_unrolled_loops(self, steps, unrolled):
         self.assertFitsAlike(
             data(),
@@ -291,6 +291,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         ("mean_with_sample_weight", False, "eager"),
         ("mean_with_sample_weight", True, "xla"),
     )
+    @test_utils.first_command(1, 3)
     def test_reported_losses_of_outputs(self, reduction, known_rows, mode):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(7)
