@@ -92,7 +92,7 @@ class Accumulation:
             or before.nonfinite != options.nonfinite
         ):
             # What the window has was gathered in the other way.
-            self.reset()
+            model.reset_window()
         self.options, self.is_active = options, self.is_active or starts
         if {"accum_steps", "effective_batch_size"} & changes.keys():
             self.position.set_options(options)
@@ -121,7 +121,7 @@ class Accumulation:
         if self.is_active:
             check_optimizer(optimizer)
             # Gradients are scaled as the old optimizer wanted them.
-            self.reset()
+            self.model.reset_window()
             self.losses.forget()
         self._update = None
 
@@ -197,12 +197,16 @@ class Accumulation:
             yield microbatch
             if trains:
                 self.window.add(microbatch)
+            else:
+                # What an evaluation assigns is made the replicas' mean as well.
+                self.window["state"].add(microbatch)
 
     def flush(self) -> None:
         """Updates now, unless the window is empty."""
         if not self.window["gradients"].num_microbatches:
             return
         self.position.write()
+        self.window["losses"].resume()
         if self._update is None:
             self._update = boundary.make_update_for_host(self)
         self._update()
@@ -239,5 +243,5 @@ class Accumulation:
             raise
         except BaseException:
             if is_replicated or self.size.value is not None:
-                self.reset()
+                self.model.reset_window()
             raise

@@ -136,6 +136,9 @@ def make_update(accumulation) -> Callable:
     model, window = accumulation.model, accumulation.window
     strategy = model.distribute_strategy
     is_replicated = replicas.has_several(strategy)
+    if accumulation.options.nonfinite != "propagate":
+        # Made by the first trace, they would ask for a second one.
+        window["nonfinite"].make_variables()
     # XLA knows reductions on TPUs alone; else they come between two programs.
     splits = is_replicated and not replicas.on_tpu(strategy)
     # A program knows the variables that there were when it was traced.
@@ -150,8 +153,10 @@ def make_update(accumulation) -> Callable:
         if splits:
             # Not compiled: where TensorFlow copies one tensor after the other,
             # XLA on a CPU looks up for each number where it comes from.
+            vector = pack()
+            # It is there now, also where no weight is trained.
             destination = window["gradients"].accumulator.weight
-            args += (replicas.reduce_across(strategy, pack(), destination),)
+            args += (replicas.reduce_across(strategy, vector, destination),)
         logs = end(args=args)
         accumulation.position.complete()
         return logs

@@ -56,22 +56,25 @@ def build_for(accumulation, data) -> None:
     window_losses.resume()
 
 
-def build_for_resumed(accumulation, data) -> None:
+def build_for_resumed(accumulation, data, in_branches: bool) -> None:
     """Makes the variables of metrics, for a window from a checkpoint.
 
-    Keras makes them while it traces. Their initial values would be those of
-    the branch that starts a window, which is not run.
+    Keras makes them while it traces. In branches their initial values would be
+    those of the one that starts a window, which is not run. Those of single
+    outputs, which the checkpoint may have sums for, are made in any case.
 
     Args:
         accumulation: What the model accumulates in.
         data: The batch, in cross-replica context.
+        in_branches: Whether the step's kinds of micro-batch are branches.
     """
 
     def build():
         if accumulation.position.read()[0]:
             build_for(accumulation, data)
 
-    if tf.inside_function() or accumulation.window["losses"].is_restored:
+    is_traced = in_branches and tf.inside_function()
+    if is_traced or accumulation.window["losses"].is_restored:
         replicas.outside_of_tracing(build)
 
 

@@ -34,7 +34,7 @@ class WindowCheckpoint(compat.Saveable, tf.train.experimental.PythonState):
     def is_empty(self) -> bool:
         """Returns whether there is nothing to save besides a `keras.Model`."""
         accumulation = self._accumulation
-        return not accumulation.is_active or not (
+        return not accumulation.trains_itself() or not (
             accumulation.window["gradients"].num_microbatches
             or compat.random_states(accumulation.model)
         )

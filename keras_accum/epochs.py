@@ -110,7 +110,7 @@ class EndOfEpoch(keras.callbacks.Callback):
         if is_carried or accumulation.is_restored:
             accumulation.resume()
         else:
-            accumulation.reset()
+            accumulation.model.reset_window()
 
     def on_epoch_begin(self, epoch, logs=None):
         """Begins an epoch, and records how many windows there were before."""
@@ -118,7 +118,6 @@ class EndOfEpoch(keras.callbacks.Callback):
         accumulation.progress.begin_epoch(epoch)
         accumulation.is_restored = False
         self._completed = int(accumulation.position.completed)
-        accumulation.window["losses"].resume()
         accumulation.window["nonfinite"].begin_epoch()
 
     def on_test_begin(self, logs=None):

@@ -62,6 +62,7 @@ class TrainFunction:
             if self._signature not in (None, accumulation.window.signature()):
                 self._programs, self._signature = Programs(accumulation), None
             place = self._programs.place()
+            accumulation.window["losses"].resume()
             logs = self._programs.loop(place)(iterator)
             # A step that fails is not counted.
             if self._programs.counts_in_python:
@@ -149,7 +150,8 @@ class Programs:
         position = accumulation.position
 
         def step(data):
-            building.build_for_resumed(accumulation, data)
+            in_branches = place == positions.ON_DEVICE
+            building.build_for_resumed(accumulation, data, in_branches)
             is_first = place.is_first
             if is_first is None:
                 is_first = position.is_first()

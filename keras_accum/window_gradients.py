@@ -83,7 +83,8 @@ class Gradients(Part):
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns the weight, the count and the buffers."""
-        return self.make_accumulator().state(self._num_replicas)
+        # As it stands: a layer may be frozen while it is saved.
+        return self.accumulator.state(self._num_replicas)
 
     def check_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Raises a `ValueError` unless the variables are the same."""

@@ -70,6 +70,8 @@ class WindowLosses(Part):
 
     def close(self, totals, applies) -> None:
         """Adds the window to what is reported, as one batch."""
+        # What a checkpoint had was of this window.
+        self._restored = {}
         num_replicas = self._model.distribute_strategy.num_replicas_in_sync
         totals = if_applied(totals, applies)
         for tracker, total in zip(self.trackers, totals, strict=True):
@@ -89,10 +91,9 @@ class WindowLosses(Part):
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns the sums in this window."""
-        return {
-            f"loss_{index}": replicas.total(variable)
-            for index, variable in enumerate(self.variables)
-        }
+        totals = dict(enumerate(map(replicas.total, self.variables)))
+        totals |= self._restored
+        return {f"loss_{index}": total for index, total in totals.items()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Keeps the sums that `state` returned for `resume`."""
@@ -103,10 +104,10 @@ class WindowLosses(Part):
         }
 
     def resume(self) -> None:
-        """Continues with the sums that were restored, in an epoch.
+        """Continues with the sums that were restored.
 
-        The start of the epoch has set all metrics to zero, and its first step
-        makes those of single outputs.
+        A step calls it: the start of its epoch has set all metrics to zero, and
+        the first step makes those of single outputs.
         """
         for index, variable in enumerate(self.variables):
             if index in self._restored:

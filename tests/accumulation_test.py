@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+import keras_accum
 from tests import test_utils
 
 
@@ -62,6 +63,26 @@ class ChangeTest(test_utils.TestCase):
         model.flush()
         self.assertEqual(int(model.optimizer.iterations), 1)
         self.assertAllClose(before, model.get_weights(), 0, 0)
+
+
+class OverrideTest(test_utils.TestCase):
+    def test_a_reset_of_ones_own_is_called(self):
+        calls = []
+
+        class Mine(keras_accum.GradientAccumulationModel):
+            def reset_window(self):
+                super().reset_window()
+                calls.append(1)
+
+        model = test_utils.mlp(Mine, accum_steps=2)
+        x, y = test_utils.microbatches([2])[0]
+        for change, expected in (
+            (lambda: model.compile("sgd", test_utils.crossentropy()), 1),
+            (lambda: setattr(model, "nonfinite", "skip_window"), 2),
+            (lambda: model.fit(x, y, batch_size=1, verbose=0), 3),
+        ):
+            change()
+            self.assertLen(calls, expected)
 
 
 class OwnFunctionsTest(test_utils.TestCase):

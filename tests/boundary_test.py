@@ -17,9 +17,12 @@ class Counting(keras_accum.GradientAccumulationModel):
 
 class OverrideTest(test_utils.TestCase):
     def test_an_override_takes_no_arguments_and_reduces_once(self):
+        strategy, missing = test_utils.chosen_strategy()
+        if missing:
+            self.skipTest(missing)
         model_of = {}
         for cls in (keras_accum.GradientAccumulationModel, Counting):
-            with test_utils.mirrored().scope():
+            with strategy.scope():
                 model = test_utils.mlp(cls, accum_steps=2)
                 model.updates = tf.Variable(
                     0.0,
@@ -33,8 +36,9 @@ class OverrideTest(test_utils.TestCase):
             model_of[cls] = model
         plain, counting = model_of.values()
         self.assertAllClose(plain.get_weights(), counting.get_weights(), 0, 0)
-        # Two windows on two replicas.
-        self.assertAllEqual(counting.updates, 4.0)
+        # Two windows, on each replica.
+        replicas = strategy.num_replicas_in_sync
+        self.assertAllEqual(counting.updates, 2.0 * replicas)
 
     def test_by_hand_it_finds_out_by_itself(self):
         model = test_utils.mlp(Counting, accum_steps=2)
@@ -45,6 +49,25 @@ class OverrideTest(test_utils.TestCase):
         model.update_step()
         self.assertAllEqual(model.updates, 1.0)
         self.assertNotAllClose(before, model.get_weights())
+
+
+class NoWeightsTest(test_utils.TestCase):
+    def test_replicas_have_nothing_to_train(self):
+        strategy, missing = test_utils.chosen_strategy()
+        if missing:
+            self.skipTest(missing)
+        with strategy.scope():
+            model = test_utils.accumulating(accum_steps=2)
+            model.trainable = False
+            model.compile("sgd", loss=test_utils.crossentropy())
+        batches = test_utils.microbatches([4] * 4)
+        with self.assertWarnsRegex(UserWarning, "any trainable weights"):
+            logs = model.fit(test_utils.dataset(batches), verbose=0).history
+        plain = test_utils.mlp()
+        plain.compile("sgd", loss=test_utils.crossentropy())
+        x, y = test_utils.concatenate(batches)
+        expected = plain.evaluate(x, y, verbose=0)
+        self.assertAllClose(logs["loss"][0], expected, rtol=1e-5)
 
 
 class LogsTest(tf.test.TestCase):

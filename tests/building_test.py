@@ -46,7 +46,7 @@ class BatchTest(test_utils.TestCase):
 
         @tf.function(autograph=False)
         def step(*data):
-            building.build_for_resumed(model._accumulation, data)
+            building.build_for_resumed(model._accumulation, data, True)
 
         step(*batch)
         self.assertFalse(model.optimizer.built)

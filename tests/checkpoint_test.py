@@ -360,6 +360,23 @@ class ReportedLossTest(test_utils.TestCase, parameterized.TestCase):
         for name, value in expected.items():
             self.assertAllClose(actual[name], value, rtol=1e-6, msg=name)
 
+    def test_is_not_of_a_window_that_has_ended(self):
+        path = os.path.join(self.get_temp_dir(), "ended")
+        model = self.build()
+        self.logs(model, range(2))
+        save(model, "h5", path)
+        found = []
+        for flushes in (True, False):
+            model = self.build()
+            model.load_weights(f"{path}.weights.h5")
+            if flushes:
+                model.flush()
+            else:
+                model.update_step()
+                model._accumulation.position.complete()
+            found.append(self.logs(model, range(2, 4)))
+        self.assertAllClose(*found)
+
 
 class OldFilesTest(test_utils.TestCase, parameterized.TestCase):
     """Files of before a window was made of parts: one update, and 2 of 3."""

@@ -484,13 +484,6 @@ class NamesTest(test_utils.TestCase):
         tf.function(function, jit_compile=True).get_concrete_function()
         self.assertEqual(is_xla, [False, True])
 
-    def test_not_inlined(self):
-        function = tf.function(
-            lambda: tf.constant(1.0), experimental_attributes=compat.NOT_INLINED
-        )
-        definition = function.get_concrete_function().function_def
-        self.assertTrue(definition.attr["_noinline"].b)
-
     def test_uninitialized(self):
         memory = compat.uninitialized(8)
         self.assertEqual((memory.shape, memory.dtype), ((8,), tf.uint8))

@@ -464,6 +464,33 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
             actual.get_weights(), expected.get_weights(), initial
         )
 
+    def test_model_that_is_never_called(self):
+        class Parts(keras_accum.GradientAccumulationModel):
+            """As a GAN: there is nothing to build it with but the step."""
+
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.first = keras.layers.Dense(4, activation="tanh")
+                self.second = keras.layers.Dense(3)
+
+            def train_step(self, data):
+                x, y = data
+                with tf.GradientTape() as tape:
+                    outputs = self.second(self.first(x))
+                    loss = tf.reduce_mean(
+                        keras.losses.sparse_categorical_crossentropy(
+                            y, outputs, from_logits=True
+                        )
+                    )
+                gradients = tape.gradient(loss, self.trainable_weights)
+                self.accumulate(gradients, tf.shape(x)[0])
+                return {"loss": loss}
+
+        model = Parts(accum_steps=3)
+        model.compile("sgd")
+        model.fit(test_utils.dataset(data()[:3] * 2), epochs=2, verbose=0)
+        self.assertEqual(int(model.optimizer.iterations), 4)
+
     def test_train_step_that_calls_the_one_it_overrides(self):
         class Doubling(keras_accum.GradientAccumulationModel):
             def train_step(self, data):

@@ -40,6 +40,13 @@ class GradientsTest(test_utils.TestCase):
         with self.assertRaisesRegex(ValueError, "as many variables"):
             self.part.check_state(before.state())
 
+    def test_saving_changes_nothing(self):
+        accumulator = self.part.make_accumulator()
+        accumulator.add(self.gradients(1.0), 1.0, True)
+        self.model.layers[1].trainable = False
+        self.assertLen(self.part.state(), 3 + 4)
+        self.assertIs(self.part.accumulator, accumulator)
+
     def test_reset_needs_nothing(self):
         self.part.reset()
         self.assertIsNone(self.part.accumulator)

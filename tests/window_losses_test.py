@@ -49,6 +49,10 @@ class WindowLossesTest(test_utils.TestCase):
         self.part.restore(state)
         self.part.reset()
         self.assertFalse(self.part.is_restored)
+        # So are they where the window has ended, by hand.
+        self.part.restore(state)
+        self.part.close(self.part.sums(), None)
+        self.assertFalse(self.part.is_restored)
 
 
 if __name__ == "__main__":

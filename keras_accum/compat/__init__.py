@@ -13,7 +13,6 @@ from keras_accum.compat.classes import attributes_to_share
 from keras_accum.compat.classes import functional_class
 from keras_accum.compat.classes import keeps_automatic_config
 from keras_accum.compat.classes import set_untracked
-from keras_accum.compat.graphs import NOT_INLINED
 from keras_accum.compat.graphs import compute_anyway
 from keras_accum.compat.graphs import current_graph
 from keras_accum.compat.graphs import is_compiled_by_xla

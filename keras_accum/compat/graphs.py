@@ -4,10 +4,6 @@ import tensorflow as tf
 from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.python.ops import control_flow_util
 
-# As `experimental_attributes` of a `tf.function`: its ops never take the place
-# of a call.
-NOT_INLINED = {"_noinline": True}
-
 
 def current_graph() -> tf.Graph | None:
     """Returns the graph that this thread is tracing; None if there is none."""
