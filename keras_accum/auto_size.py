@@ -116,9 +116,7 @@ class Attempts:
         limit = sizes.limit
         while True:
             size = sizes.to_try(rows)
-            snapshot = replicas.Snapshot(
-                strategy, assigned_variables(accumulation)
-            )
+            snapshot = snapshot_of(accumulation)
             (logs, smaller), failure = catching(self._attempt, data, size)
             if failure:
                 smaller = size // 2
@@ -209,9 +207,7 @@ class Attempt:
     def _count_bytes(self, data, rows):
         """Returns the bytes that TensorFlow counts in a step on `rows` rows."""
         accumulation, model = self._accumulation, self._accumulation.model
-        snapshot = replicas.Snapshot(
-            model.distribute_strategy, assigned_variables(accumulation)
-        )
+        snapshot = snapshot_of(accumulation)
 
         def few(data, rows):
             return row_counts.take_first(row_counts.as_tensors(data), rows)
@@ -260,8 +256,8 @@ def make_rehearsal(accumulation) -> Callable:
     return run
 
 
-def assigned_variables(accumulation) -> list[tf.Variable]:
-    """Returns all that steps assign except the buffers, which start anew."""
+def snapshot_of(accumulation) -> replicas.Snapshot:
+    """Returns what steps assign, except the buffers, which start anew."""
     model, window = accumulation.model, accumulation.window
     trained = {id(variable) for variable in model.trainable_weights}
     variables = [
@@ -275,7 +271,8 @@ def assigned_variables(accumulation) -> list[tf.Variable]:
     ]
     buffers = set(map(id, window["gradients"].variables))
     listed = buffers | set(map(id, variables))
-    return variables + [v for v in window.variables if id(v) not in listed]
+    others = [v for v in window.variables if id(v) not in listed]
+    return replicas.Snapshot(model.distribute_strategy, variables + others)
 
 
 def local_leaves(strategy, data):

@@ -20,7 +20,6 @@ from keras_accum import weighting
 from keras_accum.gradients import keep_unless
 from keras_accum.loss_tracker import WindowLoss
 from keras_accum.microbatch import Microbatch
-from keras_accum.options import Options
 from keras_accum.rows import number_of_rows
 from keras_accum.window_losses import WindowLosses
 
@@ -109,7 +108,7 @@ class Losses:
             )
         return weighting.total_weight(denominators)
 
-    def compute(self, x, y, y_pred, sample_weight, options: Options | None):
+    def compute(self, x, y, y_pred, sample_weight, training: bool):
         """Computes the loss of a micro-batch.
 
         What its outputs report is recorded, and added in `count`.
@@ -119,7 +118,7 @@ class Losses:
             y: Its labels, or None.
             y_pred: The model's outputs.
             sample_weight: Its sample weights, or None.
-            options: Of the model, if it trains; None if not.
+            training: Whether the step trains.
         """
         model = self._model
         microbatch = microbatches.current(model)
@@ -129,14 +128,13 @@ class Losses:
                 recording = tracker.recording(microbatch.recorded_losses)
                 stack.enter_context(recording)
             if microbatch.denominators is not None:
-                if options is not None:
-                    check_policy_with_denominators(options)
+                if training:
+                    check_policy_with_denominators(microbatch.nonfinite)
                 divisors = self._divisors(x, y, y_pred, sample_weight)
                 factors = self._shares_of_window(microbatch, divisors)
                 stack.enter_context(compat.weighting_losses(compiled, factors))
-            is_training = options is not None
             return compat.compute_loss(
-                model, x, y, y_pred, sample_weight, is_training
+                model, x, y, y_pred, sample_weight, training
             )
 
     def count(self, loss, x, y, y_pred, sample_weight) -> tf.Tensor | None:
@@ -372,9 +370,9 @@ def add_recorded(
     )
 
 
-def check_policy_with_denominators(options: Options) -> None:
+def check_policy_with_denominators(nonfinite: str) -> None:
     """Raises a `ValueError` if a micro-batch may be skipped."""
-    if options.nonfinite == "skip_microbatch":
+    if nonfinite == "skip_microbatch":
         raise ValueError(
             '`nonfinite` must not be "skip_microbatch" with '
             "`microbatch_size` where the losses of a model have "

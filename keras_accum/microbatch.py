@@ -56,6 +56,7 @@ class Microbatch:
             are not known yet, or one weight for the micro-batch is exact.
 
     Attributes:
+        nonfinite: As above.
         is_finite: Whether its gradients are; a bool tensor. None if that is
             not known yet, or does not matter.
         accumulated: The gradients, and their weight, of each call of
@@ -89,7 +90,7 @@ class Microbatch:
         self.assigned: dict[int, keras.Variable] = {}
         self.recorded_losses: dict[int, tuple] = {}
         self._first = first
-        self._nonfinite = nonfinite
+        self.nonfinite = nonfinite
         self._changes_nothing = not is_replicated and nonfinite == "propagate"
         self._graph = compat.current_graph()
         self._before = {}
@@ -195,9 +196,9 @@ class Microbatch:
         if self._changes_nothing or not is_floating:
             return value
         self.assigned[id(variable)] = variable
-        if self._nonfinite == "skip_microbatch" and self.is_finite is None:
+        if self.nonfinite == "skip_microbatch" and self.is_finite is None:
             self._record_value(variable)
-        if self._nonfinite == "skip_window":
+        if self.nonfinite == "skip_window":
             # The gradients are looked at too late for that.
             value = tf.convert_to_tensor(value)
             value = tf.where(is_finite(value), value, variable.value)

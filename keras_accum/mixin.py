@@ -230,9 +230,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         with tf.GradientTape() as tape:
             y_pred = forward(self, x, training=True)
             batch = (x, y, y_pred, sample_weight)
-            loss = accumulation.losses.compute(
-                *batch, options=accumulation.options
-            )
+            loss = accumulation.losses.compute(*batch, training=True)
             building.build_optimizer_early(
                 self, is_needed=self.nonfinite != "propagate"
             )
@@ -270,7 +268,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         y_pred = forward(self, x, training=False)
         batch = (x, y, y_pred, sample_weight)
-        loss = accumulation.losses.compute(*batch, options=None)
+        loss = accumulation.losses.compute(*batch, training=False)
         accumulation.losses.count(loss, *batch)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 

@@ -57,6 +57,7 @@ class Position:
         options: How large a window is.
 
     Attributes:
+        accum_steps: Micro-batches per window, as given or as solved for.
         completed: Windows that were filled so far; an int64 scalar.
         error: What was raised, on the host, by `accum_steps`, a function, or
             because the effective batch size is no multiple; None if nothing.

@@ -1,6 +1,6 @@
 """A window: what is gathered between two updates, kind by kind.
 
-`Window.parts` is the only place that lists the kinds. A new kind is a class
+`Accumulation` is the only place that lists the kinds. A new kind is a class
 with the methods of `Part` and a line there; that it is summed over replicas,
 saved, restored and forgotten follows.
 

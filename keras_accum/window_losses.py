@@ -109,6 +109,8 @@ class WindowLosses(Part):
         A step calls it: the start of its epoch has set all metrics to zero, and
         the first step makes those of single outputs.
         """
+        if not self._restored:
+            return
         for index, variable in enumerate(self.variables):
             if index in self._restored:
                 value = self._restored.pop(index)

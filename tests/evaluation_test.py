@@ -3,6 +3,7 @@
 import tensorflow as tf
 from absl.testing import parameterized
 
+import keras_accum
 from keras_accum import evaluation
 from tests import test_utils
 
@@ -11,7 +12,7 @@ class FunctionsTest(test_utils.TestCase, parameterized.TestCase):
     def models(self, **mode):
         for size in (None, 3):
             model = test_utils.mlp(
-                test_utils.keras_accum.GradientAccumulationModel,
+                keras_accum.GradientAccumulationModel,
                 microbatch_size=size,
             )
             model.compile("sgd", loss=test_utils.crossentropy(), **mode)

@@ -1,13 +1,43 @@
 """The package keeps the shape that `tools/structure.py` measures."""
 
 import ast
+import traceback
 
 import tensorflow as tf
 
+import keras_accum
+from tests import test_utils
 from tools import structure
 
 
+def stack_of_next_microbatch(**mode):
+    """The functions of the package on the stack in `accumulate`."""
+    stacks = []
+
+    class Looking(keras_accum.GradientAccumulationModel):
+        def accumulate(self, gradients, weight=1.0):
+            stacks.append(traceback.extract_stack())
+            super().accumulate(gradients, weight)
+
+    model = test_utils.mlp(Looking, accum_steps=2)
+    model.compile("sgd", loss=test_utils.crossentropy(), **mode)
+    batches = test_utils.microbatches([4] * 2)
+    model.fit(test_utils.dataset(batches), verbose=0)
+    folder = str(structure.PACKAGE)
+    names = [f.name for f in stacks[-1] if f.filename.startswith(folder)]
+    # `fit` itself is Keras's.
+    return names[names.index("fit") + 1 :]
+
+
 class StructureTest(tf.test.TestCase):
+    def test_path_is_the_stack(self):
+        names = [name.split(".")[-1] for _, name in structure.PATH]
+        # What `accumulate` calls comes after it.
+        path = names[: names.index("accumulate")]
+        found = stack_of_next_microbatch(steps_per_execution=2)
+        self.assertEqual(found, path)
+        self.assertLen(stack_of_next_microbatch(), len(path) + 1)
+
     def test_figures_are_within_their_bounds(self):
         for name, (value, bound) in structure.measures().items():
             with self.subTest(name):

@@ -14,8 +14,11 @@ PACKAGE = pathlib.Path(__file__).absolute().parent.parent / "keras_accum"
 MODEL = "GradientAccumulationMixin"
 # Where programs and loops are made.
 PROGRAMS = ("training", "loops", "boundary", "auto_size")
-# From the loop of `fit` to the sum of gradients, in the next micro-batch of a
-# window: the functions that the stack has when the programs are traced.
+# From the loop of `fit` to the sum of gradients, in a micro-batch that is not
+# the first: the functions on the stack while several steps in one call are
+# traced. `tests/structure_test.py` finds them out. Where Python counts, there
+# is one more, `Programs._start`, which traces the next micro-batch with the
+# first.
 PATH = (
     ("training", "TrainFunction.__call__"),
     ("loops", "make_loop.function"),
