@@ -161,6 +161,7 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
 
 class FailureTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters("graph", "eager")
+    @test_utils.first_command(1)
     def test_a_row_that_does_not_fit(self, mode):
         model = compiled("auto", mode)
         fits, too_long = batches([4, 4], [1, 6])

@@ -253,6 +253,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
     # HDF5 raises too, and may end the process when it closes the file.
     @unittest.skipIf(os.name == "nt", "Windows does not limit files.")
     @parameterized.parameters("keras", "tf")
+    @test_utils.first_command(0)
     def test_a_full_disk_changes_nothing(self, kind):
         import resource
 
@@ -340,6 +341,7 @@ class ReportedLossTest(test_utils.TestCase, parameterized.TestCase):
         ("h5", {"run_eagerly": True}),
         ("tf", {"steps_per_execution": 2}),
     )
+    @test_utils.first_command(0, 1)
     def test_is_that_of_the_whole_window(self, kind, mode):
         expected = self.logs(self.build(**mode), range(3))
         path = os.path.join(self.get_temp_dir(), kind)

@@ -110,6 +110,7 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
         self.assertLessEqual(number_of_outputs(hlo) - len(aliased(hlo)), 4)
 
     @parameterized.parameters("adam", "sgd", "adamw", "rmsprop")
+    @test_utils.first_command(0, 1)
     def test_weights_and_slots(self, optimizer):
         model, _ = trained(optimizer)
         hlo = optimized_hlo(model.update_step)

@@ -408,6 +408,7 @@ class WindowTest(TestCase):
         self.fit(sizes, ends, epochs, accum_steps=3, partial_window=policy)
 
     @parameterized.parameters(2, 3)
+    @test_utils.first_command(1)
     def test_steps_per_execution(self, steps):
         compiled = {"steps_per_execution": steps}
         sizes = [8, 7, 5, 3, 4, 4, 1]
@@ -620,7 +621,7 @@ class StateTest(TestCase):
         ),
         mode=("graph", "xla"),
     )
-    @test_utils.first_command(0, 1, 2, 4)
+    @test_utils.first_command(0, 2, 4)
     def test_moving_statistics(self, build_and_are_merged, mode):
         build, are_merged = build_and_are_merged
         arguments = compile_args("sgd", **MODES[mode])

@@ -382,6 +382,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
 
 class OneTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.named_parameters((name, name) for name in MODES)
+    @test_utils.first_command("_graph", "_xla", "_loop")
     def test_accum_steps_1_is_keras_model_to_the_bit(self, name):
         self.check_bits(**MODES[name])
 
