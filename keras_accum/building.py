@@ -60,8 +60,8 @@ def build_for_resumed(accumulation, data, in_branches: bool) -> None:
     """Makes the variables of metrics, for a window from a checkpoint.
 
     Keras makes them while it traces. In branches their initial values would be
-    those of the one that starts a window, which is not run. Those of single
-    outputs, which the checkpoint may have sums for, are made in any case.
+    those of the branch that starts a window, which is not run. Metrics of
+    single outputs are made in any case: the checkpoint may have their sums.
 
     Args:
         accumulation: What the model accumulates in.

@@ -6,10 +6,10 @@ As ordinary code:
 all(np.isfinite(gradient).all() for gradient in gradients)
 ```
 
-That reads all gradients once more, and has XLA write out what it would have
-added to the buffers at once. On a CPU those that are matrix products are not
-read, but their factors, where these are much smaller: they bound the product,
-and only beyond the bound it is computed to be looked at.
+That reads all gradients once more, and makes XLA write out what it would have
+added to the buffers at once. On a CPU a matrix product is not read where its
+factors are much smaller. They are read instead, and bound the product. Only
+beyond the bound the product itself is computed and read.
 """
 
 import math
@@ -26,8 +26,9 @@ def all_finite(gradients: Sequence, looks_at_factors=False) -> tf.Tensor:
 
     Args:
         gradients: Of any kind.
-        looks_at_factors: Whether to look first at the factors of those that are
-            matrix products. That is much less, but takes a conditional.
+        looks_at_factors: Whether to look first at the factors of gradients
+            that are matrix products. There is much less to read, but it takes a
+            conditional.
     """
     values = [values_of(g) for g in gradients if g is not None]
     found, products = [], []

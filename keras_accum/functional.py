@@ -60,7 +60,7 @@ def subclass_of_both(
 
     Args:
         cls: A subclass of `keras.Model`.
-        other: Another; what both define is that of `cls`.
+        other: Another class; `cls` wins where both define something.
     """
     if issubclass(cls, other):
         return cls

@@ -22,7 +22,7 @@ import tensorflow as tf
 from keras_accum import compat
 
 # What a forecast leaves free, for what is not counted: threads, their heaps,
-# and the kernels' own libraries. `tests/fitting_test.py` tries many limits.
+# and the kernels' own libraries. `tests/auto_size_test.py` tries some limits.
 MARGIN = 128 * 2**20
 # What tracing the update takes at least.
 TRACING = 16 * 2**20
@@ -34,9 +34,9 @@ OVERSHOOT = 1.15
 TENSOR = 4 * 2**20
 # What compiling takes at least, and the first time besides.
 COMPILATION = 64 * 2**20
-# How far peaks of more rows may lie above the line through those of few.
+# How far peaks of more rows may lie above the line through peaks of few.
 UNEVENNESS = 1.15
-# Rows of one step on trial, over rows of the one before.
+# Rows of one step on trial, over rows of the step before.
 GROWTH = 4
 # What is free where the system says nothing of it: more than there ever is.
 UNKNOWN = 2**62
@@ -188,7 +188,7 @@ class Planned(Forecast):
         """Compiles steps, on as many rows as may fit, until they do."""
         found, most = 0, size
         while self._free(margin) > 0:
-            # Of those that are known to need too much, none is compiled.
+            # No size is compiled that is known to need too much.
             rows = largest(
                 most,
                 lambda rows: (

@@ -171,7 +171,7 @@ class Microbatch:
         return self.value_or(value, tf.zeros_like(value))
 
     def gradients_or_nothing(self, gradients: Sequence) -> list:
-        """Returns gradients, or those without rows if none count."""
+        """Returns gradients, or `gradients_without_rows` if no row counts."""
         if self.counts is None:
             return list(gradients)
         others = self.gradients_without_rows or [None] * len(gradients)

@@ -37,8 +37,8 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
         accum_steps: Micro-batches per window, k: a positive int, or a function
             that gets the number of updates so far, an int, and returns one. It
             is called on the host when a window begins. 1 is `keras.Model`
-            itself, without buffers. May be set at any time. Those of
-            `keras_accum.schedules` are saved with the model.
+            itself, without buffers. May be set at any time.
+            Functions of `keras_accum.schedules` are saved with the model.
         microbatch_size: In place of `accum_steps`: each batch that `fit` sees
             makes one update, in micro-batches of at most that many rows on each
             replica. The batch size, steps per epoch and callbacks are then

@@ -91,7 +91,7 @@ class WindowMoments(Part):
             for moments in microbatch.moments:
                 key = id(moments.layer), num_calls[id(moments.layer)]
                 num_calls[id(moments.layer)] += 1
-                # Those of no rows are no numbers.
+                # The moments of no rows are no numbers.
                 self._merge(
                     self._call(
                         key,

@@ -61,8 +61,8 @@ class SkipCounts(Part):
     def __init__(self, model: keras.Model, policy: str) -> None:
         self.policy = policy
         self._model = model
-        # Micro-batches of this window that were left out, and those that count;
-        # and what was left out in this epoch. None before they are needed.
+        # How many micro-batches of this window were left out, and how many
+        # count; how many this epoch left out. None before they are needed.
         self._window: tf.Variable | None = None
         self._skipped: tf.Variable | None = None
 

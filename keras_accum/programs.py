@@ -120,12 +120,12 @@ def traced(model: keras.Model, function: Callable) -> Callable:
 def in_graph(function: Callable, **options) -> Callable:
     """Returns `function` as a `tf.function`.
 
-    TensorFlow counts the traces of all functions that have the same code, and
-    would warn of those of several models as of one that changes all the time.
+    TensorFlow counts together the traces of all functions that have the same
+    code. For several models it would warn as for one that changes all the time.
 
     Args:
         function: A function of nested tensors.
-        **options: Those of `tf.function`.
+        **options: Options of `tf.function`.
     """
     # This has no code of its own, and is counted by itself.
     by_itself = functools.partial(function)

@@ -310,7 +310,7 @@ def check_same_length(
 ) -> None:
     """Raises a `ValueError` unless all workers will make as many steps.
 
-    Those that made more would wait for the others for ever.
+    Workers that made more would wait for the others for ever.
 
     Args:
         strategy: The strategy.

@@ -13,7 +13,7 @@ from keras_accum import sharing
 from keras_accum.checkpoint import WindowCheckpoint
 from keras_accum.options import Options
 
-# Where a configuration has that of the model that `from_model` was given.
+# The key, in a configuration, of the model that `from_model` was given.
 MODEL = "from_model"
 # The name in checkpoints of what a model has gathered.
 CHECKPOINT = "accumulation_window"
@@ -151,8 +151,8 @@ def arguments_of(model: keras.Model) -> dict:
 def settable(config: Mapping) -> dict:
     """Returns the options in a configuration that may be set at any time.
 
-    Of those that say how large a window is, only the one that was given: the
-    others would undo it.
+    Of the options that say how large a window is, only the given one is among
+    them: the others would undo it.
     """
     sizes = ("microbatch_size", "effective_batch_size")
     given = [name for name in sizes if config.get(name) is not None]

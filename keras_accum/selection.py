@@ -80,8 +80,8 @@ class Guard:
 
     def close(self) -> None:
         """Selects now, if any assignment was not seen."""
-        # As those in a conditional, of methods that assign some entries, or, on
-        # TPUs, of all copies by one name.
+        # Not seen are assignments in a conditional, by methods that assign some
+        # entries, or, on TPUs, of all copies by one name.
         writes = len(self._writes()) - self._num_writes_before
         if not self._selected or writes != self._selected:
             self._assign(self._select(self._variable))

@@ -31,7 +31,7 @@ class Part:
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """Those that hold what was gathered so far."""
+        """The variables that hold what was gathered so far."""
         return []
 
     def signature(self) -> int:
@@ -87,7 +87,7 @@ class Window:
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """Those of all parts."""
+        """The variables of all parts."""
         return [v for part in self._parts.values() for v in part.variables]
 
     def signature(self) -> tuple[int, ...]:
@@ -151,7 +151,7 @@ class LayerState(Part):
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """Those of them that are the model's, in its order."""
+        """The model's variables that steps assign, in the model's order."""
         if not self._assigned or not is_replicated(self._model):
             return []
         return [
@@ -200,12 +200,12 @@ class MetricSums(Part):
         ]
 
     def signature(self) -> int:
-        """Returns 0: they are made before the first update is traced."""
+        """Returns 0: metrics are made before the first update is traced."""
         return 0
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """Their values."""
+        """The `tf.Variable`s that hold the values of `keras_variables`."""
         return [variable.value for variable in self.keras_variables]
 
 

@@ -35,7 +35,7 @@ class WindowLosses(Part):
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """Their sums in this window."""
+        """The variables that hold the sums of this window."""
         return [tracker.window for tracker in self.trackers]
 
     @property
