@@ -100,7 +100,7 @@ class Way(NamedTuple):
 
 
 def build(way: Way) -> keras.Model:
-    """A classifier of images that has few weights and large activations."""
+    """Returns a classifier of images: few weights, large activations."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input(IMAGE)
     hidden = inputs
@@ -114,9 +114,9 @@ def build(way: Way) -> keras.Model:
     if way.how is None:
         model = keras.Model(inputs, outputs)
     else:
-        number = way.size if way.how == "microbatch_size" else way.steps
+        value = way.size if way.how == "microbatch_size" else way.steps
         model = keras_accum.GradientAccumulationModel(
-            inputs, outputs, **{way.how: number}
+            inputs, outputs, **{way.how: value}
         )
     return window_time.compile_model(model, jit_compile=way.jit_compile)
 
@@ -141,13 +141,13 @@ def training(way: Way, model: keras.Model) -> Callable[[], None]:
 
 
 def peak_mib() -> float:
-    """The most memory that this process has had resident."""
+    """Returns the most memory that this process has had resident."""
     status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
 def memory(way: Way) -> float:
-    """MiB that this process needs to train, over what it had before."""
+    """Returns the MiB that this process needs to train, over what it had."""
     model = build(way)
     before = peak_mib()
     run = training(way, model)
@@ -157,7 +157,7 @@ def memory(way: Way) -> float:
 
 
 def memories(ways: list[Way]) -> list[float]:
-    """`memory` of each, in a process of its own."""
+    """Measures the `memory` of each way, in a process of its own."""
     with concurrent.futures.ProcessPoolExecutor(
         max_workers=2,
         mp_context=multiprocessing.get_context("spawn"),
@@ -167,18 +167,18 @@ def memories(ways: list[Way]) -> list[float]:
 
 
 def sizes_of(rows: int) -> list[int]:
-    """How many rows of a batch to take at once; last of all the whole batch."""
+    """Returns how many rows to take at once; last of all the whole batch."""
     return [size for size in SIZES if size < rows] + [rows]
 
 
 def way_of(rows: int, size: int, jit_compile: bool) -> Way:
-    """A plain `keras.Model` for the whole batch, else `microbatch_size`."""
+    """Returns a plain `keras.Model` for the whole batch, else micro-batches."""
     how = None if size == rows else "microbatch_size"
     return Way(rows, size, jit_compile, how)
 
 
 def times_of(rows: int, jit_compile: bool) -> dict[Way, list[float]]:
-    """Seconds of each way to train on a batch in each round."""
+    """Returns the seconds of each way to train on a batch in each round."""
     ways = [way_of(rows, size, jit_compile) for size in sizes_of(rows)]
     ways += [way._replace(how="accum_steps") for way in ways if way.how]
     functions = {way: training(way, build(way)) for way in ways}
@@ -186,7 +186,7 @@ def times_of(rows: int, jit_compile: bool) -> dict[Way, list[float]]:
 
 
 def median_ratio(times: dict[Way, list[float]], top: Way, bottom: Way) -> float:
-    """Median over the rounds of `top / bottom`."""
+    """Returns the median over the rounds of `top / bottom`."""
     pairs = zip(times[top], times[bottom], strict=True)
     return statistics.median(a / b for a, b in pairs)
 

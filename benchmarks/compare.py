@@ -109,7 +109,7 @@ class Process:
 
 
 def time_windows(model: str) -> dict[str, list[float]]:
-    """Seconds of each way in each round: "system name" to a list."""
+    """Times each way in each round: "system name" to a list of seconds."""
     processes = {system: Process(system, model) for system in _SYSTEMS.value}
     ways = [
         (system, name) for system in processes for name in PROGRAMS[system][2]
@@ -130,7 +130,7 @@ def time_windows(model: str) -> dict[str, list[float]]:
 
 
 def time_first_steps(model: str) -> dict[str, dict[str, list[float]]]:
-    """Seconds of first steps: of a row of the table, by k."""
+    """Times first steps: seconds of a row of the table, by k."""
     found = {}
     for title, (system, name) in rows():
         with Process(system, model) as process:
@@ -146,7 +146,7 @@ def time_first_steps(model: str) -> dict[str, dict[str, list[float]]]:
 
 
 def measure_memory(model: str) -> dict[str, dict[str, int]]:
-    """Most bytes of a process: of a row, that of the way and of "plain"."""
+    """Measures the most bytes of a process, of each row and of "plain"."""
     found = {}
     for title, (system, name) in rows():
         found[title] = {}
@@ -160,7 +160,7 @@ def measure_memory(model: str) -> dict[str, dict[str, int]]:
 
 
 def count_traces(model: str) -> dict[str, int | None]:
-    """What a change of k traces or compiles again, of each row."""
+    """Counts what a change of k traces or compiles again, of each row."""
     found = {}
     for title, (system, name) in rows():
         with Process(system, model) as process:
@@ -169,12 +169,12 @@ def count_traces(model: str) -> dict[str, int | None]:
 
 
 def rows():
-    """The rows of the systems that are measured."""
+    """Returns the rows of the systems that are measured."""
     return [row for row in ROWS.items() if row[1][0] in _SYSTEMS.value]
 
 
 def look_at_ours(model: str) -> dict:
-    """Scratch memory and work of the host, of this library; the machine."""
+    """Measures this library's scratch memory and host work, and the machine."""
     if "keras_accum" not in _SYSTEMS.value:
         return {}
     with Process("keras_accum", model) as process:
@@ -206,21 +206,21 @@ def measure(model: str) -> None:
 
 
 def results_path(model: str) -> pathlib.Path:
-    """Where the results of a model are."""
+    """Returns where the results of a model are."""
     return pathlib.Path(_FOLDER.value) / f"compare_{model}.json"
 
 
 def main(argv):
     """Measures, and writes the page and its picture."""
     del argv
-    for given, known in (
+    for flag, names in (
         (_MODELS, CASES),
         (_SYSTEMS, PROGRAMS),
         (_PARTS, PARTS),
     ):
-        unknown = set(given.value) - set(known)
+        unknown = set(flag.value) - set(names)
         if unknown:
-            sys.exit(f"--{given.name} has no {', '.join(sorted(unknown))}.")
+            sys.exit(f"--{flag.name} has no {', '.join(sorted(unknown))}.")
     for model in _MODELS.value:
         measure(model)
     results = {

@@ -16,7 +16,7 @@ from benchmarks import compare_worker
 
 
 def mlp():
-    """Inputs and outputs of the MLP."""
+    """Returns the inputs and outputs of the MLP."""
     inputs = hidden = keras.Input((models.FEATURES,))
     for units in models.LAYERS:
         hidden = keras.layers.Dense(units, activation="relu")(hidden)
@@ -24,7 +24,7 @@ def mlp():
 
 
 def transformer():
-    """Inputs and outputs of the transformer."""
+    """Returns the inputs and outputs of the transformer."""
     inputs = keras.Input((models.LENGTH,), dtype="int32")
     hidden = keras.layers.Embedding(models.VOCABULARY, models.WIDTH)(inputs)
     for _ in range(models.BLOCKS):
@@ -41,7 +41,7 @@ def transformer():
 
 
 def convolutional():
-    """Inputs and outputs of the convolutional network."""
+    """Returns the inputs and outputs of the convolutional network."""
     inputs = hidden = keras.Input(models.IMAGE)
     for filters, strides in models.FILTERS:
         hidden = keras.layers.Conv2D(
@@ -61,7 +61,7 @@ NETWORKS = {
 
 
 def make_optimizer(name: str, **kwargs) -> keras.optimizers.Optimizer:
-    """The optimizer; `kwargs` say how it accumulates."""
+    """Returns the optimizer; `kwargs` say how it accumulates."""
     kwargs["learning_rate"] = models.LEARNING_RATE
     if name == "adamw":
         kwargs["weight_decay"] = models.WEIGHT_DECAY
@@ -118,7 +118,7 @@ class Keras(compare_worker.Contestants):
         model.make_train_function(force=True)
 
     def model_arguments(self, name, accum_steps) -> tuple[type, dict, dict]:
-        """Model class, and what it and the optimizer are told."""
+        """Returns the model class, and what it and the optimizer are told."""
         if name == "window":
             return (
                 keras.Model,

@@ -24,11 +24,10 @@ class Network:
 
     Attributes:
         parameters: Numbers that are trained.
-        looked_up: Those among them of which a step reads and adds to few rows.
-        first: Those that are multiplied by the inputs, whose gradient nobody
-            needs.
+        looked_up: Parameters of which a step reads, and adds to, few rows.
+        first: Parameters that multiply the inputs, whose gradient nobody needs.
         multiplications: Multiplications of a row, each with an addition.
-        first_multiplications: Those among them by `first`.
+        first_multiplications: Multiplications by `first` among them.
     """
 
     parameters: int
@@ -39,7 +38,7 @@ class Network:
 
 
 def mlp() -> Network:
-    """That of `compare_models`."""
+    """Returns the MLP of `compare_models`."""
     units = (models.FEATURES, *models.LAYERS, models.CLASSES)
     kernels = [a * b for a, b in zip(units[:-1], units[1:], strict=True)]
     return Network(
@@ -57,14 +56,14 @@ def transformer(
     width: int = models.WIDTH,
     blocks: int = models.BLOCKS,
 ) -> Network:
-    """That of `compare_models`, or one of other sizes."""
+    """Returns the transformer of `compare_models`, or one of other sizes."""
     kernels = blocks * 12 * width**2 + width * vocabulary
     biases = blocks * 9 * width + vocabulary
-    normalisations = (2 * blocks + 1) * 2 * width
+    normalizations = (2 * blocks + 1) * 2 * width
     # Scores, and sums of values; that half of them are masked saves nothing.
     attention = blocks * 2 * length**2 * width
     return Network(
-        parameters=vocabulary * width + kernels + biases + normalisations,
+        parameters=vocabulary * width + kernels + biases + normalizations,
         looked_up=vocabulary * width,
         first=0,
         multiplications=length * kernels + attention,
@@ -73,7 +72,7 @@ def transformer(
 
 
 def convolutional() -> Network:
-    """That of `compare_models`."""
+    """Returns the convolutional network of `compare_models`."""
     side, _, inputs = models.IMAGE
     kernels, multiplications = [], []
     for filters, strides in models.FILTERS:
@@ -112,7 +111,7 @@ class Window:
 def window(
     network: Network, rows: int, accum_steps: int, optimizer: str
 ) -> Window:
-    """Counts those of k micro-batches of so many rows."""
+    """Counts what a window of k micro-batches of `rows` rows has to do."""
     used = 4 * (network.parameters - network.looked_up)
     reads = accum_steps * (2 * used - 4 * network.first)
     buffers = used + (accum_steps - 1) * 2 * used
@@ -130,7 +129,7 @@ def window(
 
 
 def windows() -> dict[str, Window]:
-    """Those of the cases, and one of a larger model."""
+    """Returns the windows of the cases, and one of a larger model."""
     networks = {
         "MLP": mlp(),
         "transformer": transformer(),
@@ -158,7 +157,7 @@ HOSTS, GPUS = 64, 8
 
 
 def reduction(window: Window, members: int, bandwidth: float) -> float:
-    """Seconds of a ring's all-reduce of P bytes.
+    """Returns the seconds of a ring's all-reduce of P bytes.
 
     Each member sends (and at the same time gets) 2 (n - 1) / n of it. Patarasuk
     and Yuan (2009), "Bandwidth optimal all-reduce algorithms for clusters of
@@ -170,5 +169,5 @@ def reduction(window: Window, members: int, bandwidth: float) -> float:
 def floors(
     window: Window, bandwidth: float, speed: float
 ) -> tuple[float, float]:
-    """Seconds of its transfers, and of its operations."""
+    """Returns the seconds of a window's transfers, and of its operations."""
     return window.transfers / bandwidth, window.operations / speed

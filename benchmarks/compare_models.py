@@ -11,10 +11,10 @@ import numpy as np
 # "MLP": dense layers with ReLU.
 FEATURES, LAYERS, CLASSES = 1024, (2048, 2048, 1200), 10
 # "transformer": decoder blocks with attention and a layer of 4 x `WIDTH`, GELU,
-# each after a layer normalisation; there are no positions.
+# each after a layer normalization; there are no positions.
 LENGTH, VOCABULARY, WIDTH, HEADS, BLOCKS = 64, 4096, 192, 4, 3
-# "convolutional": 3 x 3 convolutions without bias, of so many filters and these
-# strides, each followed by batch normalisation and ReLU; then the mean.
+# "convolutional": 3 x 3 convolutions without bias, with these filters and
+# strides, each followed by batch normalization and ReLU; then the mean.
 IMAGE = (32, 32, 3)
 FILTERS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1))
 
@@ -29,7 +29,7 @@ class Case:
         rows: Rows of a micro-batch.
         accum_steps: Micro-batches per window, k.
         optimizer: "adam", "adamw" or "sgd", with the rate and the decay below.
-        batch: Returns inputs and integer labels of so many rows.
+        batch: Returns inputs and integer labels of a number of rows.
     """
 
     rows: int
@@ -42,21 +42,21 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-4, 1e-2
 
 
 def vectors(rows: int) -> Batch:
-    """A batch for the MLP."""
+    """Returns a batch for the MLP."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, FEATURES)).astype("float32")
     return x, rng.integers(0, CLASSES, rows).astype("int32")
 
 
 def tokens(rows: int) -> Batch:
-    """A batch for the transformer: the next token is to be said."""
+    """Returns a batch for the transformer, which predicts the next token."""
     rng = np.random.default_rng(0)
     text = rng.integers(0, VOCABULARY, (rows, LENGTH + 1)).astype("int32")
     return text[:, :-1], text[:, 1:]
 
 
 def images(rows: int) -> Batch:
-    """A batch for the convolutional network; channels come last."""
+    """Returns a batch for the convolutional network; channels come last."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, *IMAGE)).astype("float32")
     return x, rng.integers(0, CLASSES, rows).astype("int32")

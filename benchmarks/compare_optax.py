@@ -17,7 +17,7 @@ from benchmarks import compare_worker
 
 
 def dense(rng, inputs, outputs):
-    """Parameters of a dense layer."""
+    """Returns the parameters of a dense layer."""
     bound = np.sqrt(6 / (inputs + outputs))
     kernel = rng.uniform(-bound, bound, (inputs, outputs))
     return {
@@ -27,25 +27,25 @@ def dense(rng, inputs, outputs):
 
 
 def apply_dense(layer, x):
-    """A dense layer."""
+    """Applies a dense layer."""
     return x @ layer["kernel"] + layer["bias"]
 
 
-def normalise(layer, x, axes, epsilon):
-    """Layer or batch normalisation; also returns what it took off."""
+def normalize(layer, x, axes, epsilon):
+    """Applies layer or batch normalization; also returns mean and variance."""
     mean = jnp.mean(x, axes, keepdims=True)
     variance = jnp.var(x, axes, keepdims=True)
     scaled = (x - mean) * jax.lax.rsqrt(variance + epsilon)
     return scaled * layer["scale"] + layer["offset"], (mean, variance)
 
 
-def normalisation(width):
-    """Parameters of a normalisation."""
+def normalization(width):
+    """Returns the parameters of a normalization."""
     return {"scale": jnp.ones(width), "offset": jnp.zeros(width)}
 
 
 def mlp_parameters(rng):
-    """Parameters of the MLP."""
+    """Returns the parameters of the MLP."""
     widths = (models.FEATURES, *models.LAYERS, models.CLASSES)
     return [
         dense(rng, inputs, outputs)
@@ -54,7 +54,7 @@ def mlp_parameters(rng):
 
 
 def mlp(parameters, state, x):
-    """Logits and new state of the MLP."""
+    """Returns the logits and new state of the MLP."""
     *hidden, last = parameters
     for layer in hidden:
         x = jax.nn.relu(apply_dense(layer, x))
@@ -62,17 +62,17 @@ def mlp(parameters, state, x):
 
 
 def transformer_parameters(rng):
-    """Parameters of the transformer."""
+    """Returns the parameters of the transformer."""
     width = models.WIDTH
 
     def block():
         return {
-            "before_attention": normalisation(width),
+            "before_attention": normalization(width),
             "query": dense(rng, width, width),
             "key": dense(rng, width, width),
             "value": dense(rng, width, width),
             "output": dense(rng, width, width),
-            "before_dense": normalisation(width),
+            "before_dense": normalization(width),
             "wide": dense(rng, width, 4 * width),
             "narrow": dense(rng, 4 * width, width),
         }
@@ -81,16 +81,16 @@ def transformer_parameters(rng):
     return {
         "embedding": jnp.asarray(table, "float32"),
         "blocks": [block() for _ in range(models.BLOCKS)],
-        "last": normalisation(width),
+        "last": normalization(width),
         "logits": dense(rng, width, models.VOCABULARY),
     }
 
 
 def transformer(parameters, state, x):
-    """Logits and new state of the transformer."""
+    """Returns the logits and new state of the transformer."""
 
     def normal(layer, x):
-        return normalise(layer, x, -1, 1e-3)[0]
+        return normalize(layer, x, -1, 1e-3)[0]
 
     def heads(layer, x):
         shape = (*x.shape[:2], models.HEADS, models.WIDTH // models.HEADS)
@@ -115,20 +115,20 @@ def transformer(parameters, state, x):
 
 
 def convolutional_parameters(rng):
-    """Parameters of the convolutional network."""
+    """Returns the parameters of the convolutional network."""
     layers, inputs = [], models.IMAGE[-1]
     for filters, _ in models.FILTERS:
         bound = np.sqrt(6 / (9 * (inputs + filters)))
         kernel = rng.uniform(-bound, bound, (3, 3, inputs, filters))
         layers.append(
-            {"kernel": jnp.asarray(kernel, "float32"), **normalisation(filters)}
+            {"kernel": jnp.asarray(kernel, "float32"), **normalization(filters)}
         )
         inputs = filters
     return {"layers": layers, "last": dense(rng, inputs, models.CLASSES)}
 
 
 def convolutional(parameters, state, x):
-    """Logits and new moving statistics of the convolutional network."""
+    """Returns the network's logits and new moving statistics."""
     statistics = []
     for layer, moving, (_, strides) in zip(
         parameters["layers"], state, models.FILTERS, strict=True
@@ -140,7 +140,7 @@ def convolutional(parameters, state, x):
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        x, seen = normalise(layer, x, (0, 1, 2), 1e-3)
+        x, seen = normalize(layer, x, (0, 1, 2), 1e-3)
         statistics.append(
             jax.tree.map(
                 lambda old, new: 0.99 * old + 0.01 * new.reshape(-1),
@@ -160,7 +160,7 @@ NETWORKS = {
 
 
 def make_optimizer(name: str) -> optax.GradientTransformation:
-    """The optimizer."""
+    """Returns the optimizer."""
     if name == "adamw":
         return optax.adamw(
             models.LEARNING_RATE, weight_decay=models.WEIGHT_DECAY
@@ -190,7 +190,7 @@ class Optax(compare_worker.Contestants):
         raise NotImplementedError
 
     def start(self, optimizer):
-        """First parameters, state of the network and of the optimizer."""
+        """Returns the first parameters and states of network and optimizer."""
         make, _ = NETWORKS[self.model]
         parameters = make(np.random.default_rng(0))
         state = ()
@@ -202,14 +202,14 @@ class Optax(compare_worker.Contestants):
         return parameters, state, optimizer.init(parameters)
 
     def loss(self, parameters, state, x, y):
-        """The mean loss, and the network's new state."""
+        """Returns the mean loss, and the network's new state."""
         _, apply = NETWORKS[self.model]
         logits, state = apply(parameters, state, x)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return losses.mean(), state
 
     def step(self, optimizer):
-        """A training step with such an optimizer, compiled."""
+        """Returns a training step with such an optimizer, compiled."""
 
         @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
         def step(parameters, state, of_optimizer, x, y):
@@ -223,14 +223,14 @@ class Optax(compare_worker.Contestants):
         return step
 
     def updated(self, optimizer, parameters, state, of_optimizer, gradients):
-        """What a step returns, once it knows the gradients."""
+        """Returns what a step returns, from the gradients."""
         updates, of_optimizer = optimizer.update(
             gradients, of_optimizer, parameters
         )
         return optax.apply_updates(parameters, updates), state, of_optimizer
 
     def calls(self, step, optimizer, batch, calls):
-        """Returns a function that takes so many steps."""
+        """Returns a function that takes `calls` steps."""
         carried = self.start(optimizer)
 
         def run():

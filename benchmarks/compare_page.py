@@ -31,19 +31,19 @@ FIRST_STEPS = (2, 8, 64)
 
 
 def ratio(times, top: str, bottom: str) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile of a ratio over the rounds."""
+    """Returns the quartiles of a ratio: the lower, the median, the upper."""
     pairs = zip(times[top], times[bottom], strict=True)
     return tuple(statistics.quantiles([a / b for a, b in pairs], n=4))
 
 
-def said(quartiles) -> str:
-    """A ratio in the table: median, and the middle half."""
+def ratio_cell(quartiles) -> str:
+    """Writes a ratio for the table: the median, and the middle half."""
     low, middle, high = quartiles
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table: the first column is text, the others are numbers."""
+    """Returns a Markdown table: first a column of text, then numbers."""
     return [
         line(head),
         line(["---", *["---:"] * (len(head) - 1)]),
@@ -52,12 +52,12 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def line(cells) -> str:
-    """A row of a Markdown table."""
+    """Returns a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def time_table(results) -> list[str]:
-    """The table of times of a model."""
+    """Returns the table of times of a model."""
     times, rows = results["times"], []
     for title, (system, name) in ROWS.items():
         way = f"{system} {name}"
@@ -67,7 +67,7 @@ def time_table(results) -> list[str]:
             ratios.append(ratio(times, way, "keras_accum window"))
             ratios.append(ratio(times, f"{system} plain", "keras_accum plain"))
             median = f"{1e3 * statistics.median(times[way]):.1f}"
-            rows.append([title, median, *map(said, ratios)])
+            rows.append([title, median, *map(ratio_cell, ratios)])
     return table(
         [
             "",
@@ -83,7 +83,7 @@ def time_table(results) -> list[str]:
 
 
 def other_table(results) -> list[str]:
-    """The table of memory, first steps and traces of a model."""
+    """Returns the table of memory, first steps and traces of a model."""
     rows = []
     for title in ROWS:
         if title in results["memory"]:
@@ -115,7 +115,7 @@ def other_table(results) -> list[str]:
 
 
 def best_of(results: dict[str, dict]) -> tuple[float, float]:
-    """Bytes and operations that the machine did in a second, at best."""
+    """Returns the bytes and operations of the machine's best second."""
     machines = [result["ours"]["machine"] for result in results.values()]
     return tuple(
         max(machine[name] for machine in machines)
@@ -124,7 +124,7 @@ def best_of(results: dict[str, dict]) -> tuple[float, float]:
 
 
 def limit_table(results: dict[str, dict]) -> list[str]:
-    """The table of floors on the machine that measured."""
+    """Returns the table of floors on the machine that measured."""
     windows, rows = compare_limits.windows(), []
     for model, result in results.items():
         window = windows[model]
@@ -157,7 +157,7 @@ def limit_table(results: dict[str, dict]) -> list[str]:
 
 
 def accelerator_table() -> list[str]:
-    """The table of floors on H200s, by arithmetic."""
+    """Returns the table of floors on H200s, by arithmetic."""
     limits, rows = compare_limits, []
     for model, window in limits.windows().items():
         large = model == limits.LARGE
@@ -193,9 +193,9 @@ def accelerator_table() -> list[str]:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, and no powers of ten."""
-    number = 1e3 * seconds
-    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+    """Writes milliseconds in three digits, without powers of ten."""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 # The largest ratio in the picture. Bars that end beyond it say where.
@@ -275,7 +275,7 @@ rounds, with the middle half of them in brackets.
 - **MLP**: 8.9 million parameters, micro-batches of 4 rows, k = 8, Adam.
 - **transformer**: decoder-only, 2.9 million parameters, 4 rows of 64 tokens,
   k = 8, AdamW.
-- **convolutional**: 1.1 million parameters, with batch normalisation, 8 images
+- **convolutional**: 1.1 million parameters, with batch normalization, 8 images
   of 32 x 32, k = 4, SGD.
 
 "k plain steps" are updates without accumulation, one for each micro-batch; "one
@@ -289,12 +289,12 @@ that is optax.microbatching's time on the convolutional network, and why our
 loop over micro-batches stands outside of XLA there
 (`python -m benchmarks.loop_forms`).
 
-Peaks are of a process that only trains in this way, and that over one that
-takes plain steps. A first step is that of a new model: of a micro-batch, or,
-where a call takes a whole window, of that: with `steps_per_execution=k`, with
-`microbatch_size` and in optax.microbatching it does k times the work. Traces
-are how often a change of k makes Python run through the model again, or JAX
-compile.
+Peaks are of a process that only trains in this way. "over plain" is what it
+takes more than a process with plain steps. A first step is a new model's: it
+takes a micro-batch, or a whole window where a call does. So it does k times the
+work with `steps_per_execution=k`, with `microbatch_size` and in
+optax.microbatching. Traces are how often a change of k makes Python run through
+the model again, or JAX compile.
 
 ![Times of windows, over k plain steps and over ours](performance.png)
 """
@@ -333,7 +333,7 @@ are of the higher floor, and of the reductions.
 
 
 def limit(results: dict[str, dict]) -> str:
-    """The section on limits."""
+    """Returns the section on limits."""
     limits = compare_limits
     bandwidth, speed = best_of(results)
     return LIMIT.format(
@@ -352,7 +352,7 @@ def limit(results: dict[str, dict]) -> str:
 
 
 def page(results: dict[str, dict], versions: dict[str, str]) -> str:
-    """The whole of `docs/performance.md`."""
+    """Returns the whole of `docs/performance.md`."""
     dates = sorted({result["date"] for result in results.values()})
     lines = [
         INTRODUCTION,
@@ -372,6 +372,6 @@ def page(results: dict[str, dict], versions: dict[str, str]) -> str:
                 f"{scratch['window'] / scratch['plain']:.2f}.",
                 "",
                 "Host work per micro-batch, an almost empty model in `fit`, "
-                f"over `keras.Model`: {said(host)}.",
+                f"over `keras.Model`: {ratio_cell(host)}.",
             ]
     return "\n".join([*lines, "", limit(results)])

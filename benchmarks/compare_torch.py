@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class Residual(nn.Module):
-    """Adds what a layer makes of the normalised input."""
+    """Adds what a layer makes of the normalized input."""
 
     def __init__(self, layer):
         super().__init__()
@@ -50,7 +50,7 @@ class Residual(nn.Module):
 
 
 def mlp() -> nn.Module:
-    """The MLP."""
+    """Returns the MLP."""
     layers, inputs = [], models.FEATURES
     for units in models.LAYERS:
         layers += [nn.Linear(inputs, units), nn.ReLU()]
@@ -59,7 +59,7 @@ def mlp() -> nn.Module:
 
 
 def transformer() -> nn.Module:
-    """The transformer."""
+    """Returns the transformer."""
     width = models.WIDTH
     layers = [nn.Embedding(models.VOCABULARY, width)]
     for _ in range(models.BLOCKS):
@@ -77,7 +77,7 @@ def transformer() -> nn.Module:
 
 
 def convolutional() -> nn.Module:
-    """The convolutional network; channels come first in PyTorch."""
+    """Returns the convolutional network; channels come first in PyTorch."""
     layers, inputs = [], models.IMAGE[-1]
     for filters, strides in models.FILTERS:
         layers += [
@@ -102,7 +102,7 @@ NETWORKS = {
 
 
 def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
-    """The optimizer."""
+    """Returns the optimizer."""
     if name == "adamw":
         return torch.optim.AdamW(
             parameters, models.LEARNING_RATE, weight_decay=models.WEIGHT_DECAY
@@ -112,7 +112,7 @@ def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
 
 
 def loss_of(network: nn.Module, x, y) -> torch.Tensor:
-    """The mean loss."""
+    """Returns the mean loss."""
     logits = network(x)
     return functional.cross_entropy(logits.flatten(0, -2), y.flatten())
 

@@ -1,7 +1,7 @@
 """Processes of `benchmarks.compare`: they do what they are told, and time it.
 
 A framework's program subclasses `Contestants` and calls `serve`. It then reads
-commands from standard input, a line of JSON each, and answers likewise:
+commands from standard input, a line of JSON each, and answers each with one:
 
 * `{"do": "window", "name": "plain"}`: trains on two windows; the seconds of the
   second, since the first finds caches and cores as another process left them.
@@ -50,32 +50,32 @@ class Contestants(abc.ABC):
     def first_step(self, name: str, accum_steps: int) -> Callable[[], None]:
         """Returns a function that takes a new model's first step.
 
-        The first of the programs that train, if there are several for a
-        window; by default those of a whole window.
+        That is the first of a window's programs, if there are several. By
+        default it is a whole window.
         """
         return self.make(name, accum_steps)
 
     def traces(self, name: str) -> int | None:
-        """How often a change of k makes something trace or compile again."""
+        """Counts what is traced or compiled again when k changes."""
         del name
         return None
 
     def scratch(self) -> dict[str, int]:
-        """Bytes that the compiler plans: of a step "plain", and in a "window".
+        """Returns the bytes that the compiler plans, of "plain" and "window".
 
         What goes in, what stays and what comes out do not count.
         """
         raise NotImplementedError
 
     def host(self) -> tuple[float, float, float]:
-        """Work of the host per micro-batch, over that without accumulation.
+        """Returns the host's work per micro-batch, over that of plain training.
 
         The lower quartile, the median and the upper quartile.
         """
         raise NotImplementedError
 
     def machine(self) -> dict[str, float]:
-        """What the machine can do in a second, at best.
+        """Returns what the machine can do in a second, at best.
 
         "bytes" to and from the memory, in a sum of two long vectors;
         "operations" in the product of two large matrices, in float32.
@@ -84,14 +84,14 @@ class Contestants(abc.ABC):
 
 
 def seconds(function: Callable[[], None]) -> float:
-    """Wall time of one call."""
+    """Returns the wall time of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had resident, on Linux."""
+    """Returns the most resident memory of this process so far, on Linux."""
     # Windows has no such module, and macOS counts bytes.
     import resource
 

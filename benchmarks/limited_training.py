@@ -61,7 +61,7 @@ class Outcome:
         died: What it died of, if it died of memory; the rest is then unknown.
         address_mib: Its peak address space, beyond that of its start.
         resident_mib: Its peak resident memory, beyond that of its start.
-        seconds: Those of its fastest update.
+        seconds: Seconds of its fastest update.
         start: All weights before it.
         end: All weights after it.
     """
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def classifier(training: Training) -> keras.Model:
-    """A model of 7 thousand weights, and 0.8 MB of activations for each row."""
+    """Returns a model of few weights, with 0.8 MB of activations a row."""
     keras.config.set_dtype_policy(training.dtype)
     inputs = keras.Input((SAMPLES, 1), dtype="uint8")
     hidden = keras.layers.Rescaling(1 / 255)(inputs)
@@ -98,7 +98,7 @@ def classifier(training: Training) -> keras.Model:
 
 
 def dataset(rows: int, updates: int) -> tf.data.Dataset:
-    """One batch so many times: sounds of 8 bits, to be told by loudness."""
+    """Returns one batch, repeated: sounds of 8 bits, to be told by loudness."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (rows, SAMPLES, 1), "uint8")
     y = rng.integers(0, CLASSES, rows, "int32")
@@ -135,7 +135,7 @@ class UpdateSeconds(keras.callbacks.Callback):
 
 
 def first_weights(model: keras.Model) -> list[np.ndarray]:
-    """Weights to begin with, which are the same in every dtype."""
+    """Returns weights to begin with, which are the same in every dtype."""
     rng = np.random.default_rng(0)
     return [
         rng.normal(0, each.shape[0] ** -0.5, each.shape).astype("float32")
@@ -144,13 +144,13 @@ def first_weights(model: keras.Model) -> list[np.ndarray]:
 
 
 def memory_mib(name: str) -> float:
-    """A figure of this process, by its name in `/proc/self/status`."""
+    """Returns a figure of this process, by its name in `/proc/self/status`."""
     status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) / 2**10
 
 
 def flat(weights: list[np.ndarray]) -> list[float]:
-    """All weights in one list."""
+    """Returns all weights in one list."""
     return np.concatenate([np.ravel(each) for each in weights]).tolist()
 
 

@@ -84,7 +84,7 @@ _FORM = flags.DEFINE_string(
 
 
 def decoder() -> tuple[keras.Model, keras.Optimizer]:
-    """A decoder-only transformer of 3.0 million parameters."""
+    """Returns a decoder-only transformer of 3.0 million parameters."""
     tokens = keras.Input((TOKENS,), dtype="int32")
     hidden = keras.layers.Embedding(VOCABULARY, WIDTH)(tokens)
     for _ in range(BLOCKS):
@@ -101,7 +101,7 @@ def decoder() -> tuple[keras.Model, keras.Optimizer]:
 
 
 def convolutional() -> tuple[keras.Model, keras.Optimizer]:
-    """An image classifier of 1.0 million parameters."""
+    """Returns an image classifier of 1.0 million parameters."""
     inputs = keras.Input(IMAGE)
     hidden = inputs
     for filters in (64, 128, 256):
@@ -116,25 +116,25 @@ def convolutional() -> tuple[keras.Model, keras.Optimizer]:
 
 
 def multilayer_perceptron() -> tuple[keras.Model, keras.Optimizer]:
-    """The model of `benchmarks.window_time`, of 8.8 million parameters."""
+    """Returns the model of `benchmarks.window_time`: 8.8 million parameters."""
     model = window_time.multilayer_perceptron(keras.Model)
     return model, keras.optimizers.Adam(1e-4)
 
 
 def vectors(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, ...]:
-    """A batch for `multilayer_perceptron`."""
+    """Returns a batch for `multilayer_perceptron`."""
     x = rng.normal(size=(rows, window_time.FEATURES)).astype("float32")
     return x, rng.integers(0, window_time.CLASSES, rows)
 
 
 def texts(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, ...]:
-    """A batch for `decoder`."""
+    """Returns a batch for `decoder`."""
     tokens = rng.integers(0, VOCABULARY, (rows, TOKENS + 1), "int32")
     return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
 
 def images(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, ...]:
-    """A batch for `convolutional`."""
+    """Returns a batch for `convolutional`."""
     x = rng.normal(size=(rows, *IMAGE)).astype("float32")
     return x, rng.integers(0, window_time.CLASSES, rows)
 
@@ -184,22 +184,22 @@ class Training:
         return self.model.trainable_variables
 
     def zeros(self) -> list[tf.Tensor]:
-        """A zero for each weight: what the sums begin with."""
+        """Returns a zero for each weight: what the sums begin with."""
         return [tf.zeros(v.shape, v.dtype) for v in self.variables]
 
     def buffers(self) -> list[tf.Variable]:
-        """A variable for each weight, which holds the sum of its gradients."""
+        """Returns a variable for each weight, for the sum of its gradients."""
         return [tf.Variable(zero) for zero in self.zeros()]
 
     def gradients(self, x: tf.Tensor, y: tf.Tensor) -> list[tf.Tensor]:
-        """The gradients of the mean loss of a micro-batch."""
+        """Returns the gradients of the mean loss of a micro-batch."""
         with tf.GradientTape() as tape:
             loss = self._loss(y, self.model(x, training=True))
         gradients = tape.gradient(loss, self.variables)
         return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
     def added(self, sums, x: tf.Tensor, y: tf.Tensor) -> list[tf.Tensor]:
-        """The sums with the gradients of one more micro-batch."""
+        """Returns the sums with the gradients of one more micro-batch."""
         gradients = self.gradients(x, y)
         return [s + g for s, g in zip(sums, gradients, strict=True)]
 
@@ -209,7 +209,7 @@ class Training:
         self.optimizer.apply(means, self.variables)
 
     def split(self, batch) -> list[tf.Tensor]:
-        """The whole batch, its micro-batches along a new first axis."""
+        """Splits the whole batch: its micro-batches along a new first axis."""
         return [
             tf.reshape(array, (self.steps, -1, *array.shape[1:]))
             for array in batch
@@ -240,7 +240,7 @@ class Form(NamedTuple):
 
 
 def host_variables(training: Training) -> Form:
-    """The loop around compiled micro-steps, the sums in variables."""
+    """Returns the loop around compiled micro-steps, the sums in variables."""
     buffers = training.buffers()
 
     @tf.function(jit_compile=True)
@@ -250,7 +250,7 @@ def host_variables(training: Training) -> Form:
             buffer.assign(gradient)
 
     @tf.function(jit_compile=True)
-    def further(x, y):
+    def add(x, y):
         gradients = training.gradients(x, y)
         for buffer, gradient in zip(buffers, gradients, strict=True):
             buffer.assign_add(gradient)
@@ -264,47 +264,47 @@ def host_variables(training: Training) -> Form:
         x, y = training.split(batch)
 
         def body(index):
-            further(x[index], y[index])
+            add(x[index], y[index])
             return ()
 
         first(x[0], y[0])
         training.loop(body, 1)
         update()
 
-    def one(x, y):
+    def one_microbatch(x, y):
         return x[: len(x) // training.steps], y[: len(y) // training.steps]
 
-    return Form(window, further, one)
+    return Form(window, add, one_microbatch)
 
 
 def host_carried(training: Training) -> Form:
-    """The loop around compiled micro-steps, which take and return the sums."""
+    """Returns the loop around compiled micro-steps that return the sums."""
     first = tf.function(training.gradients, jit_compile=True)
     update = tf.function(training.update, jit_compile=True)
 
     @tf.function(jit_compile=True)
-    def further(x, y, *sums):
+    def add(x, y, *sums):
         return training.added(sums, x, y)
 
     @tf.function(autograph=False)
     def window(*batch):
         x, y = training.split(batch)
         sums = training.loop(
-            lambda index, *sums: further(x[index], y[index], *sums),
+            lambda index, *sums: add(x[index], y[index], *sums),
             1,
             *first(x[0], y[0]),
         )
         update(list(sums))
 
-    def one(x, y):
+    def one_microbatch(x, y):
         rows = len(x) // training.steps
         return x[:rows], y[:rows], *training.zeros()
 
-    return Form(window, further, one)
+    return Form(window, add, one_microbatch)
 
 
 def program_variables(training: Training) -> Form:
-    """One program with the loop in it, the sums in variables."""
+    """Returns one program with the loop in it, the sums in variables."""
     buffers = training.buffers()
 
     @tf.function(autograph=False, jit_compile=True)
@@ -326,7 +326,7 @@ def program_variables(training: Training) -> Form:
 
 
 def program_carried(training: Training) -> Form:
-    """One program with the loop in it, which carries the sums."""
+    """Returns one program with the loop in it, which carries the sums."""
 
     @tf.function(autograph=False, jit_compile=True)
     def window(*batch):
@@ -351,7 +351,7 @@ BASE = next(iter(FORMS))
 
 
 def contestants(recipe: Recipe) -> dict[str, Callable[[], None]]:
-    """Name: a function that trains on one whole batch.
+    """Returns by name a function that trains on one whole batch.
 
     Raises:
         AssertionError: After a first batch, a form has other weights.
@@ -373,7 +373,7 @@ def contestants(recipe: Recipe) -> dict[str, Callable[[], None]]:
 
 
 def largest_difference(one: list[np.ndarray], other: list[np.ndarray]) -> float:
-    """The largest difference between two lists of arrays."""
+    """Returns the largest difference between two lists of arrays."""
     pairs = zip(one, other, strict=True)
     return max(np.abs(a - b).max() for a, b in pairs)
 
@@ -391,7 +391,7 @@ def print_times(name: str, recipe: Recipe) -> None:
 
 
 def planned_bytes(form: Form, batch: tuple[tf.Tensor, ...]) -> int:
-    """Bytes that a program takes beyond its arguments and constants."""
+    """Returns the bytes that a program takes beyond arguments and constants."""
     arguments = form.program_batch(*batch)
     hlo = hlo_pb2.HloProto.FromString(
         form.program.experimental_get_compiler_ir(*arguments)(
@@ -434,7 +434,7 @@ def train_and_print_memory(form: str) -> None:
 
 
 def peak_megabytes(form: str) -> float:
-    """Peak memory of a process that trains the MLP in one form."""
+    """Returns the peak memory of a process that trains the MLP in one form."""
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.loop_forms", f"--form={form}"],
         stdout=subprocess.PIPE,

@@ -135,7 +135,7 @@ def run(rows: int, ours: bool, limited: bool, dtype: str = "float32") -> Row:
 
 
 def signal_of(status: int) -> str | None:
-    """The name of the signal that ended a process, if one did."""
+    """Returns the name of the signal that ended a process, if one did."""
     return signal.Signals(-status).name if status < 0 else None
 
 
@@ -149,7 +149,7 @@ def double_until_death() -> list[Row]:
 
 
 def weight_error(row: Row, exact: Row) -> float:
-    """Distance of the weights to exact ones, over how far those moved."""
+    """Returns the weights' distance to exact ones, over how far those moved."""
     end, start = np.array(exact.outcome.end), np.array(exact.outcome.start)
     distance = np.linalg.norm(np.array(row.outcome.end) - end)
     return float(distance / np.linalg.norm(end - start))
@@ -184,7 +184,7 @@ def shown(row: Row, exact: Row | None = None, plain: Row | None = None) -> Row:
 
 
 def peaks(rows: list[Row], ours: bool) -> list[tuple[int, float]]:
-    """Rows of the batch, and peak address space in MiB, of either model."""
+    """Returns a model's rows of the batch and peak address spaces in MiB."""
     return [
         (row.training.rows, row.outcome.address_mib)
         for row in rows
@@ -193,7 +193,7 @@ def peaks(rows: list[Row], ours: bool) -> list[tuple[int, float]]:
 
 
 def with_unit(mib: float, position: int | None = None) -> str:
-    """An amount of memory, as the picture's axis shows it."""
+    """Writes an amount of memory, as the picture's axis shows it."""
     del position
     return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.0f} GiB"
 

@@ -8,10 +8,10 @@ without a strategy, and in the scope of a `MirroredStrategy` of one CPU, by
 what the strategy costs by itself.
 
 Medians of 15 rounds, on two cores, with TensorFlow 2.21.0 and Keras 3.15.1, the
-strategy's time over that without one: window 1.039 (0.999 to 1.059), cut 0.990
-(0.923 to 1.042), plain 1.020 (1.009 to 1.054); of the least times 1.013, 1.000
-and 1.016. The programs have the same ops, by a test of `replicas_test`; what is
-left is TensorFlow's iterator, once for each micro-batch.
+strategy's time over that without one: window 1.039 (0.999 to 1.059), split
+0.990 (0.923 to 1.042), plain 1.020 (1.009 to 1.054); of the least times 1.013,
+1.000 and 1.016. The programs have the same ops, by a test of `replicas_test`;
+what is left is TensorFlow's iterator, once for each micro-batch.
 """
 
 import statistics
@@ -26,14 +26,14 @@ import keras_accum
 from benchmarks import replica_time
 from benchmarks import window_time
 
-# Those of `window_time`.
+# The flags of `window_time`.
 FLAGS = flags.FLAGS
 
 
 def contestants(
     strategy: tf.distribute.Strategy,
 ) -> dict[str, Callable[[], None]]:
-    """Name: a function that trains on one window's micro-batches."""
+    """Returns by name a function that trains on one window's micro-batches."""
     steps = FLAGS.accum_steps
 
     def data(rows):
@@ -47,8 +47,8 @@ def contestants(
     ours = keras_accum.GradientAccumulationModel
     return {
         "window": train(ours, accum_steps=steps),
-        # As many rows as `dataset` has for so many replicas.
-        "cut": train(ours, steps, calls=1, microbatch_size=FLAGS.rows),
+        # A window's rows: `dataset` makes them as for `steps` replicas.
+        "split": train(ours, steps, calls=1, microbatch_size=FLAGS.rows),
         "plain": train(keras.Model),
     }
 
@@ -72,7 +72,7 @@ def main(argv):
     for name, each in times.items():
         median, least = 1e3 * statistics.median(each), 1e3 * min(each)
         print(f"{name:16}{median:10.1f}{least:10.1f}")
-    for way in ("window", "cut", "plain"):
+    for way in ("window", "split", "plain"):
         top, bottom = f"mirrored {way}", f"none {way}"
         print(f"{top} / {bottom}: {window_time.ratio(times, top, bottom)}")
 

@@ -40,7 +40,7 @@ from keras_accum import compat
 
 REPLICAS = 2
 
-# Those of `window_time`.
+# The flags of `window_time`.
 FLAGS = flags.FLAGS
 
 
@@ -50,7 +50,7 @@ def make_model(
     jit_compile: bool | None = None,
     **kwargs,
 ) -> keras.Model:
-    """The model of `benchmarks.window_time`, with variables on each replica."""
+    """Returns the model of `benchmarks.window_time`, on each replica."""
     with strategy.scope():
         return window_time.compile_model(
             window_time.multilayer_perceptron(cls, **kwargs), jit_compile
@@ -60,7 +60,7 @@ def make_model(
 def batches(
     strategy: tf.distribute.Strategy,
 ) -> tf.distribute.DistributedIterator:
-    """An endless iterator over one micro-batch per replica."""
+    """Returns an endless iterator over one micro-batch per replica."""
     dataset = window_time.dataset(strategy.num_replicas_in_sync)
     return iter(strategy.experimental_distribute_dataset(dataset))
 
@@ -70,7 +70,7 @@ def by_hand(
     iterator: tf.distribute.DistributedIterator,
     microbatches: int,
 ) -> Callable[[], None]:
-    """What is left when nothing is accumulated: the floor for a window.
+    """Returns what is left when nothing is accumulated: the floor for a window.
 
     The gradients are reduced one by one, which is faster here than to make one
     vector of them first, as the library does.
@@ -117,7 +117,7 @@ def by_hand(
 def contestants(
     strategy: tf.distribute.Strategy,
 ) -> dict[str, Callable[[], None]]:
-    """Name: a function that trains on one window's micro-batches."""
+    """Returns by name a function that trains on one window's micro-batches."""
     window = make_model(
         keras_accum.GradientAccumulationModel,
         strategy,

@@ -11,8 +11,8 @@ are the medians over the rounds of the ratios, not the times.
 * plain: `keras.Model`, k updates.
 * keras: Keras's `gradient_accumulation_steps=k`, one update.
 * one: `GradientAccumulationModel(accum_steps=1)`, k updates.
-* cut: `GradientAccumulationModel(microbatch_size=rows)`, one update, given all
-  the rows at once.
+* split: `GradientAccumulationModel(microbatch_size=rows)`, one update, given
+  all the rows at once.
 * skip_window, skip_microbatch: as window, with that policy for `nonfinite`.
 
 It takes a minute, where `benchmarks.compare` measures all of it, on three
@@ -45,7 +45,7 @@ _JIT_COMPILE = flags.DEFINE_bool("jit_compile", True, "Whether XLA compiles.")
 
 
 def multilayer_perceptron(cls: type[keras.Model], **kwargs) -> keras.Model:
-    """A classifier of 8.8 million parameters, compiled with Adam."""
+    """Returns a classifier of 8.8 million parameters, compiled with Adam."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((FEATURES,))
     hidden = inputs
@@ -72,7 +72,7 @@ def compile_model(
 
 
 def dataset(replicas: int = 1) -> tf.data.Dataset:
-    """One micro-batch again and again, with rows for so many replicas."""
+    """Returns one micro-batch, repeated, with rows for all replicas."""
     rng = np.random.default_rng(0)
     rows = _ROWS.value * replicas
     x = rng.normal(size=(rows, FEATURES)).astype("float32")
@@ -81,7 +81,7 @@ def dataset(replicas: int = 1) -> tf.data.Dataset:
 
 
 def batches() -> tf.data.Iterator:
-    """An endless iterator over one micro-batch."""
+    """Returns an endless iterator over one micro-batch."""
     return iter(dataset())
 
 
@@ -108,7 +108,7 @@ def through_train_function(
 
 
 def gradient_function(model: keras.Model) -> Callable:
-    """A program that only returns the gradient of a batch `x`, `y`."""
+    """Returns a program that only returns the gradient of a batch `x`, `y`."""
 
     @tf.function(jit_compile=_JIT_COMPILE.value or None)
     def gradient(x, y):
@@ -121,7 +121,7 @@ def gradient_function(model: keras.Model) -> Callable:
 
 
 def ideal() -> Callable[[], None]:
-    """What is left when nothing is accumulated: the floor for a window."""
+    """Returns what is left when nothing is accumulated: a window's floor."""
     model = compile_model(multilayer_perceptron(keras.Model))
     variables = model.trainable_variables
     iterator = batches()
@@ -144,7 +144,7 @@ def ideal() -> Callable[[], None]:
 
 
 def contestants() -> dict[str, Callable[[], None]]:
-    """Name: a function that trains on one window's micro-batches."""
+    """Returns by name a function that trains on one window's micro-batches."""
     ours = keras_accum.GradientAccumulationModel
     steps = _ACCUM_STEPS.value
     return {
@@ -164,11 +164,11 @@ def contestants() -> dict[str, Callable[[], None]]:
         "one": through_train_function(
             compile_model(multilayer_perceptron(ours, accum_steps=1))
         ),
-        "cut": through_train_function(
+        "split": through_train_function(
             compile_model(
                 multilayer_perceptron(ours, microbatch_size=_ROWS.value)
             ),
-            # As many rows as `dataset` has for so many replicas.
+            # A window's rows: `dataset` makes them as for `steps` replicas.
             iter(dataset(replicas=steps)),
             calls=1,
         ),
@@ -183,7 +183,7 @@ def contestants() -> dict[str, Callable[[], None]]:
 
 
 def seconds(function: Callable[[], None]) -> float:
-    """Wall time of one call."""
+    """Returns the wall time of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -192,7 +192,7 @@ def seconds(function: Callable[[], None]) -> float:
 def in_turn(
     functions: dict[str, Callable[[], None]], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round; the order turns with the rounds.
+    """Times each function in each round; the order turns with the rounds.
 
     Two rounds before that are not counted: they trace and compile.
     """
@@ -210,7 +210,7 @@ def in_turn(
 
 
 def ratio(times: dict[str, list[float]], top: str, bottom: str) -> str:
-    """Median over the rounds of `top / bottom`, and the middle half."""
+    """Returns the median of `top / bottom`, and its middle half."""
     ratios = [a / b for a, b in zip(times[top], times[bottom], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.3f}  ({low:.3f} to {high:.3f})"
@@ -229,7 +229,7 @@ def main(argv):
         ("window", "plain"),
         ("window", "ideal"),
         ("one", "plain"),
-        ("cut", "window"),
+        ("split", "window"),
         ("skip_window", "window"),
         ("skip_microbatch", "window"),
     ):

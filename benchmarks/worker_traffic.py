@@ -70,7 +70,7 @@ PARAMETERS = FEATURES * CLASSES
 # Seconds in which what was sent arrives, and is counted.
 _SETTLING = 0.3
 
-# Those of `window_time`, and these.
+# The flags of `window_time`, and these.
 FLAGS = flags.FLAGS
 _IDLE = flags.DEFINE_float("idle", 10, "Seconds of silence to measure.")
 _NEVER = 10**9
@@ -79,7 +79,7 @@ _NEVER = 10**9
 def make_model(
     cls: type[keras.Model], strategy: tf.distribute.Strategy, **kwargs
 ) -> keras.Model:
-    """A model of 8.4 million parameters that does little with them."""
+    """Returns a model of 8.4 million parameters that does little with them."""
     with strategy.scope():
         keras.utils.set_random_seed(0)
         inputs = keras.Input((FEATURES,))
@@ -98,7 +98,7 @@ def make_model(
 def batches(
     strategy: tf.distribute.Strategy,
 ) -> tf.distribute.DistributedIterator:
-    """An endless iterator over one micro-batch per worker."""
+    """Returns an endless iterator over one micro-batch per worker."""
     rng = np.random.default_rng(0)
     rows = FLAGS.rows * strategy.num_replicas_in_sync
     x = rng.normal(size=(rows, FEATURES)).astype("float32")
@@ -110,7 +110,7 @@ def batches(
 def contestants(
     strategy: tf.distribute.Strategy,
 ) -> dict[str, Callable[[], None]]:
-    """Name: a function that trains on one window's micro-batches."""
+    """Returns by name a function that trains on one window's micro-batches."""
     ours = functools.partial(
         make_model, keras_accum.GradientAccumulationModel, strategy
     )
@@ -137,7 +137,7 @@ def contestants(
 
 
 def sent_so_far() -> int:
-    """Bytes that went through the loopback interface since it is up."""
+    """Returns the bytes that went through the loopback interface so far."""
     # Not from /sys, which may show the interface of another namespace.
     devices = pathlib.Path("/proc/net/dev").read_text(encoding="utf-8")
     for line in devices.splitlines():
@@ -148,7 +148,7 @@ def sent_so_far() -> int:
 
 
 def idle_rate() -> float:
-    """Bytes per second that go through it while the workers do nothing."""
+    """Returns the bytes per second that idle workers send."""
     time.sleep(_SETTLING)
     before = sent_so_far()
     time.sleep(_IDLE.value)
@@ -156,7 +156,7 @@ def idle_rate() -> float:
 
 
 def bytes_sent(function: Callable[[], None], idle: float) -> float:
-    """Bytes that one call makes the workers send to each other.
+    """Returns the bytes that one call makes the workers send to each other.
 
     Args:
         function: What all workers call at this time.

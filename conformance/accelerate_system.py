@@ -37,7 +37,7 @@ class AcceleratedTraining(Training):
         )
 
     def update(self) -> None:
-        """As Accelerate's examples end a step, within `accumulate` or not."""
+        """Ends a step, as Accelerate's examples do."""
         problem, accelerator = self.problem, self.accelerator
         if accelerator.sync_gradients:
             if problem.clip_norm is not None:
@@ -105,7 +105,7 @@ def train(problem, rank):
 
 
 def differs(problem) -> bool:
-    """Whether what the losses are divided by differs between micro-batches."""
+    """Returns whether micro-batches divide their losses by other numbers."""
     found = set()
     for batch in problem.microbatches():
         _, y, weight = torch_systems.tensors(batch, problem)
@@ -117,7 +117,7 @@ def differs(problem) -> bool:
 
 
 def add_microbatches(training, data) -> None:
-    """The loop of its quick tour: it divides by k, and knows when to step."""
+    """Runs the quick tour's loop: it divides by k, and knows when to step."""
     problem, accelerator = training.problem, training.accelerator
     for each in data:
         with accelerator.accumulate(training.model):
@@ -132,15 +132,15 @@ def add_microbatches(training, data) -> None:
 
 
 def add_of_guide(training, data) -> None:
-    """The loop of its guide on samples of variable size."""
+    """Runs the loop of the guide on samples of variable size."""
     problem, accelerator = training.problem, training.accelerator
     steps = accelerator.gradient_accumulation_steps
-    own = [
+    denominators = [
         torch_systems.denominators(problem, y, weight) for _, y, weight in data
     ]
     rows = float(sum(len(x) for x, _, _ in data))
-    totals = torch.tensor([*torch.tensor(own).sum(0).tolist(), rows])
-    *bottoms, rows = accelerator.reduce(totals, "sum").tolist()
+    local = torch.tensor([*torch.tensor(denominators).sum(0).tolist(), rows])
+    *bottoms, rows = accelerator.reduce(local, "sum").tolist()
     scale = steps * accelerator.num_processes
     for index, (x, y, weight) in enumerate(data):
         context = contextlib.nullcontext()
@@ -157,7 +157,7 @@ def add_of_guide(training, data) -> None:
 
 
 def resumed(training):
-    """A training of its own, from `save_state`."""
+    """Returns another training that goes on from `save_state`."""
     with tempfile.TemporaryDirectory() as folder:
         training.accelerator.save_state(folder)
         training = AcceleratedTraining(training.problem)

@@ -43,33 +43,33 @@ class Check:
     measure: Measure | None = None
 
     def figure(self, system: System) -> float:
-        """What is measured; infinite if it is not finite."""
+        """Returns what is measured; infinite if it is not finite."""
         figure = (self.measure or weights)(system, self.problem)
         return float(figure) if math.isfinite(figure) else math.inf
 
 
 def norm(arrays) -> float:
-    """2-norm over all arrays."""
+    """Returns the 2-norm over all arrays."""
     return math.sqrt(
         sum(float(np.sum(np.square(a, dtype="float64"))) for a in arrays)
     )
 
 
 def relative(actual: dict, expected: dict, initial: dict) -> float:
-    """Distance of two sets of weights, over that which one was moved."""
+    """Returns the distance to `expected`, over how far that was moved."""
     away = norm([actual[name] - expected[name] for name in expected])
     return away / norm([expected[name] - initial[name] for name in expected])
 
 
 def weights(system: System, problem: Problem) -> float:
-    """The figure of most checks; see the module."""
+    """Returns the figure of most checks; see the module."""
     initial = problems.initial_weights(problem.model)
     expected = system.plain(problem).weights
     return relative(system.accumulated(problem).weights, expected, initial)
 
 
 def weights_of_float32(system: System, problem: Problem) -> float:
-    """As `weights`, but the large batch is trained on in float32.
+    """Measures as `weights` does, but the large batch is trained on in float32.
 
     In fewer bits the large batch's own gradient is a sum with errors.
     """
@@ -80,42 +80,42 @@ def weights_of_float32(system: System, problem: Problem) -> float:
 
 
 def averages(system: System, problem: Problem) -> float:
-    """As `weights`, of the moving averages."""
+    """Measures as `weights` does, of the moving averages."""
     initial = problems.initial_weights(problem.model)
     expected = system.plain(problem).averages
     return relative(system.accumulated(problem).averages, expected, initial)
 
 
 def moving_mean(system: System, problem: Problem) -> float:
-    """Distance of the moving means, over that from 0."""
+    """Returns the distance of the moving means, over that from 0."""
     expected = system.plain(problem).moving_mean
-    actual = known(system.accumulated(problem).moving_mean)
+    actual = existing(system.accumulated(problem).moving_mean)
     return norm([actual - expected]) / norm([expected])
 
 
 def moving_variance(system: System, problem: Problem) -> float:
-    """Distance of the moving variances, over that from 1."""
+    """Returns the distance of the moving variances, over that from 1."""
     expected = system.plain(problem).moving_variance
-    actual = known(system.accumulated(problem).moving_variance)
+    actual = existing(system.accumulated(problem).moving_variance)
     return norm([actual - expected]) / norm([expected - 1])
 
 
 def updates(system: System, problem: Problem) -> float:
-    """How far the optimizer's count is from the number of windows."""
+    """Returns how far the optimizer's count is from the number of windows."""
     expected = sum(len(windows) for windows in problem.windows())
-    return abs(known(system.accumulated(problem).updates) - expected)
+    return abs(existing(system.accumulated(problem).updates) - expected)
 
 
 def loss(system: System, problem: Problem) -> float:
-    """Largest relative error of a reported loss."""
-    actual = known(system.accumulated(problem).losses)
-    expected = known(system.plain(problem).losses)
+    """Returns the largest relative error of a reported loss."""
+    actual = existing(system.accumulated(problem).losses)
+    expected = existing(system.plain(problem).losses)
     pairs = zip(actual, expected, strict=True)
     return max(abs(a - e) / abs(e) for a, e in pairs)
 
 
 def differing(one: Outcome, other: Outcome) -> int:
-    """How many weights are not the same, to the bit."""
+    """Counts the weights that are not the same, to the bit."""
     return sum(
         int(np.sum(one.weights[name] != other.weights[name]))
         for name in one.weights
@@ -123,23 +123,23 @@ def differing(one: Outcome, other: Outcome) -> int:
 
 
 def bits_of_plain(system: System, problem: Problem) -> float:
-    """Weights that differ from those of training without accumulation."""
+    """Counts weights that differ from a training's without accumulation."""
     return differing(system.accumulated(problem), system.plain(problem))
 
 
 def bits_of_repeated(system: System, problem: Problem) -> float:
-    """Weights that differ from those of the same run, made once more."""
+    """Counts weights that differ from those of the same run, repeated."""
     return differing(system.accumulated(problem), system.accumulated(problem))
 
 
 def bits_of_resumed(system: System, problem: Problem) -> float:
-    """Weights that differ from those of the run that is not interrupted."""
+    """Counts weights that differ from those of the uninterrupted run."""
     whole = dataclasses.replace(problem, resume_after=None)
     return differing(system.accumulated(problem), system.accumulated(whole))
 
 
 def alike_masks(system: System, problem: Problem) -> float:
-    """Share of units that all micro-batches of a window drop, or none does.
+    """Returns the share of units that all micro-batches drop, or none does.
 
     From weights of zero and inputs of one, the gradient of a unit's weight is
     proportional to how many of the micro-batches kept it.
@@ -149,15 +149,15 @@ def alike_masks(system: System, problem: Problem) -> float:
     return float(np.mean((share < 1e-3) | (share > 1 - 1e-3)))
 
 
-def known(value):
-    """`value`, unless there is none."""
+def existing(value):
+    """Returns `value`; raises if there is none."""
     if value is None:
         raise DoesNotApply("The system keeps no such figure; the user does.")
     return value
 
 
 def all_checks() -> list[Check]:
-    """The checks, in the order of the table."""
+    """Returns the checks, in the order of the table."""
     replace = dataclasses.replace
     equal = Problem(problems.vectors(8, 8, 8, 8))
     uneven = Problem(problems.vectors(9, 9, 9, 1))
@@ -168,7 +168,7 @@ def all_checks() -> list[Check]:
     clipped = replace(equal, learning_rate=1.0)
     six = Problem(problems.vectors(*[4] * 4, epochs=6))
     spoiled = Problem(problems.poisoned(problems.vectors(8, 8, 8, 8), 1))
-    normalised = replace(equal, model="normalised")
+    normalized = replace(equal, model="normalized")
     rows_and_tokens = replace(
         masked,
         epochs=problems.with_row_labels(masked.epochs),
@@ -306,14 +306,14 @@ def all_checks() -> list[Check]:
                 Problem(problems.sequences(12, 12, 12, 12), **tagger),
             ),
             (
-                "Batch normalisation: moving mean of the window's rows",
-                normalised,
+                "Batch normalization: moving mean of the window's rows",
+                normalized,
                 1e-5,
                 moving_mean,
             ),
             (
-                "Batch normalisation: moving variance of the window's rows",
-                normalised,
+                "Batch normalization: moving variance of the window's rows",
+                normalized,
                 1e-5,
                 moving_variance,
             ),

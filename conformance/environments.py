@@ -17,7 +17,7 @@ FOLDER = flags.DEFINE_string(
 
 
 def python_of(name: str) -> pathlib.Path:
-    """The Python of an environment, which may not be made yet."""
+    """Returns the Python of an environment, which may not be made yet."""
     inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
     return pathlib.Path(FOLDER.value) / name / inside
 
@@ -41,7 +41,7 @@ def make(name: str, packages: tuple[str, ...]) -> pathlib.Path:
 
 
 def versions(python: pathlib.Path, packages: tuple[str, ...]) -> str:
-    """The releases that are installed: "keras 3.15.1, tensorflow 2.21.0"."""
+    """Returns the installed releases: "keras 3.15.1, tensorflow 2.21.0"."""
     program = (
         "import sys\nfrom importlib.metadata import version\n"
         "print(', '.join(f'{p} {version(p)}' for p in sys.argv[1:]))"

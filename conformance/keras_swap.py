@@ -148,6 +148,6 @@ def pytest_collection_modifyitems(items):
         for start, reason in failing.items():
             if name.startswith(start):
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
-        for package, part in _NOT_INSTALLED.items():
-            if part in name and importlib.util.find_spec(package) is None:
+        for package, name_part in _NOT_INSTALLED.items():
+            if name_part in name and importlib.util.find_spec(package) is None:
                 item.add_marker(pytest.mark.skip(f"needs {package}"))

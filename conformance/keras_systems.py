@@ -32,7 +32,7 @@ tf.config.set_logical_device_configuration(
 
 @functools.cache
 def strategy_of(replicas: int) -> tf.distribute.Strategy:
-    """The default strategy, or two replicas on logical CPUs."""
+    """Returns the default strategy, or two replicas on logical CPUs."""
     if replicas == 1:
         return tf.distribute.get_strategy()
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
@@ -46,17 +46,17 @@ def set_dtype(dtype: str) -> None:
 
 
 def tensors(problem: Problem):
-    """Inputs and outputs of a functional model, and nothing else."""
+    """Returns the inputs and outputs of a functional model."""
     dense = keras.layers.Dense
     if problem.model == "dropout":
         inputs = keras.Input((problems.DROPPED,))
         kept = keras.layers.Dropout(0.5)(inputs)
         return inputs, dense(1, use_bias=False, name="output")(kept)
-    if problem.model in ("linear", "normalised"):
+    if problem.model in ("linear", "normalized"):
         inputs = hidden = keras.Input((problems.FEATURES,))
-        if problem.model == "normalised":
+        if problem.model == "normalized":
             hidden = keras.layers.BatchNormalization(
-                momentum=0.9, epsilon=1e-3, name="normalised"
+                momentum=0.9, epsilon=1e-3, name="normalized"
             )(inputs)
         return inputs, dense(problems.CLASSES, name="output")(hidden)
     if problem.model == "classifier":
@@ -87,7 +87,7 @@ def tensors(problem: Problem):
 
 
 def variables(model: keras.Model) -> dict:
-    """The trainable variables by the names of `problems.initial_weights`."""
+    """Returns the trainable variables by the names of `initial_weights`."""
     layers = {layer.name: layer for layer in model.layers}
     named = {}
     for name in ("hidden", "output", "row"):
@@ -97,19 +97,19 @@ def variables(model: keras.Model) -> dict:
                 named[f"{name}_bias"] = layers[name].bias
     if "embedding" in layers:
         named["embedding"] = layers["embedding"].embeddings
-    if "normalised" in layers:
-        named["scale"] = layers["normalised"].gamma
-        named["offset"] = layers["normalised"].beta
+    if "normalized" in layers:
+        named["scale"] = layers["normalized"].gamma
+        named["offset"] = layers["normalized"].beta
     return named
 
 
 def array(variable) -> np.ndarray:
-    """A variable's value in float64."""
+    """Returns a variable's value in float64."""
     return np.asarray(tf.cast(tf.convert_to_tensor(variable), tf.float64))
 
 
 def make_loss(problem: Problem):
-    """What `compile` is given as the loss."""
+    """Returns what `compile` is given as the loss."""
     reduction = {
         "mean": "sum_over_batch_size",
         "sum": "sum",
@@ -126,7 +126,7 @@ def make_loss(problem: Problem):
 
 
 def make_optimizer(problem: Problem, **kwargs) -> keras.optimizers.Optimizer:
-    """The optimizer; `kwargs` say how it accumulates."""
+    """Returns the optimizer; `kwargs` say how it accumulates."""
     rate = problem.learning_rate
     if problem.halving:
         rate = keras.optimizers.schedules.ExponentialDecay(rate, 1, 0.5)
@@ -146,13 +146,13 @@ def make_optimizer(problem: Problem, **kwargs) -> keras.optimizers.Optimizer:
 
 
 def structure(batch: Batch) -> tuple:
-    """A batch as `fit` wants it."""
-    parts = (batch.x, batch.y, batch.weight)
-    return parts if batch.weight is not None else parts[:2]
+    """Returns a batch as `fit` wants it."""
+    arrays = (batch.x, batch.y, batch.weight)
+    return arrays if batch.weight is not None else arrays[:2]
 
 
 def dataset(batches: list[Batch]) -> tf.data.Dataset:
-    """The batches, in order, of a length that TensorFlow knows."""
+    """Returns the batches, in order, of a length that TensorFlow knows."""
     signature = tf.nest.map_structure(
         lambda value: tf.TensorSpec((None, *value.shape[1:]), value.dtype),
         structure(batches[0]),
@@ -175,11 +175,11 @@ class KerasSystem(System):
     takes_windows = False
 
     def model_arguments(self, problem: Problem) -> dict:
-        """What the model's class is told of accumulation."""
+        """Returns what the model's class is told of accumulation."""
         return {}
 
     def optimizer_arguments(self, problem: Problem) -> dict:
-        """What the optimizer is told of accumulation."""
+        """Returns what the optimizer is told of accumulation."""
         return {}
 
     def begin_epoch(self, model: keras.Model, steps: int) -> None:
@@ -262,7 +262,7 @@ class KerasSystem(System):
 
 
 def outcome(problem, model, losses=None) -> Outcome:
-    """What a trained model holds."""
+    """Returns what a trained model holds."""
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     named = variables(model)
     result = Outcome(
@@ -282,8 +282,8 @@ def outcome(problem, model, losses=None) -> Outcome:
             name: array(averages[id(variable)])
             for name, variable in named.items()
         }
-    if problem.model == "normalised":
-        layer = model.get_layer("normalised")
+    if problem.model == "normalized":
+        layer = model.get_layer("normalized")
         result.moving_mean = array(layer.moving_mean)
         result.moving_variance = array(layer.moving_variance)
     return result

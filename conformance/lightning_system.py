@@ -28,7 +28,7 @@ class Module(lightning.LightningModule):
         self.losses: list[float] = []
 
     def training_step(self, batch, index):
-        """The mean loss; Lightning divides it by k."""
+        """Returns the mean loss; Lightning divides it by k."""
         del index
         problem = self.problem
         loss = torch_systems.loss_of(problem, self.network, self.network, batch)
@@ -40,7 +40,7 @@ class Module(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        """The optimizer, and a schedule that counts its steps."""
+        """Returns the optimizer, and a schedule that counts its steps."""
         schedule = self.training_of.schedule
         return {
             "optimizer": self.training_of.optimizer,
@@ -48,7 +48,7 @@ class Module(lightning.LightningModule):
         }
 
     def optimizer_step(self, *args, **kwargs):
-        """The optimizer's step, and what follows it."""
+        """Makes the optimizer's step, and what follows it."""
         super().optimizer_step(*args, **kwargs)
         self.training_of.after_update()
 
@@ -79,7 +79,7 @@ class Loader:
         return len(self._epochs[self._epoch])
 
     def state_dict(self):
-        """Where it is."""
+        """Returns where the loader is."""
         return {"epoch": self._epoch, "next": self._next}
 
     def load_state_dict(self, state):
@@ -88,7 +88,7 @@ class Loader:
 
 
 class SavesOnce(lightning.Callback):
-    """Saves a checkpoint after so many batches."""
+    """Saves a checkpoint after `batches` batches."""
 
     def __init__(self, batches, path) -> None:
         self._left, self._path = batches, path
@@ -150,11 +150,11 @@ def fit(problem, rank, callbacks, path=None):
             "gradient_clip_val": problem.clip_value,
             "gradient_clip_algorithm": "value",
         }
-    several = problem.replicas > 1
+    is_replicated = problem.replicas > 1
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=problem.replicas,
-        strategy="ddp" if several else "auto",
+        strategy="ddp" if is_replicated else "auto",
         precision={"float64": "64-true", "bfloat16": "bf16-true"}.get(
             problem.dtype, "32-true"
         ),

@@ -32,7 +32,7 @@ from conformance.system import System
 
 
 def apply(problem: Problem, parameters, x, key):
-    """Logits, a pair for "two_losses", and the squares of each row."""
+    """Returns logits, a pair for "two_losses", and the squares of each row."""
 
     def dense(name, x):
         y = x @ parameters[f"{name}_kernel"]
@@ -56,16 +56,16 @@ def apply(problem: Problem, parameters, x, key):
 
 
 def sums(problem: Problem, parameters, data, key):
-    """Of each loss, its numerators' sum and what a mean divides it by.
+    """Returns the sum of each loss's numerators, and a mean's denominator.
 
     The last is the penalty on activations, over the rows.
     """
     x, y, weight, counts = data["x"], data["y"], data["weight"], data["counts"]
     outputs, squares = apply(problem, parameters, x, key)
-    several = isinstance(outputs, tuple)
+    has_two_losses = isinstance(outputs, tuple)
     result = []
     for output, label in zip(
-        outputs if several else (outputs,), y, strict=True
+        outputs if has_two_losses else (outputs,), y, strict=True
     ):
         if problem.model == "dropout":
             entries = optax.squared_error(output, label).mean(-1)
@@ -89,14 +89,14 @@ def sums(problem: Problem, parameters, data, key):
 
 
 def penalty(problem: Problem, parameters):
-    """L2 of the hidden kernel."""
+    """Returns the L2 penalty of the hidden kernel."""
     if not problem.l2:
         return 0.0
     return problem.l2 * jnp.square(parameters["hidden_kernel"]).sum()
 
 
 def mean_loss(problem: Problem, parameters, data, key):
-    """The loss, as it would be written without accumulation."""
+    """Returns the loss, as it would be written without accumulation."""
     loss = penalty(problem, parameters)
     *losses, (activity, rows) = sums(problem, parameters, data, key)
     for top, bottom in losses:
@@ -108,12 +108,12 @@ def mean_loss(problem: Problem, parameters, data, key):
 
 
 def arrays(problem: Problem, batch: Batch, sharding=None):
-    """A batch as the functions above want it."""
-    several = isinstance(batch.y, tuple)
+    """Returns a batch as the functions above want it."""
+    has_two_losses = isinstance(batch.y, tuple)
     ones = np.ones(batch.rows, wide(problem))
     data = {
         "x": batch.x,
-        "y": batch.y if several else (batch.y,),
+        "y": batch.y if has_two_losses else (batch.y,),
         "weight": ones if batch.weight is None else batch.weight,
         "counts": ones,
     }
@@ -121,12 +121,12 @@ def arrays(problem: Problem, batch: Batch, sharding=None):
 
 
 def wide(problem: Problem) -> str:
-    """The dtype of what is counted."""
+    """Returns the dtype of what is counted."""
     return "float64" if problem.dtype == "float64" else "float32"
 
 
 def first_parameters(problem: Problem):
-    """The first weights, in the problem's dtype."""
+    """Returns the first weights, in the problem's dtype."""
     return {
         name: jnp.asarray(value, problem.dtype)
         for name, value in problems.initial_weights(problem.model).items()
@@ -134,17 +134,17 @@ def first_parameters(problem: Problem):
 
 
 def make_optimizer(problem: Problem) -> optax.GradientTransformation:
-    """The optimizer, without accumulation."""
-    parts = []
+    """Returns the optimizer, without accumulation."""
+    transformations = []
     if problem.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(problem.clip_norm))
+        transformations.append(optax.clip_by_global_norm(problem.clip_norm))
     if problem.clip_value is not None:
-        parts.append(optax.clip(problem.clip_value))
+        transformations.append(optax.clip(problem.clip_value))
     rate = problem.learning_rate
     if problem.halving:
         rate = optax.exponential_decay(rate, 1, 0.5)
     momentum = 0.9 if problem.optimizer == "momentum" else None
-    parts.append(
+    transformations.append(
         {
             "sgd": lambda: optax.sgd(rate),
             "momentum": lambda: optax.sgd(rate, momentum),
@@ -153,18 +153,18 @@ def make_optimizer(problem: Problem) -> optax.GradientTransformation:
         }[problem.optimizer]()
     )
     if problem.nonnegative:
-        parts.append(
+        transformations.append(
             optax.masked(
                 optax.keep_params_nonnegative(),
                 lambda tree: {name: name == "hidden_kernel" for name in tree},
             )
         )
-    return optax.chain(*parts)
+    return optax.chain(*transformations)
 
 
 def refuse(problem: Problem) -> None:
     """Raises for what optax has no part in."""
-    if problem.model == "normalised":
+    if problem.model == "normalized":
         raise DoesNotApply("optax has no layers.")
     if problem.dtype == "mixed_float16":
         raise DoesNotApply("optax has no loss scale.")
@@ -181,19 +181,19 @@ class Run:
         self.key = jax.random.key(0)
 
     def next_key(self):
-        """A key for a step of its own."""
+        """Returns a key for a step of its own."""
         self.key, key = jax.random.split(self.key)
         return key
 
     def after_update(self) -> None:
-        """The moving average."""
+        """Updates the moving average."""
         if self.problem.average is not None:
             self.average = optax.incremental_update(
                 self.parameters, self.average, 1 - self.problem.average
             )
 
     def outcome(self, updates=None) -> Outcome:
-        """What it left behind."""
+        """Returns what it left behind."""
 
         def named(tree):
             return {k: np.asarray(v, "float64") for k, v in tree.items()}
@@ -205,7 +205,7 @@ class Run:
 
 
 def make_step(optimizer, gradient):
-    """A compiled step: the gradient, and the optimizer's update."""
+    """Returns a compiled step: the gradient, and the optimizer's update."""
 
     @jax.jit
     def step(parameters, state, data, key):
@@ -217,7 +217,7 @@ def make_step(optimizer, gradient):
 
 
 def train_on_batches(problem, optimizer, gradient, epochs) -> Outcome:
-    """One update for each batch."""
+    """Makes one update for each batch."""
     run, step = Run(problem, optimizer), make_step(optimizer, gradient)
     updates = 0
     for batches in epochs:
@@ -269,9 +269,13 @@ class MultiSteps(Optax):
         if problem.nonfinite == "skip_microbatch":
             # Its window waits for another micro-batch in the place of one that
             # it leaves out, and the last window is not filled.
-            good = [b for b in problem.microbatches() if problems.is_finite(b)]
-            full = len(good) - len(good) % problem.accum_steps
-            problem = dataclasses.replace(problem, epochs=(tuple(good[:full]),))
+            finite = [
+                b for b in problem.microbatches() if problems.is_finite(b)
+            ]
+            full = len(finite) - len(finite) % problem.accum_steps
+            problem = dataclasses.replace(
+                problem, epochs=(tuple(finite[:full]),)
+            )
         return super().plain(problem)
 
     def train(self, problem, sharding):
@@ -309,7 +313,7 @@ class MultiSteps(Optax):
 
 
 def every_k(problem: Problem):
-    """k, or a schedule that follows the number of updates."""
+    """Returns k, or a schedule that follows the number of updates."""
     by_update = problem.steps_by_update
     if problem.steps_by_epoch is not None:
         by_update = [
@@ -355,7 +359,7 @@ class Microbatching(Optax):
 
 
 def divided_gradient(problem, parameters, data, key):
-    """The gradient of sums over micro-batches, divided once."""
+    """Returns the gradient of sums over micro-batches, divided once."""
     # Each row has a key, so that each micro-batch draws for itself.
     keys = jax.random.split(key, len(data["counts"]))
 

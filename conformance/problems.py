@@ -40,12 +40,12 @@ class Batch:
 
 
 def concatenate(batches: list[Batch]) -> Batch:
-    """One batch of the rows of all."""
+    """Returns one batch of the rows of all batches."""
 
-    def joined(*parts):
-        if isinstance(parts[0], tuple):
-            return tuple(joined(*each) for each in zip(*parts, strict=True))
-        return None if parts[0] is None else np.concatenate(parts)
+    def joined(*arrays):
+        if isinstance(arrays[0], tuple):
+            return tuple(joined(*pair) for pair in zip(*arrays, strict=True))
+        return None if arrays[0] is None else np.concatenate(arrays)
 
     return Batch(
         joined(*(batch.x for batch in batches)),
@@ -116,7 +116,7 @@ class Problem:
     resume_after: int | None = None
 
     def windows(self) -> list[list[list[Batch]]]:
-        """The micro-batches of each window of each epoch."""
+        """Returns the micro-batches of each window of each epoch."""
         update, epochs = 0, []
         for index, batches in enumerate(self.epochs):
             windows, position = [], 0
@@ -129,7 +129,7 @@ class Problem:
         return epochs
 
     def steps_of(self, epoch: int, update: int) -> int:
-        """Micro-batches of the window after so many updates."""
+        """Returns k of the window after this number of updates."""
         if self.steps_by_epoch is not None:
             return self.steps_by_epoch[epoch]
         if self.steps_by_update is not None:
@@ -138,33 +138,33 @@ class Problem:
         return self.accum_steps
 
     def large_batches(self) -> list[list[Batch]]:
-        """What the reference is trained on, epoch by epoch.
+        """Returns what the reference is trained on, epoch by epoch.
 
         Micro-batches or windows that are to be skipped are left out.
         """
         epochs = []
         for windows in self.windows():
-            kept = []
+            batches = []
             for window in windows:
-                good = [batch for batch in window if is_finite(batch)]
+                kept = [batch for batch in window if is_finite(batch)]
                 if self.nonfinite == "propagate":
-                    good = window
-                if self.nonfinite == "skip_window" and len(good) < len(window):
-                    good = []
-                if good:
-                    kept.append(concatenate(good))
-            epochs.append(kept)
+                    kept = window
+                if self.nonfinite == "skip_window" and len(kept) < len(window):
+                    kept = []
+                if kept:
+                    batches.append(concatenate(kept))
+            epochs.append(batches)
         return epochs
 
     def whole_batches(self) -> list[list[Batch]]:
-        """The rows of each window at once, for systems that cut them up."""
+        """Returns each window's rows at once, for systems that split them."""
         return [
             [concatenate(window) for window in windows]
             for windows in self.windows()
         ]
 
     def microbatches(self) -> Iterator[Batch]:
-        """All micro-batches of all epochs."""
+        """Returns all micro-batches of all epochs."""
         for batches in self.epochs:
             yield from batches
 
@@ -175,19 +175,19 @@ class Problem:
 
 
 def is_finite(batch: Batch) -> bool:
-    """Whether no input is a NaN or an infinity."""
+    """Returns whether no input is a NaN or an infinity."""
     return bool(np.all(np.isfinite(batch.x)))
 
 
 def initial_weights(model: str) -> dict[str, np.ndarray]:
-    """First weights of a model, by name, in float32.
+    """Returns the first weights of a model, by name, in float32.
 
     * "classifier": dense (`UNITS`, tanh), dense (`CLASSES` logits).
     * "tagger": embedding of `TOKENS` tokens in `UNITS`, of which 0 is padding,
       then "classifier" for each token.
     * "two_losses": "tagger", and `CLASSES` logits of the row from the hidden
       units of its first token. The loss is the sum of both.
-    * "normalised": batch normalisation over the rows (momentum 0.9, epsilon
+    * "normalized": batch normalization over the rows (momentum 0.9, epsilon
       1e-3, scale and offset), dense (`CLASSES` logits).
     * "linear": dense (`CLASSES` logits).
     * "dropout": dropout of one half, dense (1 output).
@@ -209,7 +209,7 @@ def initial_weights(model: str) -> dict[str, np.ndarray]:
         weights |= dense("output", UNITS, CLASSES)
         if model == "two_losses":
             weights |= dense("row", UNITS, CLASSES)
-    elif model == "normalised":
+    elif model == "normalized":
         weights = {"scale": np.ones(FEATURES), "offset": np.zeros(FEATURES)}
         weights |= dense("output", FEATURES, CLASSES)
     elif model == "linear":
@@ -225,7 +225,7 @@ def initial_weights(model: str) -> dict[str, np.ndarray]:
 
 
 def vectors(*sizes: int, epochs: int = 3) -> tuple[tuple[Batch, ...], ...]:
-    """Epochs of micro-batches of so many rows, for "classifier" and others."""
+    """Returns epochs of micro-batches of these numbers of rows."""
     rng = np.random.default_rng(0)
     return tuple(
         tuple(
@@ -242,7 +242,7 @@ def vectors(*sizes: int, epochs: int = 3) -> tuple[tuple[Batch, ...], ...]:
 def sequences(
     *lengths: int, rows: int = 2, epochs: int = 3
 ) -> tuple[tuple[Batch, ...], ...]:
-    """Epochs of padded sequences, for "tagger".
+    """Returns epochs of padded sequences, for "tagger".
 
     Args:
         *lengths: Tokens that count, in each row of each micro-batch.
@@ -265,7 +265,7 @@ def sequences(
 def halves(
     *pairs: tuple[int, int], epochs: int = 3
 ) -> tuple[tuple[Batch, ...], ...]:
-    """As `sequences`, of two rows, each of a length of its own."""
+    """Returns `sequences` of two rows, each of a length of its own."""
     rng = np.random.default_rng(0)
 
     def batch(pair):
@@ -279,7 +279,7 @@ def halves(
 
 
 def with_row_labels(epochs):
-    """Micro-batches for "two_losses", of those for "tagger"."""
+    """Returns micro-batches for "two_losses", made of those for "tagger"."""
     rng = np.random.default_rng(1)
     return tuple(
         tuple(
@@ -297,7 +297,7 @@ def with_row_labels(epochs):
 
 
 def weighted(epochs):
-    """The same micro-batches with weights of the rows, from 0 to 4."""
+    """Returns the same micro-batches with weights of the rows, from 0 to 4."""
     rng = np.random.default_rng(1)
     return tuple(
         tuple(
@@ -314,7 +314,7 @@ def weighted(epochs):
 
 
 def poisoned(epochs, position: int):
-    """The same, with a NaN in one micro-batch of the first epoch."""
+    """Returns the same, with a NaN in one micro-batch of the first epoch."""
     first, *others = epochs
     x = first[position].x.copy()
     x[0, 0] = np.nan
@@ -324,6 +324,6 @@ def poisoned(epochs, position: int):
 
 
 def ones(windows: int, steps: int) -> tuple[tuple[Batch, ...], ...]:
-    """One epoch of micro-batches of one row of ones, for "dropout"."""
+    """Returns one epoch of micro-batches of one row of ones, for "dropout"."""
     batch = Batch(np.ones((1, DROPPED), "float32"), np.ones((1, 1), "float32"))
     return ((batch,) * (windows * steps),)

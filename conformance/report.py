@@ -86,22 +86,22 @@ def measure(name: str) -> None:
 
 
 def results_path(name: str) -> pathlib.Path:
-    """Where the results of a system are."""
+    """Returns where the results of a system are."""
     return pathlib.Path(_FOLDER.value) / f"{name}.json"
 
 
 def passes(result: dict) -> bool:
-    """Whether a figure was measured, and is within its bound."""
+    """Returns whether a figure was measured, and is within its bound."""
     return result.get("figure", float("inf")) <= result["bound"]
 
 
 def applies(result: dict) -> bool:
-    """Whether the claim is about something that the system does."""
+    """Returns whether the claim is about something that the system does."""
     return "does_not_apply" not in result
 
 
 def short(figure: float) -> str:
-    """A figure in few characters: "0", "2e-07", "0.93"."""
+    """Returns a figure in few characters: "0", "2e-07", "0.93"."""
     if figure == 0:
         return "0"
     if figure == float("inf"):
@@ -116,18 +116,18 @@ class Notes:
         self._reasons: list[str] = []
 
     def number(self, reason: str) -> int:
-        """The number of a reason, from 1."""
+        """Returns the number of a reason, from 1."""
         if reason not in self._reasons:
             self._reasons.append(reason)
         return self._reasons.index(reason) + 1
 
     def lines(self) -> list[str]:
-        """The reasons as a numbered list."""
+        """Returns the reasons as a numbered list."""
         return [f"{i}. {text}" for i, text in enumerate(self._reasons, 1)]
 
 
 def cell(result: dict, notes: Notes) -> str:
-    """What the table says of a result."""
+    """Returns what the table says of a result."""
     if "figure" in result:
         text = short(result["figure"])
         return text if passes(result) else f"**{text}**"
@@ -142,19 +142,19 @@ def cell(result: dict, notes: Notes) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as Markdown prints it, in one line, without this machine's paths."""
+    """Returns text as one line of Markdown, without this machine's paths."""
     text = re.sub(r"(/[\w.+-]+){2,}/", "…/", text)
     text = text if len(text) <= 160 else f"{text[:159]}…"
     return re.sub(r"([*_<>|])", r"\\\1", text)
 
 
 def row(cells) -> str:
-    """A row of a Markdown table."""
+    """Returns a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def totals(results: dict[str, dict]) -> list[str]:
-    """A table of how many checks each system passes."""
+    """Returns a table of how many checks each system passes."""
     lines = [row(["", "passes", "of those that apply", "releases"])]
     lines.append(row(["---", "---:", "---:", "---"]))
     for name, result in results.items():
@@ -168,7 +168,7 @@ def totals(results: dict[str, dict]) -> list[str]:
 
 
 def page(results: dict[str, dict]) -> str:
-    """The whole of `docs/conformance.md`."""
+    """Returns the whole of `docs/conformance.md`."""
     dates = sorted({result["date"] for result in results.values()})
     python = sorted({result["python"] for result in results.values()})
     measured = f"Measured on {' to '.join(dates)}, Python {', '.join(python)}."
@@ -195,7 +195,7 @@ def page(results: dict[str, dict]) -> str:
 
 
 def with_totals(readme: str, results: dict[str, dict]) -> str:
-    """The README, with these totals between its two marks."""
+    """Returns the README, with these totals between its two marks."""
     begin, end = "<!-- conformance: begin -->", "<!-- conformance: end -->"
     table = "\n".join([begin, *totals(results), end])
     pattern = f"{re.escape(begin)}.*{re.escape(end)}"

@@ -27,8 +27,8 @@ class Outcome:
         losses: The loss that was reported for each epoch; None if the system
             reports none.
         averages: Moving averages of the weights, as `weights`; or None.
-        moving_mean: Of batch normalisation; or None.
-        moving_variance: Likewise.
+        moving_mean: Of batch normalization; or None.
+        moving_variance: Of batch normalization; or None.
     """
 
     weights: dict[str, np.ndarray]

@@ -64,7 +64,7 @@ class Network(nn.Module):
                 table, freeze=False
             )
         if "scale" in initial:
-            layers["normalised"] = nn.BatchNorm1d(
+            layers["normalized"] = nn.BatchNorm1d(
                 problems.FEATURES, eps=1e-3, momentum=0.1
             )
         self.layers = nn.ModuleDict(layers)
@@ -72,12 +72,12 @@ class Network(nn.Module):
         self.to(DTYPES[problem.dtype])
 
     def forward(self, x):
-        """Logits; for "two_losses" a pair; and the squares of hidden units."""
+        """Returns logits, or two of them, and the squares of hidden units."""
         layers = self.layers
         if "embedding" in layers:
             x = layers["embedding"](x)
-        if "normalised" in layers:
-            x = layers["normalised"](x)
+        if "normalized" in layers:
+            x = layers["normalized"](x)
         if self.model == "dropout":
             x = self.dropout(x)
         activity = x.new_zeros(())
@@ -90,12 +90,12 @@ class Network(nn.Module):
         return outputs, activity
 
     def named(self) -> dict[str, torch.Tensor]:
-        """Parameters by the names of `problems.initial_weights`."""
+        """Returns the parameters by the names of `problems.initial_weights`."""
         found = {}
         for name, layer in self.layers.items():
             if name == "embedding":
                 found["embedding"] = layer.weight
-            elif name == "normalised":
+            elif name == "normalized":
                 found |= {"scale": layer.weight, "offset": layer.bias}
             else:
                 found[f"{name}_kernel"] = layer.weight.T
@@ -104,7 +104,7 @@ class Network(nn.Module):
         return found
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The same in NumPy."""
+        """Returns the same in NumPy."""
         return {
             name: value.detach().double().numpy().copy()
             for name, value in self.named().items()
@@ -112,41 +112,41 @@ class Network(nn.Module):
 
 
 def tensors(batch: Batch, problem: Problem, rank: int = 0):
-    """Inputs, labels and weights of a batch: of one process, its own rows.
+    """Returns inputs, labels and weights of a batch: a process's own rows.
 
     Labels of padding are `IGNORED`.
     """
     size = batch.rows // problem.replicas
-    part = slice(rank * size, (rank + 1) * size)
+    local_rows = slice(rank * size, (rank + 1) * size)
 
-    def own(array):
-        return torch.from_numpy(array[part].copy())
+    def local(array):
+        return torch.from_numpy(array[local_rows].copy())
 
     def of_tokens(labels):
-        return own(labels).long().masked_fill(x == 0, problems.IGNORED)
+        return local(labels).long().masked_fill(x == 0, problems.IGNORED)
 
-    x = own(batch.x)
+    x = local(batch.x)
     if problem.model == "tagger":
         y = of_tokens(batch.y)
     elif problem.model == "two_losses":
-        y = (own(batch.y[0]).long(), of_tokens(batch.y[1]))
+        y = (local(batch.y[0]).long(), of_tokens(batch.y[1]))
     else:
-        y = own(batch.y)
+        y = local(batch.y)
         y = y if problem.model == "dropout" else y.long()
     if x.is_floating_point():
         x = x.to(DTYPES[problem.dtype])
-    return x, y, None if batch.weight is None else own(batch.weight)
+    return x, y, None if batch.weight is None else local(batch.weight)
 
 
 def pairs(outputs, labels):
-    """The outputs and labels of each loss."""
+    """Returns the outputs and labels of each loss."""
     if isinstance(labels, tuple):
         return list(zip(outputs, labels, strict=True))
     return [(outputs, labels)]
 
 
 def numerators(outputs, labels, weight) -> list[torch.Tensor]:
-    """Each loss, summed."""
+    """Returns each loss, summed."""
     sums = []
     for output, label in pairs(outputs, labels):
         if label.is_floating_point():
@@ -165,7 +165,7 @@ def numerators(outputs, labels, weight) -> list[torch.Tensor]:
 
 
 def denominators(problem: Problem, labels, weight) -> list[float]:
-    """What each of them is divided by, in a mean."""
+    """Returns what each loss is divided by, in a mean."""
     every = labels if isinstance(labels, tuple) else (labels,)
     if problem.reduction == "sum":
         return [1.0] * len(every)
@@ -175,14 +175,14 @@ def denominators(problem: Problem, labels, weight) -> list[float]:
 
 
 def penalty(problem: Problem, network: Network) -> torch.Tensor:
-    """L2 of the hidden kernel."""
+    """Returns the L2 penalty of the hidden kernel."""
     if not problem.l2:
         return torch.zeros(())
     return problem.l2 * network.layers["hidden"].weight.square().sum()
 
 
 def loss_of(problem: Problem, network, inner: Network, data) -> torch.Tensor:
-    """The loss of a batch, as it would be written without accumulation."""
+    """Returns the loss of a batch, as it is written without accumulation."""
     x, y, weight = data
     outputs, activity = network(x)
     loss = penalty(problem, inner)
@@ -227,7 +227,7 @@ class Training:
         )
 
     def autocast(self):
-        """The context of the forward pass."""
+        """Returns the context of the forward pass."""
         if self.problem.dtype != "mixed_float16":
             return contextlib.nullcontext()
         return torch.autocast("cpu", torch.float16)
@@ -247,7 +247,7 @@ class Training:
         self.after_update()
 
     def after_update(self) -> None:
-        """The constraint and the moving average."""
+        """Applies the constraint and the moving average."""
         if self.problem.nonnegative:
             with torch.no_grad():
                 self.network.layers["hidden"].weight.clamp_(min=0)
@@ -255,22 +255,22 @@ class Training:
             self.average.update_parameters(self.network)
 
     def outcome(self) -> Outcome:
-        """What it left behind."""
+        """Returns what it left behind."""
         result = Outcome(self.network.arrays())
         states = list(self.optimizer.state.values())
         if states and "step" in states[0]:
             result.updates = int(states[0]["step"])
         if self.average is not None:
             result.averages = self.average.module.arrays()
-        if "normalised" in self.network.layers:
-            layer = self.network.layers["normalised"]
+        if "normalized" in self.network.layers:
+            layer = self.network.layers["normalized"]
             result.moving_mean = layer.running_mean.double().numpy()
             result.moving_variance = layer.running_var.double().numpy()
         return result
 
 
 def make_optimizer(problem: Problem, parameters) -> torch.optim.Optimizer:
-    """The optimizer."""
+    """Returns the optimizer."""
     rate = problem.learning_rate
     if problem.optimizer == "adam":
         return torch.optim.Adam(parameters, rate)
@@ -323,7 +323,7 @@ def in_processes(function, problem: Problem, *args) -> Outcome:
 
 
 def in_process(rank, function, problem, args, port, folder) -> None:
-    """One of the processes; see `in_processes`."""
+    """Trains in one of the processes; see `in_processes`."""
     os.environ |= {
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
@@ -392,7 +392,7 @@ def train_in_loop(problem, rank, add) -> Outcome:
 
 
 def resumed(training: Training) -> Training:
-    """A training of its own, from what is saved as PyTorch documents it."""
+    """Returns another training that goes on from what this one saved."""
     with tempfile.TemporaryFile() as file:
         torch.save(
             {
@@ -409,8 +409,8 @@ def resumed(training: Training) -> Training:
     return training
 
 
-def synchronised(model, is_last: bool):
-    """The context of a backward pass: only the last one reduces."""
+def synchronized(model, is_last: bool):
+    """Returns the context of a backward pass: only the last one reduces."""
     if is_last or not hasattr(model, "no_sync"):
         return contextlib.nullcontext()
     return model.no_sync()
@@ -422,7 +422,7 @@ def add_microbatches(training, model, data, steps) -> None:
     # A sum is not divided. A short window is known to be one.
     divisor = 1 if problem.reduction == "sum" else steps
     for index, each in enumerate(data):
-        with synchronised(model, index == len(data) - 1):
+        with synchronized(model, index == len(data) - 1):
             with training.autocast():
                 loss = loss_of(problem, model, training.network, each)
             training.scaler.scale(loss / divisor).backward()
@@ -446,7 +446,7 @@ def add_sums(training, model, data, steps) -> None:
     scale = problem.replicas
     for index, (x, y, weight) in enumerate(data):
         is_last = index == len(data) - 1
-        with synchronised(model, is_last):
+        with synchronized(model, is_last):
             with training.autocast():
                 outputs, activity = model(x)
                 loss = scale * problem.activity_l2 * activity / float(rows)

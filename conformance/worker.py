@@ -19,7 +19,7 @@ from conformance.system import NoOption
 
 
 def result(check: checks.Check, system) -> dict:
-    """What came of a check: a figure, or a reason under another name."""
+    """Returns what came of a check: a figure, or a reason by another name."""
     try:
         return {"figure": check.figure(system)}
     except DoesNotApply as reason:
@@ -31,7 +31,7 @@ def result(check: checks.Check, system) -> dict:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error that says something."""
+    """Returns the first line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next(filter(None, lines), "")
 
