@@ -56,7 +56,7 @@ with silence.silent_stderr():
 # Not bfloat16 alone: Adam's `beta_2` of 0.999 is 1 in it, and nothing learns.
 _PRECISIONS = ("float32", "float64", "mixed_bfloat16", "mixed_float16")
 
-# Micro-batches per update if no flag says how the batch is cut.
+# Micro-batches per update if no flag says how the batch is split.
 _ACCUM_STEPS = 8
 
 FLAGS = flags.FLAGS
@@ -92,7 +92,7 @@ picture_flag.define("digits.png")
 
 @flags.multi_flags_validator(
     ["accum_steps", "microbatch_size"],
-    message="--accum_steps and --microbatch_size both say how the batch is cut;"
+    message="--accum_steps and --microbatch_size both say how to split a batch;"
     " give one of them.",
 )
 def _is_said_once(values: dict[str, int | str | None]) -> bool:
@@ -123,7 +123,7 @@ def _divides(values: dict[str, int | str | None]) -> bool:
 
 
 def settings_from_flags() -> digits_training.Settings:
-    """Each field from the flag of its name."""
+    """Returns settings, each field from the flag of its name."""
     values = {
         field.name: FLAGS[field.name].value
         for field in dataclasses.fields(digits_training.Settings)
@@ -136,7 +136,7 @@ def settings_from_flags() -> digits_training.Settings:
 
 
 def heading(settings: digits_training.Settings) -> str:
-    """How the accumulated training takes the images of an update."""
+    """Returns how the accumulated training takes the images of an update."""
     if settings.accum_steps is not None:
         return (
             f"{settings.accum_steps} micro-batches of {settings.step_size}"
@@ -163,13 +163,13 @@ def train_in_own_process(
 def largest_difference(
     run: digits_training.Run, other: digits_training.Run
 ) -> float:
-    """The largest absolute difference between the weights; NaN if one is."""
+    """Returns the largest difference between weights; NaN if one is NaN."""
     pairs = zip(run.weights, other.weights, strict=True)
     return float(np.max([np.max(np.abs(a - b)) for a, b in pairs]))
 
 
 def table(large: digits_training.Run, accumulated: digits_training.Run) -> str:
-    """The comparison, in lines of at most 80 columns."""
+    """Returns the comparison, in lines of at most 80 columns."""
     lines = [
         f"{'':<11}{'updates':>9}{'test accuracy':>15}{'largest difference':>20}"
         f"{'peak memory':>13}{'seconds':>9}"

@@ -95,13 +95,13 @@ def open_dataset(
         the builder says about both.
 
     Raises:
-        SystemExit: If there is no such set, if it has no labelled images of
+        SystemExit: If there is no such set, if it has no labeled images of
             one shape or no test split, or if preparing it fails.
     """
     try:
         builder = tfds.builder(name, data_dir=data_dir)
         if not _labels_images(builder.info):
-            raise ValueError("it has no labelled images of one shape")
+            raise ValueError("it has no labeled images of one shape")
         builder.download_and_prepare()
         train, test = builder.as_dataset(
             split=["train", "test"], as_supervised=True

@@ -99,7 +99,7 @@ def build_model(
 
     Args:
         info: What a builder says about its images and labels.
-        settings: How an update is cut into micro-batches.
+        settings: How an update is split into micro-batches.
         accumulate: Whether it is; if not, the model is a plain `keras.Model`.
     """
     image = info.features["image"]
@@ -175,7 +175,7 @@ def train(settings: Settings, accumulate: bool) -> Run:
 
 
 def _peak_memory_mib() -> float:
-    """The most memory that this process has had resident; NaN if unknown."""
+    """Returns the most resident memory of this process so far, or NaN."""
     with contextlib.suppress(FileNotFoundError):
         # Linux hands a parent's `ru_maxrss` on to its children, even to those
         # that run another program. This figure begins with the program.

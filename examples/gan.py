@@ -73,7 +73,7 @@ def _is_enough(values: dict[str, int]) -> bool:
 
 
 def load_images(data_dir: str | None, dtype: str) -> np.ndarray:
-    """The digits to train on; `(number, SIDE * SIDE)`, from -1 to 1."""
+    """Returns the digits to train on; `(number, SIDE * SIDE)`, from -1 to 1."""
     digits, _, _ = digits_dataset.open_dataset("digits", data_dir)
     images = np.stack([image for image, _ in digits.as_numpy_iterator()])
     return (images.reshape(len(images), -1) / 127.5 - 1).astype(dtype)

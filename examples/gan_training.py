@@ -30,7 +30,7 @@ class Run:
 
 
 def build_generator() -> keras.Model:
-    """A network from noise to pixels from -1 to 1."""
+    """Returns a network from noise to pixels from -1 to 1."""
     return keras.Sequential(
         [
             keras.Input((NOISE,)),
@@ -42,7 +42,7 @@ def build_generator() -> keras.Model:
 
 
 def build_discriminator() -> keras.Model:
-    """A network from pixels to the logit of their being real."""
+    """Returns a network from pixels to the logit that they are real."""
     return keras.Sequential(
         [
             keras.Input((SIDE * SIDE,)),
@@ -69,7 +69,7 @@ class Player:
         self._accumulator = keras_accum.GradientAccumulator(self._variables)
 
     def add(self, tape: tf.GradientTape, loss: tf.Tensor, rows: int) -> None:
-        """Adds the gradient of a mean loss over so many rows."""
+        """Adds the gradient of a loss that is a mean over `rows` rows."""
         gradients = tape.gradient(loss, self._variables)
         self._accumulator.add(gradients, weight=rows)
 
@@ -105,7 +105,7 @@ def add_microbatch(
 def batches(
     images: np.ndarray, batch_size: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless batches of images and of noise."""
+    """Yields batches of images and of noise, without end."""
     rng = np.random.default_rng(seed)
     while True:
         rows = rng.integers(0, len(images), batch_size)
@@ -127,7 +127,7 @@ def train(
     Args:
         images: Real ones; `(number, SIDE * SIDE)`, from -1 to 1.
         accum_steps: Micro-batches per update. They differ by a row in size
-            where the batch cannot be cut evenly.
+            where the batch cannot be split evenly.
         batch_size: Images per update.
         updates: Of each network.
         learning_rate: Adam's.
@@ -153,10 +153,10 @@ def train(
 
     data = batches(images, batch_size, seed)
     for _ in range(updates):
-        parts = [np.array_split(part, accum_steps) for part in next(data)]
-        losses = [add(*microbatch) for microbatch in zip(*parts, strict=True)]
+        split = [np.array_split(array, accum_steps) for array in next(data)]
+        losses = [add(*microbatch) for microbatch in zip(*split, strict=True)]
         update()
-    rows = [len(part) for part in parts[0]]
+    rows = [len(microbatch) for microbatch in split[0]]
     _, noise = next(batches(images, DRAWN, seed))
     drawn = generator.network(noise).numpy()
     return Run(

@@ -5,7 +5,7 @@ shows, which every Python has. Every `--accum_steps` micro-batches make one
 update. Trainings of the same `--batch_size` times `--accum_steps` see the same
 rows in each update and give the same weights up to rounding, wherever they run.
 (One micro-batch per update does not quite: Keras's Adam then gets an
-embedding's gradient in pieces, and squares those instead of their sum.)
+embedding's gradient with repeated rows, and squares each, not their sum.)
 
     python -m examples.language_model
     python -m examples.language_model --batch_size=4 --accum_steps=8

@@ -52,7 +52,7 @@ class Backups(keras.callbacks.Callback):
 
 
 def saved_epochs(folder: str | pathlib.Path) -> set[int]:
-    """After how many epochs there is something saved in the folder."""
+    """Returns the epochs after which something was saved in the folder."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     matches = map(_SAVED_PATTERN.fullmatch, names)
     return {int(match[1]) for match in matches if match}

@@ -23,7 +23,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     enum = functools.partial(flags.DEFINE_enum, flag_values=values)
     boolean = functools.partial(flags.DEFINE_bool, flag_values=values)
     integer = functools.partial(flags.DEFINE_integer, flag_values=values)
-    number = functools.partial(flags.DEFINE_float, flag_values=values)
+    decimal = functools.partial(flags.DEFINE_float, flag_values=values)
 
     # Where it runs
     enum("strategy", "one", strategies.NAMES, "Where to train.")
@@ -82,15 +82,15 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     integer("layers", 4, "Transformer blocks.", lower_bound=1)
     integer("width", 128, "Size of a token's vector.", lower_bound=1)
     integer("heads", 4, "Attention heads.", lower_bound=1)
-    number("learning_rate", 0.004, "AdamW's, at its highest.", lower_bound=0.0)
+    decimal("learning_rate", 0.004, "AdamW's, at its highest.", lower_bound=0.0)
     integer(
         "warmup_updates",
         40,
         "Updates in which the learning rate rises.",
         lower_bound=0,
     )
-    number("weight_decay", 0.1, "AdamW's, of the kernels.", lower_bound=0.0)
-    number(
+    decimal("weight_decay", 0.1, "AdamW's, of the kernels.", lower_bound=0.0)
+    decimal(
         "clip_norm",
         1.0,
         "The longest gradient, of all weights together; 0 for any.",
@@ -109,7 +109,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         "log_dir", None, "Where to log for TensorBoard.", allow_override=True
     )
     integer("sample_length", 400, "Bytes of text to make up.", lower_bound=0)
-    number(
+    decimal(
         "temperature",
         0.8,
         "How daring the text is; 0 for the likeliest.",

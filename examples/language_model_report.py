@@ -52,7 +52,7 @@ def local_copy(
 def unigram_entropy(
     train: language_model_text.Rows, held_out: language_model_text.Rows
 ) -> float:
-    """Cross-entropy of held-out tokens under their frequency in training.
+    """Returns the cross-entropy of tokens under their frequency in training.
 
     Args:
         train: Where the frequencies are from. One is added to each count.

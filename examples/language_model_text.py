@@ -71,7 +71,7 @@ def decode(tokens: Sequence[int]) -> str:
 
 
 def packed(texts: Sequence[str], context: int) -> Rows:
-    """One document after the other, cut into rows; only the last has padding.
+    """Splits one document after the other into rows; only the last has padding.
 
     A row may hold the end of a document and the beginning of the next. The
     model learns from the separator to forget the first.
@@ -83,24 +83,24 @@ def packed(texts: Sequence[str], context: int) -> Rows:
     stream = [SEPARATOR]
     for text in texts:
         stream.extend([*encode(text), SEPARATOR])
-    return _cut([np.array(stream)], context)
+    return _split([np.array(stream)], context)
 
 
 def masked(texts: Sequence[str], context: int) -> Rows:
-    """Each document in rows of its own, the last of which has padding.
+    """Returns each document in rows of its own, the last of which has padding.
 
     Args:
         texts: Documents.
         context: Tokens in a row.
     """
-    return _cut(
+    return _split(
         [np.array([SEPARATOR, *encode(text), SEPARATOR]) for text in texts],
         context,
     )
 
 
-def _cut(streams, context):
-    """Cuts streams of tokens into rows; a row's last target begins the next."""
+def _split(streams, context):
+    """Splits streams into rows; a row's last target begins the next."""
     rows = {"inputs": [], "targets": [], "weights": []}
     for stream in streams:
         padding = -(len(stream) - 1) % context
@@ -127,7 +127,7 @@ BATCHINGS = {"packed": packed, "masked": masked}
 def batches(
     rows: Rows, batch_size: int, first: int, last: int, seed: int
 ) -> tf.data.Dataset:
-    """Batches from an endless stream, in which each pass has an order its own.
+    """Returns batches of an endless stream; each pass has its own order.
 
     Where a row comes in the stream is computed, not remembered: a training that
     goes on sees what it would have seen without the interruption, and so does

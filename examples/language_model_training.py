@@ -60,7 +60,7 @@ def learning_rate(
 
 
 def optimizer(settings: Settings) -> keras.optimizers.Optimizer:
-    """AdamW, which decays the kernels and nothing else."""
+    """Returns AdamW, which decays the kernels and nothing else."""
     result = keras.optimizers.AdamW(
         learning_rate(settings),
         weight_decay=settings.weight_decay,

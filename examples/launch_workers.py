@@ -45,7 +45,7 @@ flags.DEFINE_float(
 )
 
 _SECONDS_BETWEEN_LOOKS = 0.05
-# Those of them that this system has.
+# The signals of these that this system has.
 _SIGNALS = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP")
@@ -55,13 +55,13 @@ _SIGNALS = [
 _UTF8 = {"PYTHONIOENCODING": "utf-8"}
 
 
-def free_addresses(number: int) -> list[str]:
+def free_addresses(count: int) -> list[str]:
     """Returns addresses on the loopback interface that nothing listens at."""
     with contextlib.ExitStack() as stack:
         # All are open at once, so that no port comes twice.
         sockets = [
             stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            for _ in range(number)
+            for _ in range(count)
         ]
         return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
 
@@ -123,25 +123,28 @@ def _show(worker, index):
         sys.stdout.flush()
 
 
-def end(worker: subprocess.Popen, number: int | None = None) -> None:
+def end(worker: subprocess.Popen, signal_number: int | None = None) -> None:
     """Ends a process that leads a session, and what it has started.
 
     Args:
         worker: The process, which may have ended.
-        number: The signal to send; None stands for the one that no process can
-            ignore.
+        signal_number: The signal to send; None stands for the one that no
+            process can ignore.
     """
     if not hasattr(os, "killpg"):
         # Windows has no groups, and this one way to end a process.
         worker.kill()
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(worker.pid, signal.SIGKILL if number is None else number)
+        os.killpg(
+            worker.pid,
+            signal.SIGKILL if signal_number is None else signal_number,
+        )
 
 
-def _end_all(workers, number=None):
+def _end_all(workers, signal_number=None):
     for worker in workers:
-        end(worker, number)
+        end(worker, signal_number)
 
 
 def _wait(workers, received, grace):
@@ -181,8 +184,10 @@ def launch(
     """
     received, workers, threads = [], [], []
     previous = {
-        number: signal.signal(number, lambda n, _: received.append(n))
-        for number in _SIGNALS
+        signal_number: signal.signal(
+            signal_number, lambda n, _: received.append(n)
+        )
+        for signal_number in _SIGNALS
     }
     try:
         for index, environment in enumerate(worker_environments):
@@ -207,8 +212,8 @@ def launch(
             worker.wait()
             thread.join()
             worker.stdout.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signal_number, handler in previous.items():
+            signal.signal(signal_number, handler)
 
 
 def main(argv: list[str]) -> int:

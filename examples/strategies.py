@@ -15,17 +15,17 @@ _DEFAULT_REPLICAS = 2
 
 
 def one_device() -> tf.distribute.Strategy:
-    """No strategy: the first GPU, or the CPU."""
+    """Returns TensorFlow's default strategy: the first GPU, or the CPU."""
     return tf.distribute.get_strategy()
 
 
 def mirrored(replicas: int | None = None) -> tf.distribute.Strategy:
-    """Replicas on one machine.
+    """Returns a strategy of replicas on one machine.
 
     Args:
-        replicas: How many: of its GPUs, None for all of them. Without a GPU the
-            CPU is split into so many devices, None for two. That makes nothing
-            faster, and shows that it works.
+        replicas: How many of its GPUs; None for all of them. Without a GPU the
+            CPU is split into this many devices; None for two. That makes
+            nothing faster, and shows that it works.
 
     Raises:
         ValueError: If there are fewer GPUs.
@@ -51,7 +51,7 @@ def mirrored(replicas: int | None = None) -> tf.distribute.Strategy:
 def multi_worker(
     cluster_resolver: str = "tf_config", startup_timeout: float = 300
 ) -> tf.distribute.Strategy:
-    """Replicas on several machines: all GPUs of each, or its CPU.
+    """Returns a strategy over several machines: all GPUs of each, or its CPU.
 
     When a worker is lost later, TensorFlow misses its heartbeats for some ten
     seconds, and then ends what waits for it with an `UnavailableError` in all
@@ -86,7 +86,7 @@ def _ending_the_process_after(seconds: float) -> Iterator[None]:
 
 
 def tpu(address: str = "local") -> tf.distribute.Strategy:
-    """The cores of a TPU.
+    """Returns a strategy over the cores of a TPU.
 
     Args:
         address: `"local"` on a TPU VM, else the TPU's name or address.
@@ -106,7 +106,7 @@ def tpu(address: str = "local") -> tf.distribute.Strategy:
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process prints, logs and saves; of a single one, True."""
+    """Returns whether this process prints, logs and saves."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return True
     return cluster.worker_of(strategy.cluster_resolver).is_chief
