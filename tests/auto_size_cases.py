@@ -29,7 +29,7 @@ _LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the model.")
 
 
 def build(layers):
-    """A model of few weights and many activations: about 2 MB for 512 steps."""
+    """Returns a model of few weights, with 2 MB of activations in 512 steps."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((None, 16))
     hidden = keras.layers.Dropout(0.1, seed=1)(inputs)
@@ -48,7 +48,7 @@ def build(layers):
 
 
 def batches():
-    """Two batches of each length."""
+    """Yields two batches of each length."""
     rng = np.random.default_rng(0)
     for length in map(int, _LENGTH.value):
         for _ in range(2):
@@ -59,7 +59,7 @@ def batches():
 
 
 def address_space():
-    """Bytes of this process's address space."""
+    """Returns the bytes of this process's address space."""
     statm = pathlib.Path("/proc/self/statm").read_text(encoding="utf-8")
     return int(statm.split()[0]) * mmap.PAGESIZE
 

@@ -47,7 +47,7 @@ class Limited(keras.layers.Layer):
 
 
 def limited(cls, constraint=None, **kwargs):
-    """A model with all kinds of state, whose steps assign some and fail."""
+    """Returns a model with state of all kinds; some of its steps fail."""
     keras.utils.set_random_seed(7)
     inputs = keras.Input((None, test_utils.FEATURES))
     hidden = keras.layers.Dropout(0.2, seed=3)(inputs)
@@ -61,7 +61,7 @@ def limited(cls, constraint=None, **kwargs):
 
 
 def compiled(size, mode="graph", strategy=None, **kwargs):
-    """`limited`, with a `microbatch_size`."""
+    """Returns `limited` with a `microbatch_size`, compiled."""
     with (strategy or tf.distribute.get_strategy()).scope():
         model = limited(
             keras_accum.GradientAccumulationModel,
@@ -86,7 +86,7 @@ def batches(sizes, lengths):
 
 
 def state_of(model):
-    """All variables there are."""
+    """Returns all variables of the model."""
     variables = [
         *model.variables,
         *model.metrics_variables,

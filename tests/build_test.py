@@ -59,7 +59,7 @@ LAYERS = (
 
 
 def python_files():
-    """Every Python file of the project, as a path from its root."""
+    """Returns every Python file of the project, as a path from its root."""
     files = list(ROOT.glob("*.py"))
     for folder in FOLDERS:
         files += (ROOT / folder).rglob("*.py")
@@ -71,7 +71,7 @@ def read(file):
 
 
 def read_targets():
-    """The targets that `BUILD` makes: name to attributes.
+    """Returns the targets that `BUILD` makes: name to attributes.
 
     Starlark is nearly a subset of Python, and the macro is read as it is. What
     `glob` finds stays a pattern.
@@ -101,7 +101,7 @@ def read_targets():
 
 
 def imported_files(file):
-    """The project's files that `file` imports, wherever in it."""
+    """Returns the project's files that `file` imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(read(file))):
         if isinstance(node, ast.Import):
@@ -122,7 +122,7 @@ def imported_files(file):
 
 
 def first_file(modules):
-    """The file of the first of `modules` that is one of the project's."""
+    """Returns the file of the first of `modules` that the project has."""
     for module in modules:
         path = module.replace(".", "/")
         for file in (f"{path}.py", f"{path}/__init__.py"):
@@ -132,7 +132,7 @@ def first_file(modules):
 
 
 def module_of(file):
-    """The module of keras_accum that `file` is, or the package that has it."""
+    """Returns the module of keras_accum that `file` is, or its package."""
     return pathlib.PurePath(file).with_suffix("").parts[1]
 
 

@@ -25,7 +25,7 @@ _POLICY = flags.DEFINE_string("partial_window", "flush", "The model's.")
 
 
 class Killed(keras.callbacks.Callback):
-    """Ends the process after so many batches, as a power cut would.
+    """Ends the process after `batches` batches, as a loss of power would.
 
     It comes after the backup.
     """
@@ -35,7 +35,7 @@ class Killed(keras.callbacks.Callback):
         self._batches = batches
 
     def on_train_batch_begin(self, batch, logs=None):
-        # Those that are skipped are no batches of this process.
+        # Skipped batches are no batches of this process.
         self._batches -= not self.model._accumulation.progress.to_skip
 
     def on_train_batch_end(self, batch, logs=None):
@@ -44,7 +44,7 @@ class Killed(keras.callbacks.Callback):
 
 
 def build(**arguments):
-    """A model with all that has a state."""
+    """Returns a model in which everything has state."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((3,))
     hidden = keras.layers.Dense(5)(inputs)
@@ -58,7 +58,7 @@ def build(**arguments):
 
 
 def dataset(skip=0):
-    """Batches of rows that differ from each other."""
+    """Returns batches of rows that differ from each other."""
     rng = np.random.default_rng(0)
     rows = BATCHES * ROWS
     x = rng.normal(size=(rows, 3)).astype("float32")
@@ -78,7 +78,7 @@ def train(model, callbacks=()):
 
 
 def state(model):
-    """All that is to be the same in the end."""
+    """Returns all that is to be the same in the end."""
     return [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
 
 

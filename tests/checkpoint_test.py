@@ -63,7 +63,7 @@ def loaded(kind, path, **arguments):
 
 
 def mid_window(path, kind="h5", batch=1, **arguments):
-    """A model that was saved in the middle of a window, trained on."""
+    """Returns a trained model that was saved in the middle of a window."""
     model = cases.build(**({"accum_steps": ACCUM_STEPS} | arguments))
     callback = SaveAt(batch, lambda model: save(model, kind, path))
     cases.train(model, [callback])
@@ -261,7 +261,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         model.fit(cases.dataset(2), verbose=0)
         before = cases.state(model)
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        # Files grow to so many bytes and no further, as on a full disk.
+        # No file grows beyond 100 bytes, as on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
         try:
             with self.assertRaises((OSError, RuntimeError, tf.errors.OpError)):
@@ -407,20 +407,20 @@ class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
     """What was gathered goes into another number of replicas."""
 
     @parameterized.parameters(("keras", True), ("h5", False), ("tf", True))
-    def test_goes_on(self, kind, onto_several):
-        self.check(kind, onto_several)
+    def test_goes_on(self, kind, onto_replicas):
+        self.check(kind, onto_replicas)
 
     @parameterized.parameters(("keras", False), ("h5", True), ("tf", False))
     @pytest.mark.thorough
-    def test_goes_on_the_other_way(self, kind, onto_several):
-        self.check(kind, onto_several)
+    def test_goes_on_the_other_way(self, kind, onto_replicas):
+        self.check(kind, onto_replicas)
 
-    def check(self, kind, onto_several):
-        several, reason = test_utils.chosen_strategy()
-        if several is None:
+    def check(self, kind, onto_replicas):
+        replicated, reason = test_utils.chosen_strategy()
+        if replicated is None:
             self.skipTest(reason)
-        strategies = [tf.distribute.get_strategy(), several]
-        if not onto_several:
+        strategies = [tf.distribute.get_strategy(), replicated]
+        if not onto_replicas:
             strategies.reverse()
         batches = test_utils.microbatches([8, 6, 4, 8, 2, 8])
 

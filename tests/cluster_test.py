@@ -17,7 +17,7 @@ PLENTY = 600.0
 
 
 def tf_config(cluster_jobs=None, **task):
-    """A `TF_CONFIG` that is right but for what is given."""
+    """Returns a `TF_CONFIG` that is right except for what is given."""
     return json.dumps(
         {
             "cluster": cluster_jobs or {"worker": ["a:1", "b:2"]},
@@ -103,9 +103,9 @@ class ResolveTest(tf.test.TestCase, parameterized.TestCase):
 
 
 class WaitTest(tf.test.TestCase):
-    def workers(self, number):
-        addresses = tuple(launch_workers.free_addresses(number))
-        return [cluster.Worker(addresses, rank) for rank in range(number)]
+    def workers(self, count):
+        addresses = tuple(launch_workers.free_addresses(count))
+        return [cluster.Worker(addresses, rank) for rank in range(count)]
 
     def test_does_not_wait_for_itself(self):
         cluster.wait_for_workers(*self.workers(1), timeout=0)

@@ -1,4 +1,4 @@
-"""Methods of others are replaced for a while, beside the patches of others."""
+"""Methods of others are replaced in a context, beside the patches of others."""
 
 import threading
 from unittest import mock
@@ -23,17 +23,17 @@ class Owner(Base):
 def patch(name, label):
     """Patches a method as other libraries do; returns what takes it off."""
     missing = object()
-    own = vars(Owner).get(name, missing)
+    defined = vars(Owner).get(name, missing)
     before = getattr(Owner, name)
 
     def patched(self, value):
         return [label, *before(self, value)]
 
     def unpatch():
-        if own is missing:
+        if defined is missing:
             delattr(Owner, name)
         else:
-            setattr(Owner, name, own)
+            setattr(Owner, name, defined)
 
     setattr(Owner, name, patched)
     return unpatch

@@ -332,10 +332,10 @@ class NamesTest(test_utils.TestCase):
     def test_number_of_batches(self):
         strategy = tf.distribute.MirroredStrategy(["CPU:0"])
         data = tf.data.Dataset.range(7).batch(2)
-        for dataset, number in ((data, 4), (data.repeat(), -1)):
+        for dataset, num_batches in ((data, 4), (data.repeat(), -1)):
             distributed = strategy.experimental_distribute_dataset(dataset)
             self.assertEqual(
-                compat.number_of_batches(iter(distributed)), number
+                compat.number_of_batches(iter(distributed)), num_batches
             )
 
     def test_asking_no_other_workers(self):
@@ -420,7 +420,7 @@ class NamesTest(test_utils.TestCase):
         inputs = keras.Input((2,))
         model = Told(inputs, keras.layers.Dense(2)(inputs))
         model(np.ones((1, 2)))
-        self.assertEqual({number for _, number in seen}, {0})
+        self.assertEqual({num_outputs for _, num_outputs in seen}, {0})
         keras.models.clone_model(model)
         self.assertIn((model, 1), seen)
 

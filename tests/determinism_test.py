@@ -22,7 +22,7 @@ ARGUMENTS = {
 
 
 def train(name):
-    """The digest of the weights after a training with all kinds of layers."""
+    """Trains with all kinds of layers; returns the digest of the weights."""
     keras.utils.set_random_seed(3)
     inputs = keras.Input((8, 8, 3))
     hidden = keras.layers.RandomFlip()(inputs)

@@ -56,7 +56,7 @@ def run_example(*command):
 
 
 def settings(**changes):
-    """Settings of a training that takes two seconds."""
+    """Returns the settings of a training that takes two seconds."""
     values = {
         "dataset": "digits",
         "data_dir": os.path.join(TEMP_DIR, "datasets"),
@@ -73,7 +73,7 @@ def settings(**changes):
 
 
 def unbatched(images):
-    """All images and all labels as two arrays."""
+    """Returns all images and all labels as two arrays."""
     return next(images.batch(len(images)).as_numpy_iterator())
 
 
@@ -118,8 +118,8 @@ class DatasetTest(tf.test.TestCase):
 class DatasetErrorsTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         ("no_such_set", "Dataset no_such_set not found"),
-        ("imdb_reviews", "it has no labelled images of one shape"),
-        ("cats_vs_dogs", "it has no labelled images of one shape"),
+        ("imdb_reviews", "it has no labeled images of one shape"),
+        ("cats_vs_dogs", "it has no labeled images of one shape"),
     )
     def test_names_what_is_wrong_with_a_set(self, name, reason):
         with self.assertRaises(SystemExit) as caught:
@@ -272,7 +272,7 @@ class FlagsTest(tf.test.TestCase, parameterized.TestCase):
 
     # Also with the value that it has by default.
     @parameterized.parameters("--accum_steps=4", "--accum_steps=8")
-    def test_takes_one_way_to_cut_the_batch(self, argument):
+    def test_takes_one_way_to_split_the_batch(self, argument):
         values = copy.deepcopy(digits.FLAGS)
         with self.assertRaisesRegex(
             flags.IllegalFlagValueError, "give one of them"
@@ -350,7 +350,7 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
                 # TensorFlow alone is more than 100 MiB.
                 self.assertGreater(int(peak.replace(",", "")), 100)
         image = tf.io.decode_png(picture.read_bytes())
-        # Not blank: both curves, the axes and the paper have colours.
+        # Not blank: both curves, the axes and the paper have colors.
         self.assertGreater(len(np.unique(image)), 10)
 
     def test_says_what_to_do_and_no_more(self):

@@ -19,7 +19,7 @@ def compiled(model, **kwargs):
 
 
 def reference(epochs_of_windows):
-    """Weights of a plain model after these windows of micro-batches."""
+    """Trains a plain model on these windows; returns its weights."""
     model = compiled(test_utils.mlp(), run_eagerly=True)
     for window in epochs_of_windows:
         model.train_on_batch(*test_utils.concatenate(window))

@@ -559,7 +559,7 @@ def tagger(cls, **kwargs):
 
 
 def masked_and_not(cls, regularizer=None, **kwargs):
-    """Two outputs, one with a mask."""
+    """Returns a model with two outputs, of which one has a mask."""
     keras.utils.set_random_seed(7)
     tokens = keras.Input((None,), dtype="int32")
     hidden = keras.layers.Embedding(9, 4, mask_zero=True)(tokens)
@@ -572,7 +572,7 @@ def masked_and_not(cls, regularizer=None, **kwargs):
 
 
 def two_headed(cls, **kwargs):
-    """Two named outputs."""
+    """Returns a model with two named outputs."""
     keras.utils.set_random_seed(7)
     inputs = keras.Input((test_utils.FEATURES,))
     outputs = {
@@ -591,7 +591,7 @@ class AddsLoss(keras.layers.Layer):
 
 
 def with_added_losses(cls, loss_on_outputs=False, **kwargs):
-    """Losses from `add_loss`, an activity and a weight regularizer."""
+    """Returns a model with an `add_loss` and with two kinds of regularizer."""
     keras.utils.set_random_seed(7)
     inputs = keras.Input((test_utils.FEATURES,))
     hidden = keras.layers.Dense(
@@ -605,21 +605,21 @@ def with_added_losses(cls, loss_on_outputs=False, **kwargs):
 
 @pytest.mark.thorough
 class OptimizerInMicrobatchesTest(OptimizerTest):
-    """The same, where the whole batch is given and cut up."""
+    """The same on whole batches, which are split into micro-batches."""
 
     microbatch_size = 3
 
 
 @pytest.mark.thorough
 class LossInMicrobatchesTest(LossTest):
-    """Likewise."""
+    """The same on whole batches, which are split into micro-batches."""
 
     microbatch_size = 3
 
 
 @pytest.mark.thorough
 class PrecisionInMicrobatchesTest(PrecisionTest):
-    """Likewise."""
+    """The same on whole batches, which are split into micro-batches."""
 
     microbatch_size = 3
 

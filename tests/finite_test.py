@@ -19,8 +19,8 @@ class AllFiniteTest(test_utils.TestCase, parameterized.TestCase):
             lambda *values: finite.all_finite(values), jit_compile=jit_compile
         )
         # The largest there is, everywhere.
-        good = np.full(shape, tf.as_dtype(dtype).max)
-        self.assertTrue(bool(found(tf.constant(good, dtype), tf.ones(2))))
+        largest = np.full(shape, tf.as_dtype(dtype).max)
+        self.assertTrue(bool(found(tf.constant(largest, dtype), tf.ones(2))))
         for value in (np.nan, np.inf, -np.inf):
             bad = np.ones(shape)
             bad[(-1,) * len(shape)] = value

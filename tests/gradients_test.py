@@ -7,11 +7,11 @@ from absl.testing import parameterized
 from keras_accum import gradients
 
 
-def rows(values, indices, number=3):
-    """A gradient of some rows."""
+def rows(values, indices, num_rows=3):
+    """Returns a gradient of some rows."""
     values = tf.constant(values)
     return tf.IndexedSlices(
-        values, tf.constant(indices), tf.constant([number, values.shape[1]])
+        values, tf.constant(indices), tf.constant([num_rows, values.shape[1]])
     )
 
 

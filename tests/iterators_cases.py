@@ -49,7 +49,7 @@ def arrays():
 
 
 def generated():
-    """Rows without end, out of Python."""
+    """Returns endless rows, out of Python."""
 
     def rows():
         x, y = arrays()
@@ -66,7 +66,7 @@ def generated():
 
 
 def endless():
-    """Rows without end, which TensorFlow is told not to rewrite."""
+    """Returns endless rows, which TensorFlow is told not to rewrite."""
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
     data = tf.data.Dataset.from_tensor_slices(arrays()).repeat().batch(BATCH)
@@ -85,7 +85,7 @@ def compiled(cls):
 
 
 def run(model, data):
-    """Each way to leave an iterator."""
+    """Leaves an iterator in each way."""
     x, y = arrays()
     model.fit(
         x,

@@ -40,7 +40,7 @@ def tearDownModule():
 
 
 def settings(**changes):
-    """Settings of a training that takes a few seconds."""
+    """Returns the settings of a training that takes a few seconds."""
     values = {
         "batching": "packed",
         "batch_size": 2,
@@ -70,7 +70,7 @@ def train(checkpoint_dir=None, output=None, **changes):
 
 
 def parsed_flags(*arguments):
-    """The program's flags, apart from those of other programs."""
+    """Returns the program's flags, apart from those of other programs."""
     values = flags.FlagValues()
     language_model_flags.define(values)
     values(["language_model", *arguments])
@@ -114,7 +114,7 @@ class TokensTest(tf.test.TestCase):
 
 class RowsTest(tf.test.TestCase, parameterized.TestCase):
     def streams(self, rows):
-        """The targets that count, and the inputs that they follow."""
+        """Returns the targets that count, and the inputs that they follow."""
         counts = rows.weights == 1
         return rows.inputs[counts].tolist(), rows.targets[counts].tolist()
 
@@ -168,7 +168,7 @@ class BatchesTest(tf.test.TestCase):
         self.rows = language_model_text.packed(TEXTS, CONTEXT)
 
     def inputs(self, batch_size, first, last, seed=0):
-        """The rows of the batches, in their order."""
+        """Returns the rows of the batches, in their order."""
         batches = language_model_text.batches(
             self.rows, batch_size, first, last, seed
         )
@@ -189,7 +189,7 @@ class BatchesTest(tf.test.TestCase):
         self.assertNotAllEqual(passes[0], passes[1])
 
     def test_keep_rows_together(self):
-        known = {
+        rows = {
             (i.tobytes(), t.tobytes(), w.tobytes())
             for i, t, w in zip(
                 self.rows.inputs,
@@ -199,9 +199,9 @@ class BatchesTest(tf.test.TestCase):
             )
         }
         for row in language_model_text.batches(self.rows, 1, 0, 9, 0):
-            self.assertIn(tuple(part.numpy().tobytes() for part in row), known)
+            self.assertIn(tuple(array.numpy().tobytes() for array in row), rows)
 
-    def test_are_one_stream_however_it_is_cut(self):
+    def test_are_one_stream_however_it_is_split(self):
         whole = self.inputs(12, 0, 3)
         self.assertAllEqual(whole, self.inputs(4, 0, 9))
         self.assertAllEqual(whole[12:], self.inputs(4, 3, 9))
@@ -535,7 +535,7 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
         )
         self.assertNotEmpty(list(logs.rglob("events*")))
         model = keras.models.load_model(checkpoints / "model.keras")
-        # It is a plain one, for those who have not this library.
+        # It is a plain model, for users without this library.
         self.assertNotIsInstance(model, keras_accum.GradientAccumulationModel)
         self.assertEqual(model.output_shape, (None, 16, 257))
 

@@ -41,13 +41,13 @@ def tearDownModule():
 
 
 def program(**values):
-    """The command that runs the program with small flags."""
+    """Returns the command that runs the program with small flags."""
     arguments = [f"--{k}={v}" for k, v in (TINY | values).items()]
     return [sys.executable, "-m", "examples.language_model", *arguments]
 
 
 def launcher(*command, workers=2):
-    """The command that runs another one in several workers."""
+    """Returns the command that runs another one in several workers."""
     return [
         sys.executable,
         "-m",
@@ -72,7 +72,7 @@ def finished(commands, environments=None):
 
 
 def trained_weights(model):
-    """The weights that learn anything.
+    """Returns the weights that learn anything.
 
     Softmax takes back what the bias of a key adds to all logits: its gradient
     is rounding alone, of which Adam makes steps as long as any.

@@ -51,14 +51,14 @@ def start(program, *arguments):
 
 
 def finished(program, *arguments):
-    """The launcher's status, output and errors."""
+    """Returns the launcher's status, output and errors."""
     with start(program, *arguments) as launcher:
         out, err = launcher.communicate(timeout=PLENTY)
     return launcher.returncode, out, err
 
 
 def rank(then):
-    """A program that runs `then[rank]` in the worker of that rank."""
+    """Returns a program that runs `then[rank]` in the worker of that rank."""
     return (
         "import json, os;"
         "exec(json.loads(os.environ['TEST_PROGRAMS'])"
@@ -67,7 +67,7 @@ def rank(then):
 
 
 def is_running(pid):
-    """Whether there is such a process, and it is no zombie."""
+    """Returns whether there is such a process, and it is no zombie."""
     try:
         state = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -129,7 +129,9 @@ class SignalTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         (signal.SIGTERM, WAIT), (signal.SIGINT, WAIT), (signal.SIGTERM, IGNORE)
     )
-    def test_ends_all_workers_and_what_they_started(self, number, program):
+    def test_ends_all_workers_and_what_they_started(
+        self, signal_number, program
+    ):
         # Each worker starts another process, in its group.
         parent = (
             "import os, subprocess, sys;"
@@ -145,10 +147,10 @@ class SignalTest(tf.test.TestCase, parameterized.TestCase):
                 for word in line.split()[1:]
                 if word.isdecimal()
             ]
-            launcher.send_signal(number)
+            launcher.send_signal(signal_number)
             launcher.communicate(timeout=PLENTY)
         self.assertLen(pids, 4)
-        self.assertEqual(launcher.returncode, 128 + number)
+        self.assertEqual(launcher.returncode, 128 + signal_number)
         deadline = time.monotonic() + PLENTY
         while any(map(is_running, pids)) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -8,15 +8,15 @@ from keras_accum import memory
 
 
 class MemoryTest(tf.test.TestCase):
-    def test_takes_a_line_through_what_is_known(self):
-        known = {4: 400, 16: 1000}
+    def test_takes_a_line_through_what_was_measured(self):
+        measured = {4: 400, 16: 1000}
         # 50 for each of the rows beyond 16, and the unevenness.
         unevenness = memory.UNEVENNESS
         self.assertEqual(
-            memory.bytes_for(known, 32), int(1000 + unevenness * 800)
+            memory.bytes_for(measured, 32), int(1000 + unevenness * 800)
         )
-        self.assertEqual(memory.bytes_for(known, 16), 1000)
-        self.assertEqual(memory.bytes_for(known, 8), 600)
+        self.assertEqual(memory.bytes_for(measured, 16), 1000)
+        self.assertEqual(memory.bytes_for(measured, 8), 600)
         self.assertEqual(
             memory.bytes_for({4: 400}, 8), int(400 + unevenness * 400)
         )

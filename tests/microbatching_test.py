@@ -1,4 +1,4 @@
-"""A batch that is cut into micro-batches trains as if it were not."""
+"""A batch that is split into micro-batches trains as if it were whole."""
 
 import functools
 import os
@@ -24,7 +24,7 @@ MODES = {
 
 
 def in_microbatches(build=test_utils.mlp, microbatch_size=3, **kwargs):
-    """`build` with `GradientAccumulationModel` and a `microbatch_size`."""
+    """Builds with `GradientAccumulationModel` and a `microbatch_size`."""
     return build(
         keras_accum.GradientAccumulationModel,
         microbatch_size=microbatch_size,
@@ -33,14 +33,14 @@ def in_microbatches(build=test_utils.mlp, microbatch_size=3, **kwargs):
 
 
 def masked_tokens(rows, seed=0):
-    """Tokens of which each row has fewer than the one before."""
+    """Returns tokens; each row has fewer than the one before."""
     tokens = np.random.default_rng(seed).integers(1, 9, (rows, 12))
     lengths = np.linspace(12, 1, rows).astype(int)
     return tokens * (np.arange(12) < lengths[:, None])
 
 
 def sizes_of(data, size):
-    """Rows of the micro-batches that `fold` makes of a batch."""
+    """Returns how many rows the micro-batches have that `fold` makes."""
     return microbatching.fold(
         data,
         size,
@@ -87,14 +87,14 @@ class FoldTest(test_utils.TestCase, parameterized.TestCase):
             all(microbatch["b"] is None for microbatch in microbatches)
         )
 
-    @parameterized.product(known=(False, True), rows=(0, 1, 6, 7, 9))
-    def test_in_a_graph(self, known, rows):
+    @parameterized.product(is_static=(False, True), rows=(0, 1, 6, 7, 9))
+    def test_in_a_graph(self, is_static, rows):
         @tf.function(
-            input_signature=[tf.TensorSpec((rows if known else None, 2))]
+            input_signature=[tf.TensorSpec((rows if is_static else None, 2))]
         )
         def squares(x):
             def square(microbatch):
-                if known and rows:
+                if is_static and rows:
                     self.assertIsNotNone(microbatch.shape[0])
                 tf.debugging.assert_less_equal(tf.shape(microbatch)[0], 3)
                 return microbatch**2
@@ -223,15 +223,15 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
 
 class FitTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(("graph", True), ("xla", False), ("eager", False))
-    def test_fit_evaluate_and_predict(self, mode, known):
-        self.check_fit(mode, known)
+    def test_fit_evaluate_and_predict(self, mode, known_length):
+        self.check_fit(mode, known_length)
 
     @parameterized.parameters(("graph", False), ("xla", True), ("eager", True))
     @pytest.mark.thorough
-    def test_fit_evaluate_and_predict_otherwise(self, mode, known):
-        self.check_fit(mode, known)
+    def test_fit_evaluate_and_predict_otherwise(self, mode, known_length):
+        self.check_fit(mode, known_length)
 
-    def check_fit(self, mode, known):
+    def check_fit(self, mode, known_length):
         # The last batch is shorter than a micro-batch.
         batches = test_utils.microbatches([10, 10, 2])
         x, y = test_utils.concatenate(batches)
@@ -247,7 +247,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             )
             history = model.fit(
                 test_utils.dataset(batches, True)
-                if known
+                if known_length
                 else tf.data.Dataset.from_tensor_slices((x, y)).batch(11),
                 epochs=2,
                 verbose=0,
@@ -339,8 +339,8 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         )
         model.compile("adam", loss=test_utils.crossentropy())
         states = []
-        for known in (True, False):
-            model.fit(test_utils.dataset(batches, known), verbose=0)
+        for known_length in (True, False):
+            model.fit(test_utils.dataset(batches, known_length), verbose=0)
             (seed,) = [v for v in model.variables if "seed" in v.path]
             states.append((int(model.optimizer.iterations), int(seed[1])))
         # Two updates, of three micro-batches each.
@@ -508,10 +508,10 @@ class EffectiveBatchSizeTest(test_utils.TestCase, parameterized.TestCase):
         strategy, missing = test_utils.chosen_strategy()
         if missing:
             self.skipTest(missing)
-        number = strategy.num_replicas_in_sync
+        num_replicas = strategy.num_replicas_in_sync
         with strategy.scope():
-            model = self.model(12 * number)
-        batches = test_utils.microbatches([4 * number] * 6)
+            model = self.model(12 * num_replicas)
+        batches = test_utils.microbatches([4 * num_replicas] * 6)
         model.fit(test_utils.dataset(batches), verbose=0)
         self.assertEqual(model.accum_steps, 3)
         self.assertEqual(model.optimizer.iterations.numpy(), 2)
@@ -548,7 +548,7 @@ class ErrorsTest(test_utils.TestCase, parameterized.TestCase):
             model.microbatch_size = 3
 
     @parameterized.parameters(*MODES)
-    def test_batches_that_are_not_cut_along_their_first_axis(self, mode):
+    def test_batches_that_cannot_be_split_along_their_first_axis(self, mode):
         model = in_microbatches()
         model.compile("sgd", loss="mse", **MODES[mode])
         x = np.zeros((8, test_utils.FEATURES))

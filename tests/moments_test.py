@@ -21,7 +21,7 @@ LENGTH = 5
 
 
 def normalizing(cls, layer=keras.layers.BatchNormalization, **kwargs):
-    """A model whose first layer normalises, so that its inputs are known."""
+    """Returns a model whose first layer normalizes: its inputs are the data."""
     keras.utils.set_random_seed(7)
     inputs = keras.Input((None, test_utils.FEATURES))
     hidden = layer(name="norm")(inputs)
@@ -31,7 +31,7 @@ def normalizing(cls, layer=keras.layers.BatchNormalization, **kwargs):
 
 
 def masked(cls, layer=keras.layers.BatchNormalization, **kwargs):
-    """The same, where zeros are masked."""
+    """Returns the same model, where zeros are masked."""
     keras.utils.set_random_seed(7)
     inputs = keras.Input((LENGTH, test_utils.FEATURES))
     hidden = keras.layers.Masking()(inputs)
@@ -42,7 +42,7 @@ def masked(cls, layer=keras.layers.BatchNormalization, **kwargs):
 
 
 def data(sizes, offset=3.0):
-    """Micro-batches that differ in their means and lengths."""
+    """Yields micro-batches that differ in their means and lengths."""
     rng = np.random.default_rng(0)
     for index, rows in enumerate(sizes):
         shape = (rows, LENGTH, test_utils.FEATURES)
@@ -58,7 +58,7 @@ def statistics(model):
 
 
 def once(build, batches):
-    """Statistics of a plain model that has seen the batches as one."""
+    """Trains a plain model on the batches as one; returns its statistics."""
     model = build(keras.Model)
     x, _ = test_utils.concatenate(batches)
     model(x, training=True)
@@ -212,7 +212,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         model.reset_window()
         for batch in batches[:2]:
             model.train_on_batch(*batch)
-        # The one in tracing, the other in a program that is there already.
+        # `ValueError` in tracing; the other in a program that exists already.
         with self.assertRaises((ValueError, tf.errors.InvalidArgumentError)):
             model.train_on_batch(*bad)
         model.train_on_batch(*batches[2])

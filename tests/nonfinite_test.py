@@ -30,7 +30,7 @@ def accumulating(policy="skip_microbatch", accum_steps=WINDOW, **kwargs):
 
 
 def normalized(cls=keras.Model, **kwargs):
-    """A classifier with BatchNorm and a dead end without gradients."""
+    """Returns a classifier with BatchNorm and a dead end without gradients."""
     keras.utils.set_random_seed(7)
     inputs = keras.Input((test_utils.FEATURES,))
     hidden = keras.layers.Dense(8)(inputs)
@@ -40,7 +40,7 @@ def normalized(cls=keras.Model, **kwargs):
 
 
 def spoiled(batch, value=np.nan):
-    """The batch with a row that is no number."""
+    """Returns the batch with a row that is not finite."""
     x, y, *rest = batch
     x = x.copy()
     x[0, 0] = value
@@ -58,7 +58,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
         """Trains with some micro-batches spoiled, and without them.
 
         Args:
-            batches: Those of one window.
+            batches: The batches of one window.
             bad: Positions of the bad ones.
             make: Makes a model, of `accum_steps`.
             value: What they are spoiled with.
@@ -302,9 +302,9 @@ class WideModelTest(test_utils.TestCase, parameterized.TestCase):
             return model
 
         rng = np.random.default_rng(0)
-        good = rng.normal(size=(3, 2, 128)).astype("float32")
+        finite = rng.normal(size=(3, 2, 128)).astype("float32")
         targets = rng.normal(size=(4, 2, 3)).astype("float32")
-        bad = good[0].copy()
+        bad = finite[0].copy()
         bad[0, 0] = value
         model = make(
             keras_accum.GradientAccumulationModel,
@@ -314,7 +314,7 @@ class WideModelTest(test_utils.TestCase, parameterized.TestCase):
         expected = make(keras.Model)
         expected.run_eagerly = True
         initial = expected.get_weights()
-        inputs = [good[0], bad, *good[1:]]
+        inputs = [finite[0], bad, *finite[1:]]
         for x, y in zip(inputs, targets, strict=True):
             model.train_on_batch(x, y)
         # Finite gradients count.
@@ -463,9 +463,9 @@ class LogsTest(test_utils.TestCase):
     def test_only_if_there_are_any(self):
         model = compiled(accumulating())
         batches = test_utils.microbatches([4] * WINDOW)
-        good = test_utils.dataset(batches)
+        finite = test_utils.dataset(batches)
         bad = test_utils.dataset([*batches[:2], spoiled(batches[2])])
-        history = model.fit(good, verbose=0).history
+        history = model.fit(finite, verbose=0).history
         self.assertNotIn("nonfinite_microbatches", history)
         history = model.fit(bad, epochs=2, verbose=0).history
         # Each epoch counts its own.

@@ -11,7 +11,7 @@ from tests import test_utils
 
 
 def product(rows, transpose_a, transpose_b, dtype="float64"):
-    """Factors, and a function that returns their product of 7 by 5."""
+    """Returns factors, and a function that returns their product of 7 by 5."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, 7) if transpose_a else (7, rows))
     dy = rng.normal(size=(5, rows) if transpose_b else (rows, 5))
@@ -25,7 +25,7 @@ def product(rows, transpose_a, transpose_b, dtype="float64"):
 
 
 def types_of(function, *args):
-    """Types of the ops that a function traces."""
+    """Returns the types of the ops that a function traces."""
     graph = tf.function(function).get_concrete_function(*args).graph
     return {op.type for op in graph.get_operations()}
 
@@ -88,7 +88,7 @@ class WrittenOutTest(test_utils.TestCase, parameterized.TestCase):
 
 class ProgramTest(test_utils.TestCase, parameterized.TestCase):
     def program(self, rows):
-        """What XLA makes of a further micro-batch on a layer of 64 by 32."""
+        """Compiles a further micro-batch on a layer of 64 by 32."""
         keras.utils.set_random_seed(0)
         inputs = keras.Input((64,))
         outputs = keras.layers.Dense(32)(inputs)

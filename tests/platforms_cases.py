@@ -55,7 +55,7 @@ class Absent(importlib.abc.MetaPathFinder):
 
 
 def deny(event, arguments):
-    """An audit hook, for which files of the kernel are not there."""
+    """Hides the files of the kernel, as an audit hook."""
     if event == "open" and str(arguments[0]).startswith(FOLDERS):
         raise FileNotFoundError(arguments[0])
 
@@ -65,7 +65,7 @@ def lack_what_only_unix_has():
     for name in MODULES:
         sys.modules.pop(name, None)
     sys.meta_path.insert(0, Absent())
-    # Those below are not asked, as Windows has their own ones.
+    # These two keep their modules: on Windows they have other ones.
     importlib.import_module("keras")
     importlib.import_module("tensorflow")
     # `Popen.kill` is there on Windows, and sends a signal here.
@@ -79,7 +79,7 @@ def lack_what_only_unix_has():
 def import_everything():
     """Imports all modules of the package, and the examples' that need no more.
 
-    Those left out import packages that keras_accum does not need.
+    Other examples import packages that keras_accum does not need.
     """
     names = ["examples.launch_workers", "examples.language_model"]
     package = importlib.import_module("keras_accum")
@@ -120,7 +120,7 @@ def train(folder):
     ):
         np.testing.assert_array_equal(mine, theirs)
 
-    # What is compiled is the same for those below; it need not be again.
+    # The models below need not be compiled by XLA: that was tried.
     eager = {"run_eagerly": True}
     model = cls.from_model(keras.Model(*layers()), microbatch_size=3)
     assert int(fitted(model, **eager).optimizer.iterations) == 2

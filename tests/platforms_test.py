@@ -26,7 +26,7 @@ def python_files(folders):
 
 
 def imported_at_once(node):
-    """The modules that are imported when a module is, and their lines."""
+    """Yields the modules that a module imports at once, and their lines."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, FUNCTIONS):
             continue
@@ -39,7 +39,7 @@ def imported_at_once(node):
 
 
 def without_encoding(tree):
-    """The lines of calls that read or write text in whatever encoding."""
+    """Yields the lines that read or write text in whatever encoding."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue

@@ -9,12 +9,12 @@ from tests import test_utils
 
 
 def at_start(accum_steps):
-    """The position of a model that has not trained."""
+    """Returns the position of a model that has not trained."""
     return position.Position(options.Options(accum_steps=accum_steps))
 
 
 def run(state, microbatches):
-    """Positions at which the window was full."""
+    """Returns the positions at which the window was full."""
     state.write()
     full = []
     for index in range(microbatches):
@@ -54,7 +54,7 @@ class WindowTest(test_utils.TestCase):
 
 class CountingTest(test_utils.TestCase, parameterized.TestCase):
     def counted(self, state, microbatches, asks=False):
-        """Positions of first and last micro-batches, counted in Python."""
+        """Returns where first and last micro-batches are, counted in Python."""
         first, last = [], []
         for index in range(microbatches):
             place = state.place()

@@ -47,7 +47,7 @@ PREFIX = "_accum"
 
 @functools.cache
 def names_of_others():
-    """Names of what objects of Keras's and TensorFlow's have, of many kinds."""
+    """Returns the names that objects of Keras and TensorFlow have."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     model.compile("sgd", loss="mse", metrics=["mae"])
     model.train_on_batch(tf.ones((1, 2)), tf.ones((1, 2)))
@@ -71,7 +71,7 @@ def names_of_others():
 
 
 def read_modules():
-    """The code of each module outside of `compat`, by its name."""
+    """Returns the code of each module outside of `compat`, by its name."""
     names = [keras_accum.__name__]
     names += [
         module.name
@@ -101,7 +101,7 @@ def is_in_private_module(name):
 
 
 def defined_names(tree):
-    """Names that a module gives to attributes, methods and what is global."""
+    """Returns the names of a module's attributes, methods and globals."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -129,7 +129,7 @@ def is_own_object(node):
 
 
 def private_uses(tree, ours):
-    """What a module has of the private names of others, with their lines.
+    """Returns the private names of others in a module, with their lines.
 
     Args:
         tree: The code of the module.
@@ -221,7 +221,7 @@ def found_in_constant(node, ours):
 
 
 def found_in_class(node, ours):
-    """What may override what Keras or TensorFlow have: in mixins, say."""
+    """Returns what may override a method of Keras's, as in mixins."""
     if not node.bases and not node.name.endswith("Mixin"):
         return []
     return [

@@ -26,33 +26,33 @@ def compiled_model(optimizer="adam", **kwargs):
 
 
 def optimized_hlo(function, *args):
-    """The program that XLA makes of `function`, which is not run."""
+    """Returns the program that XLA makes of `function`, which is not run."""
     compiled = tf.function(function, jit_compile=True)
     return compiled.experimental_get_compiler_ir(*args)(stage="optimized_hlo")
 
 
 def parameters(hlo):
-    """Shapes of the parameters of the entry computation, in order."""
+    """Returns the shapes of the entry computation's parameters, in order."""
     layout = re.search(r"entry_computation_layout=\{\((.*?)\)->", hlo).group(1)
     layout = re.sub(r"/\*.*?\*/", "", layout)
     return re.findall(r"\w+\[[\d,]*\]", layout)
 
 
 def aliased(hlo):
-    """Indices of the parameters that an output is written in place of."""
+    """Returns the indices of the parameters over which an output is written."""
     alias = re.search(r"input_output_alias=\{(.*?)\}, \w+=", hlo).group(1)
     return [int(index) for index in re.findall(r"\((\d+), \{\}", alias)]
 
 
 def number_of_outputs(hlo):
-    """Number of outputs of the entry computation."""
+    """Counts the outputs of the entry computation."""
     outputs = re.search(r"entry_computation_layout=\{.*->(.*?)\}\n", hlo)
     outputs = re.sub(r"/\*.*?\*/", "", outputs.group(1))
     return len(re.findall(r"\w+\[[\d,]*\]", outputs))
 
 
 def shapes(variables):
-    """Shapes of variables, as `parameters` writes them."""
+    """Returns the shapes of variables, as `parameters` writes them."""
     names = {"float32": "f32", "int64": "s64"}
     return [
         f"{names[tf.as_dtype(v.dtype).name]}[{','.join(map(str, v.shape))}]"
@@ -62,7 +62,7 @@ def shapes(variables):
 
 @functools.cache
 def trained(optimizer="adam"):
-    """A model that has all its programs, and a batch; nothing changes it."""
+    """Returns a model that has all its programs, and a batch."""
     model = compiled_model(optimizer)
     batches = test_utils.microbatches([8] * 8)
     test_utils.train_on(model, batches)
@@ -72,7 +72,7 @@ def trained(optimizer="adam"):
 
 @functools.cache
 def program_of(name):
-    """What XLA makes of a step of that model."""
+    """Returns what XLA makes of a step of that model."""
     model, batch = trained()
     if name == "update":
         return optimized_hlo(model.update_step)
@@ -85,13 +85,13 @@ def program_of(name):
 
 
 def kernels(model):
-    """The matrices among the weights; no two are of one shape."""
+    """Returns the matrices among the weights; no two are of one shape."""
     return [v for v in model.trainable_variables if len(v.shape) == 2]
 
 
 class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
     def assertInPlace(self, hlo, variables):
-        """Every one of `variables` is written where it was read."""
+        """Checks that each of `variables` is written where it was read."""
         written = [parameters(hlo)[index] for index in aliased(hlo)]
         for shape in set(shapes(variables)):
             self.assertGreaterEqual(

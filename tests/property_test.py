@@ -106,7 +106,7 @@ BATCHES = st.builds(
     Batch,
     rows=st.integers(1, 6),
     seed=st.integers(0, 999),
-    poisoned=st.integers(0, 4).map(lambda number: number == 0),
+    poisoned=st.integers(0, 4).map(lambda draw: draw == 0),
 )
 
 
@@ -115,7 +115,7 @@ class Run:
     """A call of `fit`.
 
     Attributes:
-        batches: Those of each epoch.
+        batches: The batches of each epoch.
         epochs: How many.
         accum_steps: Set before, where windows are made so.
         interruption: None, or the epoch, the batch, and whether it is "data"
@@ -143,7 +143,7 @@ RUNS = st.builds(
 
 
 def scheduled(updates):
-    """The size of a window, after so many updates."""
+    """Returns the size of a window, after this number of updates."""
     return 1 + updates * updates % 3
 
 
@@ -167,7 +167,7 @@ class Interrupting(keras.callbacks.Callback):
 
 
 def data_of(model, batch):
-    """`(x, y)` or `(x, y, sample_weight)` of a batch."""
+    """Returns `(x, y)` or `(x, y, sample_weight)` of a batch."""
     rng = np.random.default_rng(batch.seed)
     shape = (batch.rows, LENGTH) if model.masked else (batch.rows,)
     if model.masked:
@@ -185,7 +185,7 @@ def data_of(model, batch):
 
 
 def build(model, cls, **kwargs):
-    """A compiled Keras model."""
+    """Returns a compiled Keras model."""
     keras.utils.set_random_seed(1)
     regularizer = keras.regularizers.L2(model.l2)
     if model.masked:
@@ -209,7 +209,7 @@ def build(model, cls, **kwargs):
 
 @functools.cache
 def pair_of(model):
-    """The model that accumulates, plain Keras's, and their initial state."""
+    """Returns our model, plain Keras's, and their initial state."""
     arguments = {"nonfinite": model.nonfinite}
     if model.way == "schedule":
         arguments["accum_steps"] = scheduled
@@ -309,22 +309,22 @@ class ByHand:
 
 
 def interrupted(dataset, batches, index, epoch):
-    """The dataset; in one epoch its batch `index` cannot be read."""
+    """Returns the dataset; in one epoch its batch `index` cannot be read."""
     begun = tf.Variable(-1)
 
     def begin(_):
         begun.assign_add(1)
         return tf.data.Dataset.range(batches)
 
-    numbers = tf.data.Dataset.range(1).flat_map(begin)
+    positions = tf.data.Dataset.range(1).flat_map(begin)
 
-    def check(number, data):
+    def check(position, data):
         tf.debugging.Assert(
-            (number != index) | (begun != epoch), ["interrupted"]
+            (position != index) | (begun != epoch), ["interrupted"]
         )
         return data
 
-    return tf.data.Dataset.zip(numbers, dataset).map(check), begun
+    return tf.data.Dataset.zip(positions, dataset).map(check), begun
 
 
 def fit(model, way, run):
@@ -349,7 +349,7 @@ def fit(model, way, run):
 
 
 def of_random_runs(cases):
-    """A decorator of a test that takes a model, runs and a policy."""
+    """Decorates a test that takes a model, runs and a policy."""
     settings = hypothesis.settings(
         max_examples=cases,
         deadline=None,

@@ -19,7 +19,7 @@ MODES = {
 
 
 def quantized(cls, quantization, has_lora=False, **kwargs):
-    """`mlp` with quantized layers, and with adapters or without."""
+    """Returns `mlp` with quantized layers, and with adapters or without."""
     model = test_utils.mlp(cls, **kwargs)
     for layer in model.layers[1:]:
         if quantization:
@@ -120,15 +120,17 @@ class QuantizationTest(test_utils.TestCase, parameterized.TestCase):
         # The largest input is on the last replica, and not in the last batch.
         batches[0][0][-1] *= 50
         with strategy.scope():
-            several = test_utils.accumulating(build, accum_steps=2)
-            several.compile("sgd", loss=test_utils.crossentropy())
-        one = test_utils.accumulating(build, accum_steps=2)
-        initial = one.get_weights()
-        one.compile("sgd", loss=test_utils.crossentropy())
-        for model in (several, one):
+            replicated = test_utils.accumulating(build, accum_steps=2)
+            replicated.compile("sgd", loss=test_utils.crossentropy())
+        single = test_utils.accumulating(build, accum_steps=2)
+        initial = single.get_weights()
+        single.compile("sgd", loss=test_utils.crossentropy())
+        for model in (replicated, single):
             model.fit(test_utils.dataset(batches), verbose=0)
-        self.assertSameTraining(several, one, initial, tolerance=0.1)
-        for mine, theirs in zip(several.weights, one.weights, strict=True):
+        self.assertSameTraining(replicated, single, initial, tolerance=0.1)
+        for mine, theirs in zip(
+            replicated.weights, single.weights, strict=True
+        ):
             if "inputs_amax" in mine.path or "kernel_amax" in mine.path:
                 self.assertAllClose(mine, theirs, rtol=0.05)
                 self.assertGreater(np.max(theirs.numpy()), 0)

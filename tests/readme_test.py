@@ -32,7 +32,7 @@ HARMLESS = re.compile(
 
 
 def blocks():
-    """The Python of the README, in its order."""
+    """Returns the Python of the README, in its order."""
     text = README.read_text(encoding="utf-8")
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
@@ -51,11 +51,11 @@ def run(*code):
 class ReadmeTest(parameterized.TestCase):
     @parameterized.parameters(1, 2)
     def test_examples(self, devices):
-        one, whole, several = blocks()
+        accumulated, microbatched, replicated = blocks()
         updates = "print('updates', model.optimizer.iterations.numpy())"
         finished = run(
             SPLIT.format(devices=devices),
-            *(one, updates, whole, updates, several, updates),
+            *(accumulated, updates, microbatched, updates, replicated, updates),
             "print('replicas', strategy.num_replicas_in_sync)",
         )
         self.assertEqual(finished.returncode, 0, finished.stderr)
@@ -65,12 +65,12 @@ class ReadmeTest(parameterized.TestCase):
             re.findall(r"(?:updates|replicas) \d+", finished.stdout),
             ["updates 16", "updates 4", "updates 2", f"replicas {devices}"],
         )
-        said = [
+        complaints = [
             line
             for line in finished.stderr.splitlines()
             if line and not HARMLESS.search(line)
         ]
-        self.assertEqual(said, [])
+        self.assertEqual(complaints, [])
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class TestCase(test_utils.TestCase, parameterized.TestCase):
             self.skipTest("There is one replica.")
 
     def on_replicas(self, build, compile_args, **kwargs):
-        """A model that accumulates, compiled in the strategy's scope.
+        """Returns a model that accumulates, compiled in the strategy's scope.
 
         Args:
             build: Function of a model class and keywords.
@@ -76,8 +76,8 @@ class TestCase(test_utils.TestCase, parameterized.TestCase):
             model.compile(**compile_args())
         return model
 
-    def parts(self, batches):
-        """What each replica gets of each batch, in the strategy's order."""
+    def local_batches(self, batches):
+        """Returns what each replica gets of each batch, in order."""
         dataset = self.strategy.experimental_distribute_dataset(
             test_utils.dataset(batches)
         )
@@ -92,7 +92,7 @@ class TestCase(test_utils.TestCase, parameterized.TestCase):
         ]
 
     def copies(self, variable):
-        """The copies of a variable, one per replica."""
+        """Returns the copies of a variable, one per replica."""
         values = self.strategy.experimental_local_results(variable.value)
         return [value.numpy() for value in values]
 
@@ -145,7 +145,7 @@ class TestCase(test_utils.TestCase, parameterized.TestCase):
 
 
 def compile_args(optimizer="adam", loss=None, options=None, **kwargs):
-    """Function that makes the arguments of `compile`."""
+    """Returns a function that makes the arguments of `compile`."""
     return lambda: {
         "jit_compile": False,
         "optimizer": equivalence_test.OPTIMIZERS[optimizer](**(options or {})),
@@ -284,7 +284,9 @@ class RowsTest(TestCase):
 
     def test_there_are_replicas_without_rows(self):
         self.skipUnlessSeveral()
-        *_, (first, *others) = self.parts(test_utils.microbatches([4, 1]))
+        *_, (first, *others) = self.local_batches(
+            test_utils.microbatches([4, 1])
+        )
         self.assertLen(first[0], 1)
         for x, y in others:
             self.assertEqual((len(x), len(y)), (0, 0))
@@ -293,10 +295,13 @@ class RowsTest(TestCase):
     @test_utils.first_command(0)
     def test_fit_evaluate_and_predict(self, mode):
         arguments = compile_args(metrics=["accuracy"], **MODES[mode])
-        expected, one = test_utils.mlp(), test_utils.accumulating(accum_steps=2)
+        expected, single = (
+            test_utils.mlp(),
+            test_utils.accumulating(accum_steps=2),
+        )
         initial = expected.get_weights()
         expected.compile(**eagerly(arguments()))
-        one.compile(**eagerly(arguments()))
+        single.compile(**eagerly(arguments()))
         actual = self.on_replicas(test_utils.mlp, arguments, accum_steps=2)
         # Two windows, of two batches each.
         step = 2 * self.batch_size
@@ -313,7 +318,7 @@ class RowsTest(TestCase):
                 validation_data=(self.x, self.y),
                 validation_batch_size=self.batch_size,
             ).history
-            for model in (one, actual)
+            for model in (single, actual)
         ]
         self.assertSameTraining(actual, expected, initial)
         self.assertSameOnAllReplicas(actual)
@@ -335,14 +340,14 @@ class RowsTest(TestCase):
 
 @pytest.mark.thorough
 class OptimizerInMicrobatchesTest(OptimizerTest):
-    """The same, where the whole batch is given and cut up on each replica."""
+    """The same on whole batches, which each replica splits."""
 
     microbatch_size = 3
 
 
 @pytest.mark.thorough
 class LossInMicrobatchesTest(LossTest):
-    """Likewise."""
+    """The same on whole batches, which each replica splits."""
 
     microbatch_size = 3
 
@@ -507,14 +512,14 @@ class LogsTest(TestCase):
             weighted_metrics=["accuracy"],
             **MODES[mode],
         )
-        one = test_utils.accumulating(accum_steps=3)
-        one.compile(**eagerly(arguments()))
-        several = self.on_replicas(test_utils.mlp, arguments, accum_steps=3)
+        single = test_utils.accumulating(accum_steps=3)
+        single.compile(**eagerly(arguments()))
+        replicated = self.on_replicas(test_utils.mlp, arguments, accum_steps=3)
         batches = with_sample_weights(
             test_utils.microbatches([8, 7, 5, 3, 4, 4, 1])
         )
         seen, histories = [], []
-        for model in (one, several):
+        for model in (single, replicated):
             logs = BatchLogs()
             history = model.fit(
                 test_utils.dataset(batches),
@@ -565,7 +570,7 @@ def with_centering(cls, **kwargs):
 
 
 def train_with_own_statistics(model, windows, are_merged):
-    """The plain loop: each replica normalizes its own rows.
+    """Trains in the plain loop: each replica normalizes its own rows.
 
     Args:
         model: A compiled `keras.Model`.
@@ -600,7 +605,7 @@ def train_with_own_statistics(model, windows, are_merged):
             after.append([v.numpy() for v in moving])
         if are_merged:
             restore(before)
-            rows = [part for parts in window for part in parts]
+            rows = [local for batch in window for local in batch]
             model(test_utils.concatenate(rows)[0], training=True)
         else:
             restore(
@@ -629,7 +634,9 @@ class StateTest(TestCase):
         initial = expected.get_weights()
         expected.compile(**eagerly(arguments()))
         train_with_own_statistics(
-            expected, [self.parts(window) for window in windows()], are_merged
+            expected,
+            [self.local_batches(window) for window in windows()],
+            are_merged,
         )
         actual = self.on_replicas(build, arguments)
         actual.fit(test_utils.dataset(flat(windows())), verbose=0)
@@ -647,20 +654,22 @@ class StateTest(TestCase):
         build = functools.partial(with_batch_normalization, synchronized=True)
         batches = test_utils.microbatches([2 * self.replicas] * 6)
         arguments = compile_args("sgd")
-        one = test_utils.accumulating(with_batch_normalization, accum_steps=3)
-        initial = one.get_weights()
-        one.compile(**eagerly(arguments()))
-        several = self.on_replicas(build, arguments, accum_steps=3)
-        for model in (one, several):
+        single = test_utils.accumulating(
+            with_batch_normalization, accum_steps=3
+        )
+        initial = single.get_weights()
+        single.compile(**eagerly(arguments()))
+        replicated = self.on_replicas(build, arguments, accum_steps=3)
+        for model in (single, replicated):
             model.fit(test_utils.dataset(batches), verbose=0)
-        self.assertSameTraining(several, one, initial)
+        self.assertSameTraining(replicated, single, initial)
         self.assertAllClose(
-            one.non_trainable_variables,
-            several.non_trainable_variables,
+            single.non_trainable_variables,
+            replicated.non_trainable_variables,
             rtol=1e-5,
             atol=1e-6,
         )
-        self.assertSameOnAllReplicas(several)
+        self.assertSameOnAllReplicas(replicated)
 
     def test_random_generators_stay_together(self):
         def build(cls, **kwargs):
@@ -720,8 +729,8 @@ class StepTest(TestCase):
                 return {"my_loss": loss}
 
         def build(cls, **kwargs):
-            own = cls is keras_accum.GradientAccumulationModel
-            return test_utils.mlp(Mine if own else cls, **kwargs)
+            accumulates = cls is keras_accum.GradientAccumulationModel
+            return test_utils.mlp(Mine if accumulates else cls, **kwargs)
 
         self.assertTrainsAlike(build, compile_args(), windows())
 
@@ -855,7 +864,7 @@ class SavingTest(TestCase):
 
 
 def called_functions(node):
-    """Names of the functions that a node of a graph may call."""
+    """Returns the names of the functions that a node of a graph may call."""
     names = []
     for value in node.attr.values():
         if value.HasField("func"):
@@ -881,7 +890,7 @@ class Program:
         }
 
     def reductions(self, nodes):
-        """The collectives in what `nodes` are and call."""
+        """Returns the collectives in `nodes` and what they call."""
         found = []
         for node in nodes:
             if node.op.startswith(("Collective", "NcclAllReduce", "CrossRep")):
@@ -891,7 +900,7 @@ class Program:
         return found
 
     def conditionals(self, nodes):
-        """The conditionals in what `nodes` are and call, but for inner ones."""
+        """Returns the outer conditionals in `nodes` and what they call."""
         found = []
         for node in nodes:
             if node.op in ("If", "StatelessIf"):
@@ -902,7 +911,7 @@ class Program:
         return found
 
     def branch(self, node, name):
-        """The body of a branch of a conditional."""
+        """Returns the body of a branch of a conditional."""
         return self.bodies[node.attr[name].func.name]
 
 
@@ -954,7 +963,7 @@ class ProgramTest(TestCase):
         )
 
     def test_synchronized_layers_are_seen(self):
-        """This test's eyes: reductions of micro-batches would be found."""
+        """Checks that reductions of micro-batches would be found."""
         _, program = self.program(
             functools.partial(with_batch_normalization, synchronized=True),
             jit_compile=False,
@@ -986,9 +995,9 @@ class OneReplicaTest(TestCase):
         self.assertEqual((here - without, without - here), ({}, {}))
 
     def ops(self, strategy, mode, **kwargs):
-        """How many there are of each kind.
+        """Counts the ops of each kind.
 
-        But for those that only pass on, or take from TensorFlow's iterators.
+        Left out are ops that pass on, or take from TensorFlow's iterators.
         """
         with strategy.scope():
             model = test_utils.accumulating(**kwargs)

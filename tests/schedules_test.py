@@ -18,7 +18,7 @@ SCHEDULES = {
     "parsed": lambda **kwargs: schedules.parse("0:1 10:4 0.03K:2", **kwargs),
 }
 
-# What each gives after so many updates, samples or tokens.
+# What each gives after `seen` updates, samples or tokens.
 BY_HAND = {
     "constants": lambda seen: (
         2 if seen < 7 else 1 if seen < 40 else 5 if seen < 41 else 3
@@ -31,7 +31,7 @@ BY_HAND = {
 
 
 def sizes_by_hand(name, microbatch, updates):
-    """The first windows, counting what each micro-batch has."""
+    """Returns the first windows, counting what each micro-batch has."""
     sizes, seen = [], 0
     for _ in range(updates):
         sizes.append(BY_HAND[name](seen))

@@ -86,7 +86,7 @@ def data():
 
 
 def made(kind, state):
-    """A model as a user may have it: fresh, compiled or trained."""
+    """Returns a model as a user may have it: fresh, compiled or trained."""
     keras.utils.set_random_seed(1)
     model = kind()
     if state != "fresh":

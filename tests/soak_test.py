@@ -12,7 +12,7 @@ import tensorflow as tf
 from tests import test_utils
 
 ROUNDS, FEW_ROUNDS, MICROBATCHES = 80, 6, 250
-# Programs, pools and caches are there after so many.
+# Programs, pools and caches are there after this many rounds.
 WARM = 20
 # The buffers, or the batches of a round, would be more.
 FEATURES, ROWS = 700, 4
@@ -31,7 +31,7 @@ class CountedOptimizer(keras.optimizers.Adam):
 
 
 def resident_mib():
-    """Memory of this process, or None where nobody tells it."""
+    """Returns the memory of this process, or None where it is not known."""
     if not STATM.exists():
         return None
     gc.collect()
@@ -55,7 +55,7 @@ class SoakTest(test_utils.TestCase):
         self.assertLess(grown, ALLOWED_MIB, sizes)
 
     def train(self, rounds):
-        """Memory, and how often something was traced, after each round."""
+        """Returns the memory and the number of traces after each round."""
         counted, traces = test_utils.counting_traces()
         keras.utils.set_random_seed(0)
         inputs = keras.Input((FEATURES,))
@@ -66,13 +66,13 @@ class SoakTest(test_utils.TestCase):
         x = rng.normal(size=(MICROBATCHES * ROWS, FEATURES)).astype("float32")
         data = tf.data.Dataset.from_tensor_slices((x, x)).batch(ROWS)
         sizes, traced, updates = [], [], 0
-        for number in range(rounds):
+        for index in range(rounds):
             accum_steps = int(rng.integers(1, 17))
             model.accum_steps = accum_steps
             model.fit(data, verbose=0)
             updates += MICROBATCHES // accum_steps
             rest = MICROBATCHES % accum_steps
-            if number % 2:
+            if index % 2:
                 model.flush()
                 updates += rest > 0
             else:

@@ -11,7 +11,7 @@ from tools import structure
 
 
 def stack_of_next_microbatch(**mode):
-    """The functions of the package on the stack in `accumulate`."""
+    """Returns the functions of the package on the stack in `accumulate`."""
     stacks = []
 
     class Looking(keras_accum.GradientAccumulationModel):

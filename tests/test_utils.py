@@ -32,27 +32,27 @@ needs_multi_optimizer = unittest.skipUnless(
 
 
 def with_nightly(cases, nightly):
-    """Cases for every change, and those that are for the night alone."""
+    """Returns the cases for every change, and at night those for the night."""
     return [*cases, *(nightly if IS_NIGHTLY else ())]
 
 
 def accumulator(model):
-    """What sums the gradients of a model; None before the first."""
+    """Returns what sums a model's gradients; None before the first."""
     return model._accumulation.window["gradients"].accumulator
 
 
 def num_microbatches(model):
-    """How many micro-batches have gradients in a model's window."""
+    """Returns how many micro-batches have gradients in a model's window."""
     return model._accumulation.window["gradients"].num_microbatches
 
 
 def position(model):
-    """How many micro-batches of its window `fit` has counted."""
+    """Returns how many micro-batches of its window `fit` has counted."""
     return model._accumulation.position.read()[0]
 
 
 def train_microbatch(model, is_first, data):
-    """What a model's program for a micro-batch computes, within a replica."""
+    """Returns what a model's program for a micro-batch computes."""
     return steps.train_microbatch(model._accumulation, is_first, data)
 
 
@@ -60,7 +60,7 @@ def first_command(*cases):
     """Leaves a parameterized test's other cases to the thorough tests.
 
     Args:
-        *cases: The numbers or names of those that the first command runs.
+        *cases: The numbers or names of the cases that the first command runs.
     """
 
     def note(test):
@@ -71,7 +71,7 @@ def first_command(*cases):
 
 
 def mirrored(replicas=None):
-    """`MirroredStrategy` on so many CPUs; None: all GPUs, or two CPUs."""
+    """Returns a strategy of `replicas` CPUs; None: all GPUs, or two CPUs."""
     gpus = tf.config.list_logical_devices("GPU")
     if replicas is None and gpus:
         return tf.distribute.MirroredStrategy([gpu.name for gpu in gpus])
@@ -81,7 +81,7 @@ def mirrored(replicas=None):
 
 
 def tpu():
-    """`TPUStrategy` on the TPU of this machine."""
+    """Returns `TPUStrategy` on the TPU of this machine."""
     resolver = tf.distribute.cluster_resolver.TPUClusterResolver
     return tf.distribute.TPUStrategy(resolver.connect("local"))
 
@@ -112,7 +112,7 @@ STRATEGY = flags.DEFINE_enum(
 
 @functools.cache
 def chosen_strategy():
-    """The strategy that the flag names, and None; or None, and why not."""
+    """Returns the strategy that the flag names, and None; or None, and why."""
     # Under pytest nobody parses flags.
     name = flags.FLAGS["strategy"].value
     try:
@@ -126,7 +126,7 @@ def chosen_strategy():
 
 
 def mlp(cls=keras.Model, regularizer=None, dtype=None, **kwargs):
-    """A functional classifier with the same initial weights at every call."""
+    """Returns a functional classifier, always with the same weights."""
     keras.utils.set_random_seed(7)
     inputs = keras.Input((FEATURES,))
     hidden = keras.layers.Dense(
@@ -137,21 +137,21 @@ def mlp(cls=keras.Model, regularizer=None, dtype=None, **kwargs):
 
 
 def accumulating(build=mlp, accum_steps=4, **kwargs):
-    """`build` with `GradientAccumulationModel`."""
+    """Builds with `GradientAccumulationModel`."""
     return build(
         keras_accum.GradientAccumulationModel, accum_steps=accum_steps, **kwargs
     )
 
 
 def crossentropy(**kwargs):
-    """The loss that goes with `mlp`."""
+    """Returns the loss that goes with `mlp`."""
     return keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, **kwargs
     )
 
 
 def microbatches(sizes, seed=0, dtype="float32"):
-    """Pairs `(x, y)` for `mlp`, of these numbers of rows."""
+    """Returns pairs `(x, y)` for `mlp`, of these numbers of rows."""
     rng = np.random.default_rng(seed)
     return [
         (
@@ -163,7 +163,7 @@ def microbatches(sizes, seed=0, dtype="float32"):
 
 
 def concatenate(batches):
-    """One batch of the rows of all; None stays None."""
+    """Returns one batch of the rows of all; None stays None."""
     return keras.tree.map_structure(
         lambda *leaves: None if leaves[0] is None else np.concatenate(leaves),
         *batches,
@@ -172,7 +172,7 @@ def concatenate(batches):
 
 
 def dataset(batches, known_length=False):
-    """A `tf.data.Dataset` over batches of any sizes.
+    """Returns a `tf.data.Dataset` over batches of any sizes.
 
     Plain Keras counts an update too many, in `iterations`, when it runs into
     the end of a dataset of unknown length: references need a known one.
@@ -186,13 +186,15 @@ def dataset(batches, known_length=False):
     # Not from a Python generator: where Python collects an iterator over
     # several devices as garbage, TensorFlow waits for a thread that waits for
     # Python.
-    parts = [
+    datasets = [
         tf.data.Dataset.from_tensors(batch).map(
             lambda *leaves: tf.nest.map_structure(without_rows, leaves)
         )
         for batch in batches
     ]
-    result = functools.reduce(lambda some, more: some.concatenate(more), parts)
+    result = functools.reduce(
+        lambda some, more: some.concatenate(more), datasets
+    )
     # Of an unknown length, too.
     result = result.filter(lambda *unused: True)
     if known_length:
@@ -202,7 +204,7 @@ def dataset(batches, known_length=False):
 
 
 def eagerly(compile_args):
-    """Arguments of `compile` for a reference, which nothing is traced for.
+    """Returns arguments of `compile` with which a reference is not traced.
 
     A reference is plain Keras on one device: it has the same numbers, up to
     rounding, whether it is traced or not, and tracing is most of its time.
@@ -217,13 +219,13 @@ def train_on(model, batches):
 
 
 def all_state(model):
-    """Weights and optimizer variables, as float64 arrays."""
+    """Returns weights and optimizer variables, as float64 arrays."""
     variables = model.weights + model.optimizer.variables
     return [np.asarray(v.numpy(), "float64") for v in variables]
 
 
 def counting_traces():
-    """A model class, and a list that grows when a train step is traced."""
+    """Returns a model class, and a list that grows with each traced step."""
     traces = []
 
     class Counted(keras_accum.GradientAccumulationModel):
@@ -324,12 +326,12 @@ class TestCase(tf.test.TestCase):
 
 
 def unnumbered(name):
-    """`name` without the numbers that make it unique."""
+    """Returns `name` without the numbers that make it unique."""
     return re.sub(r"_?\d+", "", name)
 
 
 def norm(arrays):
-    """Euclidean norm of a list of arrays."""
+    """Returns the Euclidean norm of a list of arrays."""
     return float(
         np.sqrt(sum(np.sum(np.square(a.astype("float64"))) for a in arrays))
     )

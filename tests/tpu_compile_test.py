@@ -32,7 +32,7 @@ FEW_SCALARS = 8 * SCALAR
 
 
 def convolutional(cls, **kwargs):
-    """An image classifier, and the optimizer that it is trained with."""
+    """Returns an image classifier, and the optimizer that trains it."""
     inputs = keras.Input((64, 64, 3))
     hidden = keras.layers.Conv2D(32, 3, use_bias=False)(inputs)
     hidden = keras.layers.BatchNormalization()(hidden)
@@ -46,7 +46,7 @@ def convolutional(cls, **kwargs):
 
 
 def decoder(cls, **kwargs):
-    """A decoder-only transformer, and the optimizer that it is trained with."""
+    """Returns a decoder-only transformer, and the optimizer that trains it."""
     tokens = keras.Input((32,), dtype="int32")
     hidden = keras.layers.Embedding(512, 64)(tokens)
     for _ in range(2):
@@ -63,17 +63,17 @@ def decoder(cls, **kwargs):
 
 
 def images(rows):
-    """Shapes and dtypes of a batch for `convolutional`."""
+    """Returns the shapes and dtypes of a batch for `convolutional`."""
     return tf.TensorSpec((rows, 64, 64, 3)), tf.TensorSpec((rows,), tf.int32)
 
 
 def texts(rows):
-    """Shapes and dtypes of a batch for `decoder`."""
+    """Returns the shapes and dtypes of a batch for `decoder`."""
     return (tf.TensorSpec((rows, 32), tf.int32),) * 2
 
 
 # Name: model, its batches, rows of a micro-batch. The activations of 256 images
-# are more than the 128 MiB that the chip has; those of the texts stay on it.
+# are more than the 128 MiB that the chip has; texts' activations stay on it.
 MODELS = {
     "convolutional": (convolutional, images, 256),
     "decoder": (decoder, texts, 16),
@@ -81,12 +81,12 @@ MODELS = {
 # Variables that the optimizer has for each weight.
 SLOTS = {"convolutional": 1, "decoder": 2}
 WINDOW = ("first", "next", "update")
-# Micro-batches of a batch that is cut within the program, by model.
-CUT = {"decoder": (4, 32)}
+# Micro-batches of a batch that is split within the program, by model.
+SPLIT = {"decoder": (4, 32)}
 
 
 def trained(build, batch, cls, **kwargs):
-    """A model that has all its variables, after two batches of one row."""
+    """Returns a model that has all its variables, after two small batches."""
     model, optimizer = build(cls, **kwargs)
     # Where these steps run does not matter, and compiling them takes longer.
     model.compile(optimizer, loss=test_utils.crossentropy(), jit_compile=False)
@@ -96,7 +96,7 @@ def trained(build, batch, cls, **kwargs):
 
 
 def steps(build, batch, rows):
-    """The steps to compile: name to a function and the batch that it takes.
+    """Returns the steps to compile, by name: a function and its batch.
 
     This is the one place that knows how the library names its programs.
     """
@@ -117,14 +117,17 @@ def steps(build, batch, rows):
         "plain": (lambda *data: plain.train_step(data), batch(rows)),
         "large": (lambda *data: plain.train_step(data), batch(STEPS * rows)),
         **{
-            f"cut_{times}": (whole_window(model, rows), batch(times * rows))
-            for times in CUT.get(build.__name__, ())
+            f"split_{num_microbatches}": (
+                whole_window(model, rows),
+                batch(num_microbatches * rows),
+            )
+            for num_microbatches in SPLIT.get(build.__name__, ())
         },
     }
 
 
 def whole_window(model, rows):
-    """A window of one batch, as it is in a program for TPUs: with its loop."""
+    """Returns a window of one batch, with its loop, as it is on TPUs."""
     with mock.patch.object(replicas, "on_tpu", return_value=True):
         each = microbatching.EachMicrobatch(
             model._accumulation,
@@ -141,13 +144,13 @@ def whole_window(model, rows):
 
 
 def lower(function, batch):
-    """A step as serialized HLO, which any XLA compiler takes."""
+    """Returns a step as serialized HLO, which any XLA compiler takes."""
     compiled = tf.function(function, jit_compile=True)
     return compiled.experimental_get_compiler_ir(*batch)(stage="hlo_serialized")
 
 
 def python_with_jax():
-    """The Python to compile with, or None if none is known."""
+    """Returns the Python to compile with, or None if none is known."""
     # Where one is named, nothing is skipped: it works, or tests fail.
     if named := os.environ.get("KERAS_ACCUM_JAX_PYTHON"):
         return named
@@ -167,7 +170,7 @@ def run_tool(*args, python=sys.executable, flags=(), **variables):
 
 
 def compile_all():
-    """What the tool says of each step: (model, step) to its line."""
+    """Returns what the tool says of each step: (model, step) to its line."""
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for name, recipe in MODELS.items():
@@ -185,12 +188,12 @@ def compile_all():
 
 
 def new_bytes(report):
-    """Bytes of outputs that are not written over an argument."""
+    """Returns the bytes of outputs that are not written over an argument."""
     return report["output_bytes"] - report["alias_bytes"]
 
 
 def scratch_bytes(report):
-    """Bytes in use beyond arguments and outputs, wherever they are.
+    """Returns the bytes in use beyond arguments and outputs, in all memories.
 
     `temp_bytes` counts main memory only, and a small program has its
     activations on the chip.
@@ -225,7 +228,7 @@ class TpuTest(JaxTestCase, parameterized.TestCase):
             self.assertGreater(self.reports[name, step]["flops"], 0)
 
     def size_of_weights(self, name):
-        """Bytes of the weights, in the tiles of the TPU."""
+        """Returns the bytes of the weights, in the tiles of the TPU."""
         # What a plain step writes are the weights and the slots.
         return self.reports[name, "plain"]["alias_bytes"] / (1 + SLOTS[name])
 
@@ -268,9 +271,11 @@ class TpuTest(JaxTestCase, parameterized.TestCase):
         # Activations are k times larger, and nearly all of it.
         self.assertLess(window, large / STEPS * 1.5)
 
-    @parameterized.parameters(*CUT["decoder"])
-    def test_scratch_does_not_grow_with_a_batch_that_is_cut(self, times):
-        report = self.reports["decoder", f"cut_{times}"]
+    @parameterized.parameters(*SPLIT["decoder"])
+    def test_scratch_does_not_grow_with_a_batch_that_is_split(
+        self, num_microbatches
+    ):
+        report = self.reports["decoder", f"split_{num_microbatches}"]
         plain = self.reports["decoder", "plain"]
         self.assertLessEqual(scratch_bytes(report), 1.1 * scratch_bytes(plain))
         # The buffers, in place.

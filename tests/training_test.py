@@ -575,7 +575,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(model.optimizer.iterations), 6)
 
     def updating(self, update, policy=None, **kwargs):
-        """A model whose train step ends with `update(model, gradients)`."""
+        """Returns a model whose step ends with `update(model, gradients)`."""
 
         class Mine(keras_accum.GradientAccumulationModel):
             def train_step(self, batch):
@@ -627,17 +627,17 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
             model.fit(test_utils.dataset(data()), verbose=0)
 
     def test_train_step_with_another_optimizer(self):
-        own = keras.optimizers.SGD(0.1)
+        other_optimizer = keras.optimizers.SGD(0.1)
         scale = keras.Variable(1.0)
 
         def update(model, gradients):
-            own.apply([tf.constant(1.0)], [scale])
+            other_optimizer.apply([tf.constant(1.0)], [scale])
             model.accumulate(gradients)
 
-        own.build([scale])
+        other_optimizer.build([scale])
         model = self.updating(update)
         model.fit(test_utils.dataset(data()), verbose=0)
-        self.assertEqual(int(own.iterations), len(data()))
+        self.assertEqual(int(other_optimizer.iterations), len(data()))
         # And by hand, nobody is in the way.
         model.optimizer.apply(
             [tf.zeros(v.shape) for v in model.trainable_weights],

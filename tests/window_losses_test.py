@@ -45,11 +45,11 @@ class WindowLossesTest(test_utils.TestCase):
         self.part.resume()
         self.assertFalse(self.part.is_restored)
         self.assertAllClose(tracker.result(), 2.0)
-        # Those of before a window was restored are forgotten with it.
+        # What waits for `resume` is forgotten with the window.
         self.part.restore(state)
         self.part.reset()
         self.assertFalse(self.part.is_restored)
-        # So are they where the window has ended, by hand.
+        # So it is where the window has ended, by hand.
         self.part.restore(state)
         self.part.close(self.part.sums(), None)
         self.assertFalse(self.part.is_restored)

@@ -69,7 +69,7 @@ class Losses(keras.callbacks.Callback):
 
 
 def classifier(place, jit, spe=1, dtype=None, make_optimizer=None, **kwargs):
-    """A compiled model, with the same first weights at every call."""
+    """Returns a compiled model, with the same first weights at every call."""
     keras.utils.set_random_seed(7)
     with place.strategy.scope():
         inputs = keras.Input((FEATURES,))
@@ -103,13 +103,13 @@ def crossentropy():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def rows(number, seed=0):
-    """Inputs, labels and uneven sample weights."""
+def rows(num_rows, seed=0):
+    """Returns inputs, labels and uneven sample weights."""
     rng = np.random.default_rng(seed)
     return (
-        rng.normal(size=(number, FEATURES)).astype("float32"),
-        rng.integers(0, CLASSES, number),
-        rng.random(number).astype("float32"),
+        rng.normal(size=(num_rows, FEATURES)).astype("float32"),
+        rng.integers(0, CLASSES, num_rows),
+        rng.random(num_rows).astype("float32"),
     )
 
 
@@ -120,7 +120,7 @@ def with_policy(dataset, policy):
 
 
 def of_unknown_length(batches):
-    """A dataset of the batches whose length TensorFlow does not know."""
+    """Returns a dataset of the batches; TensorFlow does not know its length."""
     spec = tuple(
         tf.TensorSpec((None, *leaf.shape[1:]), leaf.dtype)
         for leaf in batches[0]
@@ -134,8 +134,8 @@ def of_unknown_length(batches):
     return tf.data.Dataset.from_generator(copies, output_signature=spec)
 
 
-def cut(arrays, size):
-    """Batches of `size` rows; the last has what is left."""
+def split(arrays, size):
+    """Splits arrays into batches of `size` rows; the last has what is left."""
     return [
         tuple(array[start : start + size] for array in arrays)
         for start in range(0, len(arrays[0]), size)
@@ -143,7 +143,7 @@ def cut(arrays, size):
 
 
 def side_by_side(shares):
-    """The batches that all workers' batches make together."""
+    """Returns the batches that all workers' batches make together."""
     longest = max(map(len, shares))
     return [
         tuple(
@@ -157,7 +157,7 @@ def side_by_side(shares):
 
 
 def copies_of(model, strategy):
-    """Every copy that this process has of the model's variables."""
+    """Returns every copy that this process has of the model's variables."""
     variables = model.variables + model.optimizer.variables
     return {
         f"copy/{i}/{replica}": copy.numpy()
@@ -169,7 +169,7 @@ def copies_of(model, strategy):
 
 
 def told(model, place, history=None, losses=None):
-    """What is compared: weights, the optimizer's state, and what `fit` said."""
+    """Returns the weights, the optimizer's state and what `fit` reported."""
     result = {f"weight/{i}": w for i, w in enumerate(model.get_weights())}
     for i, variable in enumerate(model.optimizer.variables):
         result[f"slot/{i}"] = variable.numpy()
@@ -181,7 +181,7 @@ def told(model, place, history=None, losses=None):
 
 
 def arrays(place, jit=True, spe=1):
-    """NumPy arrays and all that one does with a model."""
+    """Trains on NumPy arrays, and does all else that one does with a model."""
     model = classifier(place, jit, spe)
     # Three batches and two rows, so that some replicas get none.
     x, y, weight = rows(3 * ROWS + 2)
@@ -204,27 +204,27 @@ def arrays(place, jit=True, spe=1):
     }
     logs = [
         model.train_on_batch(xs, ys, ws)
-        for xs, ys, ws in cut(rows(ACCUM_STEPS * ROWS, seed=1), ROWS)
+        for xs, ys, ws in split(rows(ACCUM_STEPS * ROWS, seed=1), ROWS)
     ]
     result["train_on_batch"] = logs[-1]
     return told(model, place, history, losses) | result
 
 
 def plain(place):
-    """As `arrays`, without XLA and several steps at once."""
+    """Trains as `arrays` does, without XLA, three steps at a time."""
     return arrays(place, jit=False, spe=3)
 
 
 def masks(place):
-    """Masked tokens, data of unknown length, windows that are carried on."""
+    """Trains on masked tokens of unknown length; windows are carried on."""
     keras.utils.set_random_seed(7)
     rng = np.random.default_rng(3)
-    length, number = 6, 4 * ROWS + 3
-    tokens = rng.integers(1, 9, (number, length))
-    kept = rng.integers(1, length + 1, number)
+    length, num_rows = 6, 4 * ROWS + 3
+    tokens = rng.integers(1, 9, (num_rows, length))
+    kept = rng.integers(1, length + 1, num_rows)
     tokens[np.arange(length) >= kept[:, None]] = 0
-    data = (tokens, rng.integers(0, CLASSES, (number, length)))
-    data += (rng.random((number, 1)).astype("float32"),)
+    data = (tokens, rng.integers(0, CLASSES, (num_rows, length)))
+    data += (rng.random((num_rows, 1)).astype("float32"),)
     with place.strategy.scope():
         inputs = keras.Input((length,), dtype="int32")
         hidden = keras.layers.Embedding(9, 5, mask_zero=True)(inputs)
@@ -242,14 +242,14 @@ def masks(place):
             jit_compile=False,
             steps_per_execution=ACCUM_STEPS,
         )
-    dataset = with_policy(of_unknown_length(cut(data, ROWS)), DATA)
+    dataset = with_policy(of_unknown_length(split(data, ROWS)), DATA)
     # Six batches are two windows.
     history = model.fit(dataset, epochs=3, verbose=0)
     return told(model, place, history)
 
 
 def float16(place):
-    """Scaled losses, in half precision."""
+    """Trains in half precision, with scaled losses."""
     model = classifier(
         place,
         jit=True,
@@ -266,22 +266,22 @@ def float16(place):
 
 
 def shares_of(place, multiple=1):
-    """Each worker's own rows: not as many as the others have."""
+    """Returns each worker's own rows: their numbers differ."""
     shares = []
     for index in range(place.workers):
-        number = (4 + 3 * index) * ROWS // place.workers + index
-        shares.append(rows(number // multiple * multiple, seed=index))
+        num_rows = (4 + 3 * index) * ROWS // place.workers + index
+        shares.append(rows(num_rows // multiple * multiple, seed=index))
     return shares
 
 
 def together(place, shares):
-    """The batches that one device would see of all workers' own rows."""
+    """Returns the batches that one device would see of all workers' rows."""
     each = ROWS // place.workers
-    return side_by_side([cut(share, each) for share in shares])
+    return side_by_side([split(share, each) for share in shares])
 
 
 def files(place):
-    """A text file for each worker; some have more lines than others."""
+    """Trains on a text file for each worker; their lengths differ."""
     model = classifier(place, jit=False)
     names, shares = [], shares_of(place)
     for index, (x, y, weight) in enumerate(shares):
@@ -309,40 +309,40 @@ def files(place):
 
 
 def own(place):
-    """Each worker has its own rows, and none is shared out."""
+    """Trains each worker on its own rows; none is shared out."""
     model = classifier(place, jit=False, spe=ACCUM_STEPS)
-    # TensorFlow cuts a short batch of a generator in a way of its own.
+    # TensorFlow splits a short batch of a generator in a way of its own.
     shares = shares_of(place, multiple=ROWS)
     dataset = of_unknown_length(together(place, shares))
     if not place.alone:
         share = shares[place.index]
-        dataset = with_policy(of_unknown_length(cut(share, ROWS)), OFF)
+        dataset = with_policy(of_unknown_length(split(share, ROWS)), OFF)
     history = model.fit(dataset, epochs=2, verbose=0)
     return told(model, place, history)
 
 
 def undisturbed(place):
-    """Three epochs, of one window and a short one each."""
+    """Trains for three epochs, of one window and a short one each."""
     model = classifier(place, jit=False)
     fit(model, epochs=3)
     return told(model, place)
 
 
 def fit(model, **kwargs):
-    """An epoch is a window of three batches and one of one batch."""
+    """Trains on epochs of a window of three batches and one of one batch."""
     x, y, weight = rows(3 * ROWS + 2)
     dataset = tf.data.Dataset.from_tensor_slices((x, y, weight)).batch(ROWS)
     model.fit(with_policy(dataset, DATA), verbose=0, **kwargs)
 
 
 def amid_third_epoch(model, batch):
-    """Whether `batch` is the last one of the first window in that epoch."""
+    """Returns whether `batch` ends the first window of the third epoch."""
     updates = model.optimizer.iterations.numpy()
     return updates == 4 and batch == ACCUM_STEPS - 1
 
 
 def kept_by_chief(place, name):
-    """Where to save: TensorFlow's convention for several workers.
+    """Returns where to save: TensorFlow's convention for several workers.
 
     All of them have to save, since they do so together. What the chief writes
     is kept; each other worker writes to a folder of its own.
@@ -373,7 +373,7 @@ class SaveCheckpoint(keras.callbacks.Callback):
 
 
 def restored(place, name):
-    """A model from what `SaveCheckpoint` wrote, and for how many epochs."""
+    """Returns a model that `SaveCheckpoint` wrote, and the epochs it had."""
     model = classifier(place, jit=False)
     # It is restored to what there is; `fit` would make it later.
     with place.strategy.scope():
@@ -385,7 +385,7 @@ def restored(place, name):
 
 
 def tf_checkpoint(place):
-    """`tf.train.Checkpoint`."""
+    """Interrupts a training that `tf.train.Checkpoint` saves."""
     first = classifier(place, jit=False)
     fit(first, epochs=2, callbacks=[SaveCheckpoint(place, "tf")])
     meet(place.strategy)
@@ -395,7 +395,7 @@ def tf_checkpoint(place):
 
 
 def model_checkpoint(place):
-    """`keras.callbacks.ModelCheckpoint`, of whole models."""
+    """Interrupts a training of which `ModelCheckpoint` saves whole models."""
     first = classifier(place, jit=False)
     path = kept_by_chief(place, "model-checkpoint")
     path.mkdir(parents=True)
@@ -412,7 +412,7 @@ def model_checkpoint(place):
 
 
 def backup_and_restore(place):
-    """`keras.callbacks.BackupAndRestore`, and an error amid a window.
+    """Interrupts a window with an error, beside `BackupAndRestore`.
 
     It reads and deletes what it wrote itself: each worker has its own.
     """
@@ -435,7 +435,7 @@ def backup_and_restore(place):
 
 
 def killed(place):
-    """Training in which a worker is killed amid the third epoch's window."""
+    """Trains; a worker is killed amid the third epoch's window."""
 
     class Killed(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
@@ -448,26 +448,28 @@ def killed(place):
 
 
 def restarted(place):
-    """What is done when all workers are started again."""
+    """Goes on as when all workers are started again."""
     model, done = restored(place, "killed")
     fit(model, initial_epoch=done, epochs=3)
     return told(model, place) | {"done": done}
 
 
 def collectives(place):
-    """Which functions of a training hold reductions, and how many.
+    """Counts the reductions in the functions of a training.
 
     A function of its own, `cond_true`, is what TensorFlow makes of a branch.
     """
     x, y, weight = rows(6 * ROWS)
-    known = tf.data.Dataset.from_tensor_slices((x, y, weight)).batch(ROWS)
-    unknown = of_unknown_length(cut((x, y, weight), ROWS))
+    known_length = tf.data.Dataset.from_tensor_slices((x, y, weight)).batch(
+        ROWS
+    )
+    unknown_length = of_unknown_length(split((x, y, weight), ROWS))
     arrays = {"x": x, "y": y, "sample_weight": weight, "batch_size": ROWS}
     found = {}
     for name, data in (
         ("arrays", arrays),
-        ("known", {"x": with_policy(known, DATA)}),
-        ("unknown", {"x": with_policy(unknown, DATA)}),
+        ("known", {"x": with_policy(known_length, DATA)}),
+        ("unknown", {"x": with_policy(unknown_length, DATA)}),
     ):
         before = set(context.context().list_function_names())
         model = classifier(place, jit=False)
@@ -478,11 +480,11 @@ def collectives(place):
             if function in before or function.startswith("__wrapped__"):
                 continue
             nodes = context.context().get_function_def(function).node_def
-            number = sum(node.op.startswith(REDUCTIONS) for node in nodes)
+            count = sum(node.op.startswith(REDUCTIONS) for node in nodes)
             is_branch = re.search(r"cond(_\d+)?_true_", function)
-            if number:
+            if count:
                 found[f"{name}/{'branches' if is_branch else 'others'}"].append(
-                    number
+                    count
                 )
     return found
 
@@ -512,7 +514,7 @@ def main(argv):
 
 
 def make_strategy(replicas):
-    """The strategy of a worker, with its CPU split into `replicas` devices.
+    """Returns a worker's strategy, with its CPU split into `replicas` devices.
 
     TensorFlow takes one CPU for one replica, and has no other way to try what
     a worker with several GPUs does.

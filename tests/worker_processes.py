@@ -18,7 +18,7 @@ PLENTY = 900.0
 
 
 def environment(**others):
-    """This process's environment, in which the project can be imported."""
+    """Returns this process's environment, made to find the project."""
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     return os.environ | {
         "PYTHONPATH": path,
@@ -102,7 +102,7 @@ def run_cases(names, folder, workers, replicas=1, **others):
 
 
 def results(folder, workers, name):
-    """What each worker's case `name` returned."""
+    """Returns what each worker's case `name` returned."""
     return [
         load(folder / f"worker-{index}" / f"{name}.npz")
         for index in range(workers)
@@ -110,7 +110,7 @@ def results(folder, workers, name):
 
 
 def load(path):
-    """The arrays of a file that `save` wrote."""
+    """Returns the arrays of a file that `save` wrote."""
     with np.load(path) as arrays:
         return dict(arrays)
 
@@ -121,6 +121,6 @@ def save(path, arrays):
 
 
 def task():
-    """Index of this process's worker, and how many there are."""
+    """Returns the index of this process's worker, and how many there are."""
     config = json.loads(os.environ["TF_CONFIG"])
     return config["task"]["index"], len(config["cluster"]["worker"])

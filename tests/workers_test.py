@@ -32,7 +32,7 @@ def tearDownModule():
 
 
 def alone(name, workers):
-    """What a case returns in this process, on one device."""
+    """Returns what a case returns in this process, on one device."""
     case = worker_cases.CASES[name]
     # Where each worker has rows of its own, their number matters.
     key = name, workers if name in ("files", "own") else None

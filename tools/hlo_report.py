@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def parse_arguments():
-    """The command line's arguments."""
+    """Returns the command line's arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -114,7 +114,7 @@ def check_installed(target):
 
 
 def find_device(target):
-    """The device to compile for."""
+    """Returns the device to compile for."""
     return local_device() if target == "local" else tpu_device(target)
 
 
@@ -128,7 +128,7 @@ def local_device():
 
 
 def tpu_device(target):
-    """A TPU that need not be there, and that can be compiled for only."""
+    """Returns a TPU that need not be there; it can be compiled for only."""
     # JAX and libtpu would look for a TPU, and ask the network about it.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -147,7 +147,7 @@ def tpu_device(target):
 
 
 def report(path, device, runs):
-    """What is printed of one program, as a dict."""
+    """Returns what is printed of one program, as a dict."""
     module = read_module(path)
     begin = time.perf_counter()
     executable = compile_module(module, device)
@@ -159,7 +159,7 @@ def report(path, device, runs):
 
 
 def read_module(path):
-    """The StableHLO module that a serialized HLO file holds."""
+    """Returns the StableHLO module that a serialized HLO file holds."""
     import jax
     from jax.extend import mlir
     from jax.extend.mlir import ir
@@ -199,12 +199,12 @@ def remove_copies(module):
 
 
 def can_run(device):
-    """Whether a device is there, and not just described."""
+    """Returns whether a device is there, and not just described."""
     return not type(device.client).__name__.startswith("CompileOnly")
 
 
 def compile_module(module, device):
-    """The executable that the compiler of a device makes of a module."""
+    """Returns the executable that a device's compiler makes of a module."""
     from jax.extend import backend
 
     # JAX has no public name for compiling a module that it did not make.
@@ -222,7 +222,7 @@ def compile_module(module, device):
 
 
 def planned(executable):
-    """What the compiler says of an executable: memory and arithmetic."""
+    """Returns the compiler's plan for an executable: memory and arithmetic."""
     stats = executable.get_compiled_memory_stats()
     costs = executable.cost_analysis() or {}
     return {
@@ -236,7 +236,7 @@ def planned(executable):
 
 
 def timed(executable, module, device, runs):
-    """Times of `runs` runs of an executable, after some to warm up."""
+    """Returns times of `runs` runs of an executable, after some to warm up."""
     import jax
 
     milliseconds = []
@@ -254,7 +254,7 @@ def timed(executable, module, device, runs):
 
 
 def random_inputs(module, device):
-    """An array on a device for each parameter of a module."""
+    """Returns an array on a device for each parameter of a module."""
     import jax
     import numpy as np
     from jax.extend.mlir import ir
