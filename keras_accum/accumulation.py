@@ -159,7 +159,7 @@ class Accumulation:
         return training.TrainFunction(self)
 
     def new_microbatch(
-        self, data=None, is_first: bool | None = None, denominators=None
+        self, data=None, is_first: bool | None = None, **known
     ) -> Microbatch:
         """Returns a `Microbatch`.
 
@@ -167,7 +167,7 @@ class Accumulation:
             data: The micro-batch; None if it is not known.
             is_first: Whether it is its window's first; None if the buffers
                 tell, as in steps by hand.
-            denominators: See `Microbatch`.
+            **known: What is known of its window: see `Microbatch`.
         """
         is_replicated = replicas.has_several(self.model.distribute_strategy)
         is_empty = self.window["gradients"].is_empty
@@ -177,22 +177,22 @@ class Accumulation:
             has_rows=rows.has_rows(data) if is_replicated else None,
             nonfinite=self.options.nonfinite,
             is_replicated=is_replicated,
-            denominators=denominators,
+            **known,
         )
 
     @contextlib.contextmanager
     def microbatch(
-        self, data, is_first=None, denominators=None, trains: bool = True
+        self, data, is_first=None, trains: bool = True, **known
     ) -> Iterator[Microbatch]:
         """Yields a micro-batch, which is the current one until the step ends.
 
         Args:
             data: The micro-batch.
             is_first: See `new_microbatch`.
-            denominators: See `Microbatch`.
             trains: Whether to add to the window what the step recorded.
+            **known: See `new_microbatch`.
         """
-        microbatch = self.new_microbatch(data, is_first, denominators)
+        microbatch = self.new_microbatch(data, is_first, **known)
         with microbatch, microbatch.watched(layers=trains):
             yield microbatch
             if trains:

@@ -29,57 +29,17 @@ import functools
 import re
 from collections.abc import Callable
 
-import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_accum import boundary
 from keras_accum import building
 from keras_accum import compat
-from keras_accum import loops
+from keras_accum import each_microbatch
 from keras_accum import memory
-from keras_accum import microbatching
 from keras_accum import programs
 from keras_accum import rehearsal
 from keras_accum import replicas
 from keras_accum import rows as row_counts
-
-
-def make_loop(model: keras.Model, step: Callable) -> Callable:
-    """Returns a function of an iterator, which makes steps on the host.
-
-    Args:
-        model: The model.
-        step: A function of a batch.
-    """
-    fetch_one = loops.make_loop(model, lambda data: data, num_steps=1)
-
-    def fetch(iterator):
-        data = fetch_one(iterator)
-        if data is None:  # An iterator of Python's has ended.
-            raise StopIteration
-        return tf.nest.map_structure(
-            lambda leaf: (
-                tf.convert_to_tensor(leaf)
-                if isinstance(leaf, np.ndarray)
-                else leaf
-            ),
-            data,
-        )
-
-    def loop(iterator):
-        logs = None
-        for _ in range(model.steps_per_execution):
-            try:
-                data = fetch(iterator)
-            except (StopIteration, tf.errors.OutOfRangeError):
-                if logs is None:
-                    raise
-                break
-            logs = step(data)
-        return logs
-
-    return loop
 
 
 class Attempts:
@@ -91,7 +51,7 @@ class Attempts:
     """
 
     def __init__(
-        self, accumulation, each: microbatching.EachMicrobatch
+        self, accumulation, each: each_microbatch.EachMicrobatch
     ) -> None:
         self._accumulation = accumulation
         self._attempt = Attempt(accumulation, each)
@@ -154,7 +114,7 @@ class Attempt:
     """
 
     def __init__(
-        self, accumulation, each: microbatching.EachMicrobatch
+        self, accumulation, each: each_microbatch.EachMicrobatch
     ) -> None:
         self._accumulation, self._each = accumulation, each
         self._by_size: dict[int, Callable] = {}

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import each_microbatch
 from keras_accum import loops
 from keras_accum import microbatching
 from keras_accum import programs
@@ -32,7 +33,9 @@ def make_test_function(accumulation) -> Callable:
         def step(data):
             return run(args=(data,))
     else:
-        each = microbatching.EachMicrobatch(accumulation, first, next_)
+        each = each_microbatch.EachMicrobatch(
+            accumulation, first, next_, trains=False
+        )
 
         def end_window():
             for tracker in accumulation.window["losses"].trackers:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_accum import compat
@@ -49,6 +50,43 @@ def make_loop(model: keras.Model, step: Callable, num_steps: int) -> Callable:
         return logs
 
     return function
+
+
+def make_host_loop(model: keras.Model, step: Callable) -> Callable:
+    """Returns a function as `make_loop`, whose steps the host makes.
+
+    Args:
+        model: The model.
+        step: A function of a batch, and of the types that batches have.
+    """
+    fetch_one = make_loop(model, lambda data: data, num_steps=1)
+
+    def fetch(iterator):
+        data = fetch_one(iterator)
+        if data is None:  # An iterator of Python's has ended.
+            raise StopIteration
+        return tf.nest.map_structure(
+            lambda leaf: (
+                tf.convert_to_tensor(leaf)
+                if isinstance(leaf, np.ndarray)
+                else leaf
+            ),
+            data,
+        )
+
+    def loop(iterator):
+        logs, types = None, getattr(iterator, "element_spec", None)
+        for _ in range(model.steps_per_execution):
+            try:
+                data = fetch(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                if logs is None:
+                    raise
+                break
+            logs = step(data, types)
+        return logs
+
+    return loop
 
 
 def make_dataset_loop(model, step, num_steps) -> Callable:

@@ -71,6 +71,7 @@ class WindowLoss(keras.metrics.Mean):
         loss: tf.Tensor,
         weight: tf.Tensor | None,
         rows: tf.Tensor,
+        is_weighted: bool = False,
     ) -> None:
         """Adds one micro-batch to the window.
 
@@ -79,6 +80,7 @@ class WindowLoss(keras.metrics.Mean):
                 reduction is None: Keras reports the mean of these.
             weight: The denominator of its loss; None if the loss is a sum.
             rows: Number of its rows.
+            is_weighted: Whether `loss` is multiplied by `weight` already.
         """
         loss, rows = tf.cast(loss, self.dtype), tf.cast(rows, self.dtype)
         if loss.shape.rank != 0:
@@ -91,7 +93,8 @@ class WindowLoss(keras.metrics.Mean):
             summands = [loss, tf.ones_like(loss) - weight_so_far, rows]
         else:
             weight = tf.cast(weight, self.dtype)
-            summands = [weight * loss, weight, rows]
+            loss = loss if is_weighted else weight * loss
+            summands = [loss, weight, rows]
         self.window.assign_add(tf.stack(summands))
 
     def close(self, window: tf.Tensor | None = None, share=1.0) -> None:

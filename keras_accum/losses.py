@@ -14,13 +14,17 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from keras_accum import added_losses
 from keras_accum import compat
 from keras_accum import microbatch as microbatches
 from keras_accum import weighting
-from keras_accum.gradients import keep_unless
+from keras_accum.coupling import Kind
+from keras_accum.findings import Findings
 from keras_accum.loss_tracker import WindowLoss
 from keras_accum.microbatch import Microbatch
 from keras_accum.rows import number_of_rows
+from keras_accum.steps import forward
+from keras_accum.whole_loss import surrogate
 from keras_accum.window_losses import WindowLosses
 
 
@@ -46,6 +50,7 @@ class Losses:
         is_custom: Returns whether a method of the model, by name, is not ours.
 
     Attributes:
+        findings: What was measured on the first batch; None before that.
         needs_denominators: Whether one weight per micro-batch was found not to
             fit all losses.
     """
@@ -65,7 +70,16 @@ class Losses:
         """Forgets what is known: another loss may have been given."""
         # Whether the loss is a sum over the rows; None before the first.
         self._found_sum: bool | None = None
+        self.findings: Findings | None = None
         self.needs_denominators = False
+
+    def are_hidden(self) -> bool:
+        """Returns whether there are to be no added losses, and records it."""
+        microbatch = microbatches.current(self._model)
+        if microbatch is None or not microbatch.hides_losses:
+            return False
+        microbatch.asked_for_losses = True
+        return True
 
     def of(self, losses: list[tf.Tensor]) -> list[tf.Tensor]:
         """Returns added losses and regularizers, as they count in a step.
@@ -76,24 +90,22 @@ class Losses:
         microbatch = microbatches.current(self._model)
         if microbatch is None or not self.is_sum:
             return losses
-        count = len(losses) - self._number_of_regularizers()
-        added, regularizers = losses[:count], losses[count:]
-        share = microbatch.row_share
-        if share is not None:
-            added = [loss * tf.cast(share, loss.dtype) for loss in added]
-        is_first = microbatch.is_first
-        if is_first is True or not regularizers:
-            return added + regularizers
-        if is_first is False:
-            return added
-        is_later = tf.logical_not(is_first)
-        return added + [keep_unless(is_later, loss) for loss in regularizers]
+        return added_losses.counted(self._model, losses, microbatch)
 
     def weight(self, x, y, y_pred, sample_weight) -> tf.Tensor | None:
         """Returns the weight of a micro-batch, as Keras divides its losses."""
         compiled = compat.compiled_loss(self._model)
-        if compiled is None or not compat.is_built(compiled):
-            return weighting.as_weight(number_of_rows(x))
+        kind = self._found.compute_loss
+        if kind is Kind.SUM:
+            return None
+        if (
+            compiled is None
+            or not compat.is_built(compiled)
+            or kind in (Kind.ROW_MEAN, Kind.COUPLED)
+        ):
+            return weighting.as_weight(
+                number_of_rows(sample_weight, y, y_pred, x)
+            )
         denominators = self._divisors(x, y, y_pred, sample_weight).denominators
         has_row_means = bool(compat.added_losses(self._model))
         self._find_differences(denominators, has_row_means)
@@ -122,14 +134,23 @@ class Losses:
         """
         model = self._model
         microbatch = microbatches.current(model)
+        if microbatch.is_share and training:
+            check_policy_of_share(microbatch.nonfinite)
+        if microbatch.whole is not None:
+            return self._share_of_whole(microbatch, y, y_pred, sample_weight)
         compiled = compat.compiled_loss(model)
         with contextlib.ExitStack() as stack:
+            # The loss of a whole batch is one of all replicas.
+            if any(self._found.undivided) and not microbatch.hides_losses:
+                num_replicas = model.distribute_strategy.num_replicas_in_sync
+                dividing = compat.dividing_losses(
+                    compiled, self._found.undivided, num_replicas
+                )
+                stack.enter_context(dividing)
             for tracker in self._output_trackers(y, y_pred, sample_weight):
                 recording = tracker.recording(microbatch.recorded_losses)
                 stack.enter_context(recording)
             if microbatch.denominators is not None:
-                if training:
-                    check_policy_with_denominators(microbatch.nonfinite)
                 divisors = self._divisors(x, y, y_pred, sample_weight)
                 factors = self._shares_of_window(microbatch, divisors)
                 stack.enter_context(compat.weighting_losses(compiled, factors))
@@ -150,30 +171,49 @@ class Losses:
         model = self._model
         microbatch = microbatches.current(model)
         weight = None
-        if microbatch.denominators is None:
+        if not microbatch.is_share:
             weight = model.microbatch_weight(x, y, y_pred, sample_weight)
         self._find_sum(microbatch, weight is None)
-        self._regularize_without_rows(microbatch)
+        if self.is_sum:
+            added_losses.regularize_without_rows(model, microbatch)
         outputs = self._output_trackers(y, y_pred, sample_weight)
         divisors = (
             self._divisors(x, y, y_pred, sample_weight) if outputs else None
         )
-        rows = number_of_rows(x) if divisors is None else divisors.rows
         self._window_losses.make_tracker().add(
             microbatch.value_or(
                 compat.unscale_loss(loss), microbatch.loss_without_rows
             ),
-            microbatch.or_nothing(weight),
-            microbatch.or_nothing(rows),
+            microbatch.or_nothing(
+                microbatch.row_share if microbatch.is_share else weight
+            ),
+            # As Keras counts them.
+            microbatch.or_nothing(number_of_rows(x)),
+            is_weighted=microbatch.is_share,
         )
         for index, tracker in enumerate(outputs):
             denominator = divisors.denominators[index]
-            add_recorded(
-                tracker,
-                microbatch,
-                None if denominator is None else denominator.value,
-            )
+            output_weight = None if denominator is None else denominator.value
+            if microbatch.whole is not None:
+                # What was recorded is that of the batch.
+                output_weight = microbatch.row_share
+            add_recorded(tracker, microbatch, output_weight)
         return weight
+
+    def are_to_be_measured(self) -> bool:
+        """Returns whether the next batch is to tell what the losses are.
+
+        A `train_step` of the user's own says itself how much they count.
+        """
+        return self.findings is None and not self._is_custom("train_step")
+
+    def use_whole_batch(self) -> bool:
+        """Returns whether the loss is computed of the batch as a whole."""
+        return (
+            self._found.couples_rows
+            and self._model.microbatch_size is not None
+            and not self._is_custom("train_step")
+        )
 
     def uses_denominators(self) -> bool:
         """Returns whether each loss is divided by a denominator of its own.
@@ -225,11 +265,20 @@ class Losses:
     def is_sum(self) -> bool:
         """Whether the loss is a sum over the rows, as far as is known."""
         microbatch = microbatches.current(self._model)
-        if microbatch is not None and microbatch.denominators is not None:
+        if microbatch is not None and microbatch.is_share:
             return True
         if self._found_sum is None:
+            found = self._found
+            if found.compute_loss is not None:
+                return found.compute_loss is Kind.SUM
+            if found.compiled and None not in found.compiled:
+                return all(kind is Kind.SUM for kind in found.compiled)
             return weighting.is_sum(self._model.loss)
         return self._found_sum
+
+    @property
+    def _found(self) -> Findings:
+        return self.findings or Findings()
 
     def warn_once(self, message: str) -> None:
         """Warns, unless it has done so before."""
@@ -249,12 +298,15 @@ class Losses:
         """Returns the `Divisors` of a micro-batch, computed once."""
 
         def measure():
-            rows = number_of_rows(x)
+            rows = number_of_rows(sample_weight, y, y_pred, x)
             denominators = []
+            kinds = iter(self._found.compiled)
             compat.map_compiled_losses(
                 compat.compiled_loss(self._model),
                 lambda *loss_and_data: denominators.append(
-                    weighting.loss_denominator(*loss_and_data, rows)
+                    weighting.loss_denominator(
+                        *loss_and_data, rows, next(kinds, None)
+                    )
                 ),
                 y,
                 y_pred,
@@ -296,39 +348,39 @@ class Losses:
             )
         ]
 
-    def _number_of_regularizers(self):
-        """Returns how many losses, at their end, regularize weights."""
-        return sum(
-            v.regularizer is not None for v in self._model.trainable_weights
-        )
-
-    def _regularize_without_rows(self, microbatch: Microbatch):
-        """Computes the share of regularizers that counts without rows as well.
-
-        Weight regularizers of a sum count once a window, in its first
-        micro-batch, and each replica counts its share of them.
-        """
-        model, count = self._model, self._number_of_regularizers()
-        # By hand, the first is known on the device alone.
-        if microbatch.counts is None or microbatch.is_first is False:
-            return
-        if not count or not self.is_sum:
-            return
-        with tf.GradientTape() as tape:
-            loss = tf.add_n(model.losses[-count:])
-            share = loss / model.distribute_strategy.num_replicas_in_sync
-            scaled = model.optimizer.scale_loss(share)
-        microbatch.loss_without_rows = loss
-        microbatch.gradients_without_rows = tape.gradient(
-            scaled, model.trainable_weights
-        )
+    def _share_of_whole(self, microbatch, y, y_pred, sample_weight):
+        """Returns the share of a micro-batch in the loss of its batch."""
+        model, whole = self._model, microbatch.whole
+        num_replicas = model.distribute_strategy.num_replicas_in_sync
+        rows = number_of_rows(sample_weight, y, y_pred)
+        rows, total = map(weighting.as_weight, (rows, whole.rows))
+        share = tf.math.divide_no_nan(rows * num_replicas, total)
+        microbatch.row_share = share
+        for tracker, value in zip(
+            self._output_trackers(y, y_pred, sample_weight),
+            whole.of_outputs,
+            strict=True,
+        ):
+            # Keras counts a batch once where its rows are known late.
+            microbatch.recorded_losses[id(tracker)] = value, None
+        # What Keras divides by the number of replicas.
+        loss = whole.value * tf.cast(share / num_replicas, whole.value.dtype)
+        if whole.gradients:
+            # The loss has the value of the one, and the gradient of the other.
+            slope = tf.cast(surrogate(whole, y_pred), loss.dtype)
+            loss += slope - tf.stop_gradient(slope)
+        if self._found.adds_losses:
+            for added in model.losses:
+                added = compat.aggregate_loss(model, added)
+                loss += tf.cast(added, loss.dtype)
+        return loss
 
     def _find_sum(self, microbatch: Microbatch, is_sum: bool):
         """Records what `microbatch_weight` said, which comes after the loss."""
         if (
             is_sum != self.is_sum
             and microbatch.is_first is not True
-            and self._number_of_regularizers()
+            and added_losses.number_of_regularizers(self._model)
         ):
             self.warn_once(
                 "`microbatch_weight` does not agree with the `reduction` of "
@@ -336,13 +388,6 @@ class Losses:
                 "regularizers may count more than once in this window."
             )
         self._found_sum = is_sum
-
-
-def forward(model: keras.Model, x, training: bool):
-    """Calls a model, as Keras's steps do."""
-    if compat.takes_training_argument(model):
-        return model(x, training=training)
-    return model(x)
 
 
 def add_recorded(
@@ -370,13 +415,13 @@ def add_recorded(
     )
 
 
-def check_policy_with_denominators(nonfinite: str) -> None:
+def check_policy_of_share(nonfinite: str) -> None:
     """Raises a `ValueError` if a micro-batch may be skipped."""
     if nonfinite == "skip_microbatch":
         raise ValueError(
             '`nonfinite` must not be "skip_microbatch" with '
-            "`microbatch_size` where the losses of a model have "
-            "denominators that differ, by their masks or reductions. They "
-            "are known before the gradients are, and would count what is "
-            'skipped. Use "skip_window", or `accum_steps`.'
+            "`microbatch_size` where the losses of a model couple the rows of "
+            "a batch, or have denominators that differ, by their masks or "
+            "reductions. They are known before the gradients are, and would "
+            'count what is skipped. Use "skip_window", or `accum_steps`.'
         )

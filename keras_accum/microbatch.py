@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import dataclasses
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -15,27 +14,12 @@ from keras_accum import compat
 from keras_accum.finite import is_finite
 from keras_accum.gradients import choose_all
 from keras_accum.gradients import select_all
+from keras_accum.layer_moments import Moments
+from keras_accum.layer_moments import moments_of
 
 # A user's `train_step` stands between who sets it and who reads it. Replicas
 # are traced in threads of their own, each with a context of its own.
 _CURRENT = contextvars.ContextVar("keras_accum_microbatch", default=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Moments:
-    """The means and variances by which a layer normalized its inputs.
-
-    Attributes:
-        layer: The layer.
-        count: How many values of a channel there were; a float scalar.
-        means: Of the channels.
-        variances: Of the channels.
-    """
-
-    layer: keras.layers.BatchNormalization
-    count: tf.Tensor
-    means: tf.Tensor
-    variances: tf.Tensor
 
 
 class Microbatch:
@@ -54,6 +38,7 @@ class Microbatch:
         denominators: What the rows and the denominators of the losses add up to
             in the whole window, on all replicas: a float vector. None if they
             are not known yet, or one weight for the micro-batch is exact.
+        whole: The `WholeLoss` of its batch, if that couples rows; or None.
 
     Attributes:
         nonfinite: As above.
@@ -61,12 +46,14 @@ class Microbatch:
             not known yet, or does not matter.
         accumulated: The gradients, and their weight, of each call of
             `accumulate`, as they count.
-        row_share: With `denominators`, how much a mean over the rows counts.
+        row_share: If `is_share`, how much a mean over the rows counts.
         loss_without_rows: The loss if there are no rows, or none count.
         gradients_without_rows: Its gradients, or None if they are zeros.
         moments: The `Moments` of its calls of layers that normalize over it.
         assigned: Keras's variables that it assigns, by `id`.
         recorded_losses: What the metrics of single outputs were given, by `id`.
+        hides_losses: Whether `model.losses` is to seem empty.
+        asked_for_losses: Then, whether it was asked for.
     """
 
     def __init__(
@@ -77,10 +64,11 @@ class Microbatch:
         nonfinite: str = "propagate",
         is_replicated: bool = False,
         denominators: tf.Tensor | None = None,
+        whole=None,
     ) -> None:
         self.model = model
         self.has_rows = has_rows
-        self.denominators = denominators
+        self.denominators, self.whole = denominators, whole
         self.is_finite = None
         self.accumulated: list[tuple[list, tf.Tensor | None]] = []
         self.row_share = None
@@ -89,6 +77,7 @@ class Microbatch:
         self.moments: list[Moments] = []
         self.assigned: dict[int, keras.Variable] = {}
         self.recorded_losses: dict[int, tuple] = {}
+        self.hides_losses = self.asked_for_losses = False
         self._first = first
         self.nonfinite = nonfinite
         self._changes_nothing = not is_replicated and nonfinite == "propagate"
@@ -108,6 +97,11 @@ class Microbatch:
     def is_first(self) -> bool | tf.Tensor:
         """Whether it is the first of its window."""
         return self._first if isinstance(self._first, bool) else self._first()
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its loss is a share of that of its batch, which is known."""
+        return self.denominators is not None or self.whole is not None
 
     @property
     def counts(self) -> tf.Tensor | None:
@@ -222,26 +216,3 @@ def current(model: keras.Model) -> Microbatch | None:
 def is_same(some: Sequence, others: Sequence) -> bool:
     """Returns whether two lists hold the very same objects."""
     return list(map(id, some)) == list(map(id, others))
-
-
-def moments_of(layer, inputs, mask, means, variances) -> Moments:
-    """Returns the `Moments` that a layer computed of its inputs.
-
-    Args:
-        layer: A `keras.layers.BatchNormalization`.
-        inputs: What it normalizes, with its channels along `layer.axis`.
-        mask: Which entries count, of the shape of `inputs` without the last
-            axis; None for all.
-        means: Of the channels.
-        variances: Of the channels.
-    """
-    channels = layer.moving_mean.shape[0]
-    # Of one channel, Keras leaves out the axis if there is a mask.
-    means, variances = (
-        tf.reshape(values, [channels]) for values in (means, variances)
-    )
-    if mask is None:
-        count = tf.size(inputs) // channels
-    else:
-        count = tf.math.count_nonzero(mask)
-    return Moments(layer, tf.cast(count, means.dtype), means, variances)

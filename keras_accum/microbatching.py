@@ -20,119 +20,11 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from keras_accum import compat
 from keras_accum import programs
-from keras_accum import replicas
 from keras_accum import rows as row_counts
-from keras_accum import weighting
 from keras_accum.rows import as_tensors
 from keras_accum.rows import take
 from keras_accum.rows import take_first
-
-
-class EachMicrobatch:
-    """A function of a batch: steps on its micro-batches, on each replica.
-
-    It is for the host: in cross-replica context. Where the losses of a batch
-    need denominators of their own, these are summed first, in a pass without
-    gradients.
-
-    Args:
-        accumulation: What the model accumulates in.
-        first: A step for the first micro-batch. It is called with the
-            micro-batch, and with its window's denominators if these are used.
-        next_: As `first`, for the others.
-    """
-
-    def __init__(self, accumulation, first: Callable, next_: Callable) -> None:
-        self._model = model = accumulation.model
-        self._losses = accumulation.losses
-        self._gradients = accumulation.window["gradients"]
-        # A `tf.function` takes one number of arguments.
-        self._plain, self._with_denominators = (
-            [programs.in_loop(model, step) for step in (first, next_)]
-            for _ in range(2)
-        )
-        self._measure = programs.in_loop(model, self._losses.measure)
-        self._fold = programs.with_loop(model, self._fold_local)
-
-    def __call__(self, args: tuple, size: int | None):
-        """Makes the steps; see `fold`.
-
-        Args:
-            args: The batch alone, as for `programs.on_replicas`.
-            size: Most rows of a micro-batch.
-
-        Returns:
-            The logs of the last step, on the first replica.
-        """
-        (data,), strategy = args, self._model.distribute_strategy
-        num_microbatches = row_counts.num_microbatches(strategy, data, size)
-        logs = self._fold(data, size, num_microbatches)
-        if not replicas.has_several(strategy):
-            return logs
-        return programs.first_replica(strategy, logs)
-
-    def _fold_local(self, data, size, num_microbatches):
-        data = as_tensors(data)
-        if not self._losses.uses_denominators():
-            self._look_at_losses(take_first(data, size))
-        (first, next_), denominators = self._plain, ()
-        if self._losses.uses_denominators():
-            first, next_ = self._with_denominators
-            denominators = (self._denominators(data, size),)
-        return fold(
-            data,
-            size,
-            lambda each: first(each, *denominators),
-            lambda logs, each: next_(each, *denominators),
-            num_microbatches,
-        )
-
-    def planned_bytes(self, data, size: int) -> int:
-        """Returns what a compiled step takes, on all local replicas.
-
-        Args:
-            data: A batch, in cross-replica context.
-            size: Most rows of a micro-batch.
-        """
-        model, steps = self._model, self._plain
-        strategy = model.distribute_strategy
-        local = as_tensors(replicas.first_local(strategy, data))
-        args = [take_first(local, size)]
-        if self._losses.uses_denominators():
-            steps = self._with_denominators
-            losses = compat.number_of_losses(compat.compiled_loss(model))
-            args.append(weighting.as_weight(tf.zeros(1 + losses)))
-
-        def plan():
-            return max(compat.planned_bytes(step, *args) for step in steps)
-
-        return sum(
-            strategy.experimental_local_results(
-                programs.with_loop(model, plan)()
-            )
-        )
-
-    def _look_at_losses(self, data):
-        """Traces a step on a micro-batch, which shows the losses' kinds."""
-        if self._model.run_eagerly:
-            self._losses.measure(data)
-        else:
-            # It is called later, and not traced a second time.
-            first, _ = self._plain
-            programs.in_graph(first).get_concrete_function(data)
-
-    def _denominators(self, data, size):
-        """Returns the window's denominators, over all replicas."""
-        total = fold(
-            data,
-            size,
-            self._measure,
-            lambda total, each: total + self._measure(each),
-        )
-        destination = self._gradients.make_accumulator().weight
-        return replicas.sum_over_replicas(total, destination)
 
 
 def fold(

@@ -26,7 +26,6 @@ from keras_accum.accumulation import Accumulation
 from keras_accum.checkpoint import WindowCheckpoint
 from keras_accum.gradients import Gradient
 from keras_accum.gradients import check_lengths
-from keras_accum.losses import forward
 from keras_accum.options import AccumSteps
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
@@ -34,6 +33,7 @@ from keras_accum.options import takes_options
 from keras_accum.saving import SavingMixin
 from keras_accum.saving import arguments_of
 from keras_accum.saving import take_original
+from keras_accum.steps import forward
 
 
 class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
@@ -205,7 +205,8 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         If the loss is a sum over the window, so are these in a train step. A
         weight regularizer counts once a window, and is left out after that.
         """
-        return self._accumulation.losses.of(super().losses)
+        losses = self._accumulation.losses
+        return [] if losses.are_hidden() else losses.of(super().losses)
 
     def train_step(self, data) -> dict[str, tf.Tensor]:
         """Adds one micro-batch to the window; never updates.

@@ -10,18 +10,37 @@ import tensorflow as tf
 from keras_accum import replicas
 
 
-def number_of_rows(x) -> tf.Tensor:
-    """Returns the length of the first tensor in `x`; an int32 scalar."""
-    first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
-    return tf.shape(first)[0]
+def number_of_rows(*batch) -> tf.Tensor:
+    """Returns the rows of a batch; an int32 scalar.
+
+    Args:
+        *batch: Nested tensors, those first that tell for certain. The first
+            tensor with a first axis is looked at.
+    """
+    return count_of(next(filter(has_first_axis, keras.tree.flatten(batch))))
+
+
+def by_certainty(data) -> tuple:
+    """Returns the parts of a batch, those first that tell its rows for certain.
+
+    The tensors of `x` may be of anything: a graph has nodes, and edges.
+
+    Args:
+        data: A batch as `fit` gets it, or in any other form.
+    """
+    try:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    except ValueError:
+        return (data,)
+    return sample_weight, y, x
 
 
 def has_rows(data) -> tf.Tensor | None:
     """Returns whether a batch has rows; None if it does for certain."""
-    leaves = [leaf for leaf in keras.tree.flatten(data) if has_first_axis(leaf)]
-    if not leaves:
+    leaves = keras.tree.flatten(by_certainty(data))
+    if not any(map(has_first_axis, leaves)):
         return None
-    count = tf.shape(leaves[0])[0]
+    count = number_of_rows(leaves)
     static_count = tf.get_static_value(count)
     return None if static_count is not None and static_count > 0 else count > 0
 
@@ -34,9 +53,13 @@ def has_first_axis(leaf) -> bool:
 
 def local_counts(strategy: tf.distribute.Strategy, data) -> list[tf.Tensor]:
     """Returns the rows of a batch on each replica of this worker."""
-    leaf = next(leaf for leaf in tf.nest.flatten(data) if leaf is not None)
-    local = strategy.experimental_local_results(leaf)
-    return [tf.shape(each)[0] for each in local]
+    leaves = tf.nest.flatten(by_certainty(data))
+    local = [
+        strategy.experimental_local_results(leaf)
+        for leaf in leaves
+        if leaf is not None
+    ]
+    return [number_of_rows(each) for each in zip(*local, strict=True)]
 
 
 def total_count(strategy: tf.distribute.Strategy, data) -> tf.Tensor:

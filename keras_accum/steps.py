@@ -1,21 +1,26 @@
 """One step of training or of evaluation, in one replica, on one micro-batch."""
 
-import tensorflow as tf
+import keras
 
 from keras_accum import callers
 from keras_accum import compat
 
 
-def train_microbatch(
-    accumulation, is_first: bool, data, denominators: tf.Tensor | None = None
-) -> dict:
+def forward(model: keras.Model, x, training: bool):
+    """Calls a model, as Keras's steps do."""
+    if compat.takes_training_argument(model):
+        return model(x, training=training)
+    return model(x)
+
+
+def train_microbatch(accumulation, is_first: bool, data, **known) -> dict:
     """Calls the model's `train_step` on a micro-batch of a window.
 
     Args:
         accumulation: What the model accumulates in.
         is_first: Whether it is the window's first.
         data: The micro-batch.
-        denominators: See `Microbatch`.
+        **known: What is known of its window: see `Microbatch`.
 
     Returns:
         The logs.
@@ -32,7 +37,7 @@ def train_microbatch(
             )
 
     with (
-        accumulation.microbatch(data, is_first, denominators) as microbatch,
+        accumulation.microbatch(data, is_first, **known) as microbatch,
         compat.before_updates(refuse),
     ):
         logs = model.train_step(data)
@@ -46,9 +51,7 @@ def train_microbatch(
     return logs
 
 
-def test_microbatch(
-    accumulation, is_first: bool, data, denominators: tf.Tensor | None = None
-) -> dict:
+def test_microbatch(accumulation, is_first: bool, data, **known) -> dict:
     """Calls the model's `test_step` on a micro-batch of a batch.
 
     It leaves all as it was if there are no rows.
@@ -57,14 +60,14 @@ def test_microbatch(
         accumulation: What the model accumulates in.
         is_first: Whether it is the batch's first, or the whole.
         data: The micro-batch.
-        denominators: See `Microbatch`.
+        **known: What is known of its window: see `Microbatch`.
 
     Returns:
         The logs.
     """
     model = accumulation.model
     function = model.test_function
-    with accumulation.microbatch(data, is_first, denominators, trains=False):
+    with accumulation.microbatch(data, is_first, trains=False, **known):
         logs = model.test_step(data)
     # Replacing a metric asks for another function, and it is just made.
     model.test_function = function

@@ -22,8 +22,9 @@ from collections.abc import Callable
 from keras_accum import auto_size
 from keras_accum import boundary
 from keras_accum import building
+from keras_accum import each_microbatch
+from keras_accum import first_batch
 from keras_accum import loops
-from keras_accum import microbatching
 from keras_accum import position as positions
 from keras_accum import programs
 from keras_accum import replicas
@@ -63,7 +64,11 @@ class TrainFunction:
                 self._programs, self._signature = Programs(accumulation), None
             place = self._programs.place()
             accumulation.window["losses"].resume()
-            logs = self._programs.loop(place)(iterator)
+            if accumulation.losses.are_to_be_measured():
+                loop = self._programs.first_loop(place)
+            else:
+                loop = self._programs.loop(place)
+            logs = loop(iterator)
             # A step that fails is not counted.
             if self._programs.counts_in_python:
                 position.count(place)
@@ -101,7 +106,9 @@ class Programs:
             self.next = programs.on_first_replica(model, next_)
             self.update = boundary.make_update(accumulation)
         else:
-            each = microbatching.EachMicrobatch(accumulation, first, next_)
+            each = each_microbatch.EachMicrobatch(
+                accumulation, first, next_, trains=True
+            )
             if accumulation.size.is_auto:
                 self.update = boundary.make_update_for_host(accumulation)
                 self.first = auto_size.Attempts(accumulation, each)
@@ -137,12 +144,33 @@ class Programs:
         if place not in self._loops:
             model, step = self._accumulation.model, self.make_step(place)
             if self._accumulation.size.is_auto:
-                self._loops[place] = auto_size.make_loop(model, step)
+                self._loops[place] = loops.make_host_loop(
+                    model, lambda data, types: step(data)
+                )
             else:
                 self._loops[place] = loops.make_loop(
                     model, step, model.steps_per_execution
                 )
         return self._loops[place]
+
+    def first_loop(self, place: positions.Place) -> Callable:
+        """Returns what `loop` does, with a look at the first batch's losses."""
+        accumulation, model = self._accumulation, self._accumulation.model
+        step = self.make_step(place)
+        is_traced = not (model.run_eagerly or accumulation.size.is_auto)
+        if is_traced:
+            step = programs.in_graph(step, reduce_retracing=True)
+
+        def look_and_step(data, types):
+            if accumulation.losses.are_to_be_measured():
+                first_batch.measure_losses(accumulation, data)
+            if is_traced and types is not None:
+                # For batches of all sizes, so that the programs that it calls
+                # are those that `loop` calls later.
+                step.get_concrete_function(types)
+            return step(data)
+
+        return loops.make_host_loop(model, look_and_step)
 
     def make_step(self, place: positions.Place) -> Callable:
         """Returns a function that trains on a batch, and may update."""

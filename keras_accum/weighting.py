@@ -19,6 +19,7 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum.coupling import Kind
 
 SUM_REDUCTIONS = ("sum", "none", None)
 
@@ -57,21 +58,28 @@ def is_sum(losses) -> bool:
     )
 
 
-def loss_denominator(loss, y_true, y_pred, sample_weight, rows):
+def loss_denominator(
+    loss, y_true, y_pred, sample_weight, rows, kind: Kind | None = None
+):
     """Returns the `Denominator` of one loss, or None if it is a sum.
 
     Mirrors `keras.Loss.__call__` up to the point where it divides.
 
     Args:
         loss: A `keras.Loss`. For anything else, and for losses whose `call`
-            returns a scalar, the number of rows is the best guess: most are
-            means.
+            returns a scalar, the number of rows is the best guess if `kind` is
+            not known: most are means.
         y_true: Labels that the loss sees.
         y_pred: Outputs that the loss sees.
         sample_weight: Sample weights that the loss sees, or None.
         rows: Number of rows of the micro-batch.
+        kind: What the loss was measured to be; None if that is not known.
     """
     by_rows = Denominator(as_weight(rows), ROWS)
+    if kind is Kind.SUM:
+        return None
+    if kind in (Kind.ROW_MEAN, Kind.COUPLED):
+        return by_rows
     # An override of `__call__` may reduce in any way.
     if type(loss).__call__ is not keras.Loss.__call__:
         return by_rows

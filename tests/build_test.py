@@ -21,7 +21,7 @@ FOLDERS = (
 # Modules of keras_accum import those of the rows above theirs, and no others. A
 # package among them counts as one.
 LAYERS = (
-    {"callers", "compat", "options", "outer_products"},
+    {"callers", "compat", "layer_moments", "options", "outer_products"},
     {
         "checkpoint",
         "functional",
@@ -34,7 +34,7 @@ LAYERS = (
         "selection",
         "sharing",
         "steps",
-        "weighting",
+        "whole_loss",
     },
     {
         "building",
@@ -45,11 +45,19 @@ LAYERS = (
         "rows",
         "saving",
     },
-    {"accumulator", "epochs", "finite", "programs"},
-    {"loops", "microbatch", "microbatching"},
-    {"evaluation", "window"},
-    {"boundary", "moments", "nonfinite", "window_gradients", "window_losses"},
-    {"auto_size", "losses"},
+    {"accumulator", "epochs", "finite", "programs", "sample"},
+    {"coupling", "loops", "microbatch", "microbatching"},
+    {"added_losses", "findings", "weighting", "whole_batch", "window"},
+    {
+        "boundary",
+        "each_microbatch",
+        "first_batch",
+        "moments",
+        "nonfinite",
+        "window_gradients",
+        "window_losses",
+    },
+    {"auto_size", "evaluation", "losses"},
     {"training"},
     {"accumulation"},
     {"mixin"},

@@ -15,14 +15,15 @@ MODEL = "GradientAccumulationMixin"
 # Where programs and loops are made.
 PROGRAMS = ("training", "loops", "boundary", "auto_size")
 # From the loop of `fit` to the sum of gradients, in a micro-batch that is not
-# the first: the functions on the stack while several steps in one call are
-# traced. `tests/structure_test.py` finds them out. Where Python counts, there
-# is one more, `Programs._start`, which traces the next micro-batch with the
-# first.
+# the first: the functions on the stack while the first call, of several steps,
+# is traced. Later calls have `loops.make_loop` and its loop in the place of the
+# second and third. `tests/structure_test.py` finds them out. Where Python
+# counts, there is one more, `Programs._start`, which traces the next
+# micro-batch with the first.
 PATH = (
     ("training", "TrainFunction.__call__"),
-    ("loops", "make_loop.function"),
-    ("loops", "make_dataset_loop.loop"),
+    ("loops", "make_host_loop.loop"),
+    ("training", "Programs.first_loop.look_and_step"),
     ("training", "Programs.make_step.step"),
     ("control_flow", "choose_if_there"),
     ("steps", "train_microbatch"),

@@ -28,6 +28,7 @@ from keras_accum.compat.iterators import iterating_over
 from keras_accum.compat.iterators import number_of_batches
 from keras_accum.compat.iterators import record_number_of_batches
 from keras_accum.compat.iterators import recording_epoch_iterators
+from keras_accum.compat.layers import existing_seed_state
 from keras_accum.compat.layers import global_seed_state
 from keras_accum.compat.layers import moving_statistics
 from keras_accum.compat.layers import normalizations
@@ -36,15 +37,21 @@ from keras_accum.compat.layers import recording_moments
 from keras_accum.compat.layers import update_renorm_statistics
 from keras_accum.compat.losses import added_losses
 from keras_accum.compat.losses import align_ranks
+from keras_accum.compat.losses import as_on_one_replica
 from keras_accum.compat.losses import build_compiled_losses
+from keras_accum.compat.losses import cached_logits
 from keras_accum.compat.losses import compiled_loss
+from keras_accum.compat.losses import dividing_losses
 from keras_accum.compat.losses import is_built
 from keras_accum.compat.losses import keras_mask
+from keras_accum.compat.losses import loss_names
 from keras_accum.compat.losses import map_compiled_losses
 from keras_accum.compat.losses import merge_mask
 from keras_accum.compat.losses import number_of_losses
 from keras_accum.compat.losses import output_metrics
 from keras_accum.compat.losses import replace_output_metrics
+from keras_accum.compat.losses import set_cached_logits
+from keras_accum.compat.losses import set_keras_mask
 from keras_accum.compat.losses import unscale_loss
 from keras_accum.compat.losses import weighting_losses
 from keras_accum.compat.replicas import concatenate_outputs
@@ -53,6 +60,7 @@ from keras_accum.compat.replicas import sum_to
 from keras_accum.compat.replicas import without_communication
 from keras_accum.compat.trainer import FIRST_EPOCH
 from keras_accum.compat.trainer import SymbolicBuildMixin
+from keras_accum.compat.trainer import aggregate_loss
 from keras_accum.compat.trainer import before_updates
 from keras_accum.compat.trainer import compute_loss
 from keras_accum.compat.trainer import ending_training_by

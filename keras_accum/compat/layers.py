@@ -1,6 +1,7 @@
 """The layers of a model: random generators and BatchNormalization."""
 
 import keras
+from keras.src.backend.common import global_state
 from keras.src.random import seed_generator
 
 from keras_accum.compat.hooks import Hook
@@ -27,8 +28,19 @@ def normalizations(model) -> list[keras.layers.BatchNormalization]:
 
 
 def global_seed_state() -> list[keras.Variable]:
-    """Returns the random state that all layers without their own share."""
+    """Returns the random state that all layers without their own share.
+
+    It makes that, if it is not there. Each thread has its own.
+    """
     return [seed_generator.global_seed_generator().state]
+
+
+def existing_seed_state() -> list[keras.Variable]:
+    """Returns `global_seed_state`, or nothing if this thread has none."""
+    name = seed_generator.GLOBAL_SEED_GENERATOR
+    if global_state.get_global_attribute(name) is None:
+        return []
+    return global_seed_state()
 
 
 def recording_moments(function):

@@ -8,7 +8,16 @@ import tensorflow as tf
 from keras.src import backend
 from keras.src.losses import loss as loss_module
 
+from keras_accum.compat.hooks import Hook
 from keras_accum.compat.hooks import attribute
+
+_scalings = [
+    Hook(loss_module, name)
+    for name in (
+        "scale_loss_for_distribution",
+        "unscale_loss_for_distribution",
+    )
+]
 
 
 def unscale_loss(loss):
@@ -16,9 +25,46 @@ def unscale_loss(loss):
     return loss_module.unscale_loss_for_distribution(loss)
 
 
+@contextlib.contextmanager
+def as_on_one_replica() -> Iterator[None]:
+    """Keeps Keras from dividing losses by the number of replicas.
+
+    It does so with most means, but not where a function returned a scalar.
+    """
+    with contextlib.ExitStack() as stack:
+        for hook in _scalings:
+            stack.enter_context(hook.calling(lambda scale, value: value))
+        yield
+
+
 def keras_mask(tensor):
     """Returns the mask that a layer attached to its output, or None."""
     return backend.get_keras_mask(tensor)
+
+
+def set_keras_mask(tensor, mask) -> None:
+    """Attaches a mask to an output, as a layer does."""
+    backend.set_keras_mask(tensor, mask)
+
+
+def cached_logits(tensor):
+    """Returns what a probability was made of, or None.
+
+    Keras's crossentropies look for it, which keeps their gradients from
+    vanishing where the probability is 0 or 1 in rounding.
+    """
+    if hasattr(tensor, "_keras_logits"):
+        return tensor._keras_logits
+    is_activation = tf.is_symbolic_tensor(tensor) and tensor.op.type in (
+        "Sigmoid",
+        "Softmax",
+    )
+    return tensor.op.inputs[0] if is_activation else None
+
+
+def set_cached_logits(tensor, logits) -> None:
+    """Attaches what a probability was made of, as an activation does."""
+    tensor._keras_logits = logits
 
 
 def merge_mask(sample_weight, mask, dtype, reduction):
@@ -93,6 +139,25 @@ def weighting_losses(compiled, factors) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def dividing_losses(compiled, are_divided, divisor: int) -> Iterator[None]:
+    """Divides losses of `compile`, and what is reported of them.
+
+    Args:
+        compiled: What `compiled_loss` returned, built.
+        are_divided: Whether to, for each loss.
+        divisor: By what.
+    """
+    entries = [
+        entry._replace(loss=_Divided(entry.loss, divisor)) if divided else entry
+        for entry, divided in zip(
+            compiled._flat_losses, are_divided, strict=True
+        )
+    ]
+    with attribute(compiled, "_flat_losses", entries):
+        yield
+
+
 def build_compiled_losses(compiled, y, y_pred, sample_weight) -> None:
     """Builds `compiled` and its metrics for a batch, without running it."""
 
@@ -105,6 +170,11 @@ def build_compiled_losses(compiled, y, y_pred, sample_weight) -> None:
 
     batch = keras.tree.map_structure(symbolic, (y, y_pred, sample_weight))
     backend.compute_output_spec(compiled, *batch)
+
+
+def loss_names(compiled) -> list[str]:
+    """Returns the names of the losses given to `compile`."""
+    return [entry.loss.name for entry in compiled._flat_losses]
 
 
 def number_of_losses(compiled) -> int:
@@ -132,6 +202,16 @@ def replace_output_metrics(compiled, make) -> list[keras.Metric]:
 def is_built(compiled) -> bool:
     """Returns whether `compiled` has met its first batch."""
     return bool(compiled.built)
+
+
+class _Divided:
+    """Stands in for a loss in `dividing_losses`."""
+
+    def __init__(self, loss, divisor):
+        self._loss, self._divisor = loss, divisor
+
+    def __call__(self, *args):
+        return self._loss(*args) / self._divisor
 
 
 class _Leaf:

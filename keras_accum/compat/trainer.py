@@ -31,6 +31,11 @@ def compute_loss(model, x, y, y_pred, sample_weight, training):
     )
 
 
+def aggregate_loss(model, loss):
+    """Returns an added loss as it counts in `compute_loss`; a scalar."""
+    return model._aggregate_additional_loss(loss)
+
+
 def has_custom_compute_loss(model) -> bool:
     """Returns whether a class replaces Keras's own `compute_loss`."""
     return type(model).compute_loss is not Trainer.compute_loss

@@ -1,0 +1,64 @@
+"""Losses that layers add, and regularizers, where the loss is a sum.
+
+If the loss is a sum over the window, a mean over a micro-batch's rows counts by
+their share, and a weight's regularizer once a window.
+"""
+
+import keras
+import tensorflow as tf
+
+from keras_accum.gradients import keep_unless
+from keras_accum.microbatch import Microbatch
+
+
+def counted(
+    model: keras.Model, losses: list[tf.Tensor], microbatch: Microbatch
+) -> list[tf.Tensor]:
+    """Returns added losses and regularizers, as they count in a micro-batch.
+
+    Args:
+        model: The model.
+        losses: All of Keras's, the regularizers of weights last.
+        microbatch: The micro-batch, of a loss that is a sum.
+    """
+    count = len(losses) - number_of_regularizers(model)
+    added, regularizers = losses[:count], losses[count:]
+    share = microbatch.row_share
+    if share is not None:
+        added = [loss * tf.cast(share, loss.dtype) for loss in added]
+    is_first = microbatch.is_first
+    if is_first is True or not regularizers:
+        return added + regularizers
+    if is_first is False:
+        return added
+    is_later = tf.logical_not(is_first)
+    return added + [keep_unless(is_later, loss) for loss in regularizers]
+
+
+def number_of_regularizers(model: keras.Model) -> int:
+    """Returns how many losses, at their end, regularize weights."""
+    return sum(v.regularizer is not None for v in model.trainable_weights)
+
+
+def regularize_without_rows(model: keras.Model, microbatch: Microbatch) -> None:
+    """Computes the share of regularizers that counts without rows as well.
+
+    Weight regularizers of a sum count once a window, in its first micro-batch,
+    and each replica counts its share of them.
+
+    Args:
+        model: The model.
+        microbatch: The micro-batch, of a loss that is a sum.
+    """
+    count = number_of_regularizers(model)
+    # By hand, the first is known on the device alone.
+    if microbatch.counts is None or microbatch.is_first is False or not count:
+        return
+    with tf.GradientTape() as tape:
+        loss = tf.add_n(model.losses[-count:])
+        share = loss / model.distribute_strategy.num_replicas_in_sync
+        scaled = model.optimizer.scale_loss(share)
+    microbatch.loss_without_rows = loss
+    microbatch.gradients_without_rows = tape.gradient(
+        scaled, model.trainable_weights
+    )

@@ -1,0 +1,40 @@
+"""The steps on a batch in micro-batches, and what they need of it first."""
+
+import keras
+import tensorflow as tf
+
+import keras_accum
+from keras_accum import each_microbatch
+from tests import test_utils
+
+
+class EachMicrobatchTest(test_utils.TestCase):
+    def test_counts_rows_of_each(self):
+        keras.utils.set_random_seed(0)
+        model = test_utils.mlp(
+            keras_accum.GradientAccumulationModel, microbatch_size=3
+        )
+        model.compile("sgd", "mse", run_eagerly=True)
+        sizes = []
+
+        def step(data, **unused):
+            sizes.append((len(data[0]), bool(sizes)))
+            return {"seen": tf.constant(len(sizes))}
+
+        each = each_microbatch.EachMicrobatch(
+            model._accumulation, step, step, trains=True
+        )
+        data = (tf.zeros((8, test_utils.FEATURES)), tf.zeros((8, 3)))
+        logs = each((data,), 3)
+        self.assertEqual([size for size, _ in sizes], [3, 3, 2])
+        self.assertEqual(int(logs["seen"]), 3)
+
+    def test_a_step_gets_its_share_of_the_gradients(self):
+        step = each_microbatch.taking_whole(lambda data, whole: whole)
+        summary = (tf.constant(1.0), [], tf.constant(8))
+        whole = step("x", ["d"], summary)
+        self.assertEqual((whole.gradients, whole.rows), (["d"], summary[2]))
+
+
+if __name__ == "__main__":
+    tf.test.main()

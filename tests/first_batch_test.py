@@ -1,0 +1,181 @@
+"""What is found out of a model's losses on the first batch, and its use."""
+
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+
+import keras_accum
+from keras_accum import first_batch
+from keras_accum.coupling import Kind
+from keras_accum.findings import Findings
+from tests import test_utils
+from tests.whole_batch_test import arrays
+from tests.whole_batch_test import masked_mean
+
+ROWS = 8
+
+
+def linear(cls=keras.Model, **kwargs):
+    keras.utils.set_random_seed(3)
+    x = keras.Input((5,))
+    outputs = keras.layers.Dense(4, kernel_regularizer="l2")(x)
+    return cls(x, outputs, **kwargs)
+
+
+def scalar_mean(y, y_pred):
+    return keras.ops.mean(keras.ops.square(y_pred - y))
+
+
+def scalar_sum(y, y_pred):
+    return keras.ops.sum(keras.ops.square(y_pred - y))
+
+
+class Summing:
+    """A loss of one's own that is a sum, in front of any model class."""
+
+    def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+        loss = scalar_sum(y, y_pred)
+        return loss + keras.ops.sum(self.losses)
+
+
+class Masked:
+    """Says how much its loss counts."""
+
+    def microbatch_weight(self, x, y, y_pred, sample_weight=None):
+        return keras.ops.sum(keras.ops.cast(y > 0.5, "float32"))
+
+
+class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
+    @parameterized.product(
+        loss=(scalar_mean, scalar_sum), way=("accum_steps", "microbatch_size")
+    )
+    def test_functions_that_return_a_scalar(self, loss, way):
+        self.check(linear, loss, way)
+
+    @parameterized.parameters("accum_steps", "microbatch_size")
+    def test_on_replicas(self, way):
+        for loss in (scalar_mean, scalar_sum):
+            self.check(
+                linear, loss, way, strategy=test_utils.chosen_strategy()[0]
+            )
+
+    def test_of_compute_loss(self):
+        def build(cls=keras.Model, **kwargs):
+            class Model(Summing, cls):
+                pass
+
+            return linear(Model, **kwargs)
+
+        self.check(build, None, "accum_steps")
+
+    def test_of_microbatch_weight(self):
+        def build(cls=keras.Model, **kwargs):
+            class Model(Masked, cls):
+                pass
+
+            return linear(Model, **kwargs)
+
+        self.check(build, masked_mean, "accum_steps")
+
+    def check(self, build, loss, way, strategy=None):
+        strategy = strategy or tf.distribute.get_strategy()
+        size = 3 if way == "microbatch_size" else 2
+        x, y = arrays(ROWS)
+        expected = build()
+        initial = expected.get_weights()
+        with strategy.scope():
+            actual = build(keras_accum.GradientAccumulationModel, **{way: size})
+        losses = []
+        for model in (expected, actual):
+            with model.distribute_strategy.scope():
+                model.compile(keras.optimizers.SGD(0.02), loss)
+            is_split = model is actual and way == "accum_steps"
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                history = model.fit(
+                    x,
+                    y,
+                    batch_size=ROWS // 2 if is_split else ROWS,
+                    shuffle=False,
+                    verbose=0,
+                )
+            losses.append(history.history["loss"])
+        self.assertSameWeights(
+            actual.get_weights(), expected.get_weights(), initial
+        )
+        if strategy.num_replicas_in_sync == 1:
+            # Keras multiplies regularizers.
+            self.assertAllClose(losses[1], losses[0])
+
+    def test_changes_nothing(self):
+        x, y = arrays(ROWS)
+        keras.utils.set_random_seed(0)
+        model = keras_accum.GradientAccumulationModel(
+            *self.layers(), accum_steps=2
+        )
+        model.compile("adam", "mse", metrics=["mae"])
+        model(x)
+        before = [np.array(each) for each in model.variables]
+        found = first_batch.find(model._accumulation, (tf.constant(x), y))
+        self.assertEqual(found.compiled, (Kind.MEAN,))
+        after = [np.array(each) for each in model.variables]
+        self.assertAllClose(before, after, 0, 0)
+
+    def layers(self):
+        x = keras.Input((5,))
+        hidden = keras.layers.BatchNormalization()(x)
+        hidden = keras.layers.Dropout(0.5)(hidden)
+        return x, keras.layers.Dense(4)(hidden)
+
+    def test_makes_the_variables_that_fit_would(self):
+        class Model(keras_accum.GradientAccumulationModel):
+            def __init__(self):
+                super().__init__(accum_steps=2)
+                self.layer = keras.layers.Dense(4)
+
+            def call(self, x):
+                return self.layer(x)
+
+        x, y = map(tf.constant, arrays(ROWS))
+        weights = []
+        for looks in (False, True):
+            keras.utils.set_random_seed(0)
+            model = Model()
+            model.compile("sgd", "mse")
+            if looks:
+                first_batch.find(model._accumulation, (x, y))
+            model(x)
+            weights.append(model.get_weights())
+        self.assertAllClose(weights[0], weights[1], 0, 0)
+
+    def test_what_fails_is_left_to_training(self):
+        def build(cls, **kwargs):
+            class Model(cls):
+                def call(self, x, training=False):
+                    if tf.executing_eagerly():
+                        raise RuntimeError("Not so.")
+                    return super().call(x, training=training)
+
+            return linear(Model, **kwargs)
+
+        model = build(keras_accum.GradientAccumulationModel, accum_steps=2)
+        model.compile("sgd", "mse")
+        x, y = arrays(ROWS)
+        model.fit(x, y, batch_size=2, verbose=0)
+        found = model._accumulation.losses.findings
+        self.assertEqual(found, Findings())
+
+    def test_rows_of(self):
+        ragged = tf.ragged.constant([[1.0], [2.0, 3.0]])
+        self.assertEqual(
+            first_batch.rows_of((tf.zeros((2, 3)), ragged, None)), 2
+        )
+        self.assertIsNone(first_batch.rows_of((tf.zeros((2, 3)), tf.zeros(3))))
+        self.assertIsNone(first_batch.rows_of(tf.zeros(())))
+
+
+if __name__ == "__main__":
+    tf.test.main()
