@@ -20,6 +20,7 @@ from keras_accum.nonfinite import SkipCounts
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
 from keras_accum.position import Position
+from keras_accum.repeated_state import RepeatedState
 from keras_accum.window import LayerState
 from keras_accum.window import MetricSums
 from keras_accum.window import Window
@@ -72,6 +73,7 @@ class Accumulation:
                 "moments": WindowMoments(model),
                 "state": LayerState(model),
                 "metrics": MetricSums(model),
+                "repeated": RepeatedState(model),
                 "nonfinite": SkipCounts(model, options.nonfinite),
             }
         )
@@ -165,8 +167,7 @@ class Accumulation:
 
         Args:
             data: The micro-batch; None if it is not known.
-            is_first: Whether it is its window's first; None if the buffers
-                tell, as in steps by hand.
+            is_first: Whether it is the first; None if the buffers tell.
             **known: What is known of its window: see `Microbatch`.
         """
         is_replicated = replicas.has_several(self.model.distribute_strategy)
@@ -194,6 +195,8 @@ class Accumulation:
         """
         microbatch = self.new_microbatch(data, is_first, **known)
         with microbatch, microbatch.watched(layers=trains):
+            if trains:
+                self.window["repeated"].start(microbatch)
             yield microbatch
             if trains:
                 self.window.add(microbatch)

@@ -120,7 +120,12 @@ class Measured:
     def _arrays(self):
         return [np.asarray(self.value), *self.gradients]
 
-    def agrees(self, parts: "Sequence[Measured]", shares) -> bool:
+    def agrees(
+        self,
+        parts: "Sequence[Measured]",
+        shares: Sequence[float],
+        tolerance: float = VALUE_TOLERANCE,
+    ) -> bool:
         """Returns whether this is the sum of its parts, each by its share."""
         summands = [
             share * part.value
@@ -128,7 +133,7 @@ class Measured:
         ]
         scale = max(abs(self.value), *map(abs, summands))
         off = abs(self.value - sum(summands))
-        if not off <= VALUE_TOLERANCE * scale + LEAST:
+        if not off <= tolerance * scale + LEAST:
             return False
         for index, gradient in enumerate(self.gradients):
             joined = np.concatenate(

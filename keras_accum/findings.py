@@ -1,11 +1,15 @@
-"""What is known of a model's losses, since it was measured."""
+"""What is known of a model's losses and state, since it was measured."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Self
 
 import keras
 
 from keras_accum import compat
 from keras_accum.coupling import Kind
+
+_KINDS = (None, *Kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +22,49 @@ class Findings:
             the number of replicas, as it does with others.
         compute_loss: The kind of an override of `compute_loss`.
         adds_losses: Whether `compute_loss` adds `model.losses`.
+        added: The kind of each loss that layers add, in the order of
+            `model.losses`.
+        added_by: The names of the layers that add them.
+        repeated: Which of `model.variables` are assigned what follows from the
+            weights alone: the same in each micro-batch.
+        driven: Which of them are assigned what follows from the data, other
+            than a BatchNormalization's.
     """
 
     compiled: tuple[Kind | None, ...] = ()
     undivided: tuple[bool, ...] = ()
     compute_loss: Kind | None = None
     adds_losses: bool = True
+    added: tuple[Kind | None, ...] = ()
+    added_by: tuple[str, ...] = ()
+    repeated: tuple[int, ...] = ()
+    driven: tuple[int, ...] = ()
+
+    def codes(self) -> list[list[int]]:
+        """Returns all but names as integers, for `from_codes`."""
+        compute_loss, adds_losses = self.compute_loss, self.adds_losses
+        return [
+            list(map(_KINDS.index, self.compiled)),
+            list(map(int, self.undivided)),
+            [_KINDS.index(compute_loss), int(adds_losses)],
+            list(map(_KINDS.index, self.added)),
+            list(self.repeated),
+            list(self.driven),
+        ]
+
+    @classmethod
+    def from_codes(cls, codes: Sequence[Sequence[int]]) -> Self:
+        """Returns what has these `codes`."""
+        compiled, undivided, total, added, repeated, driven = codes
+        return cls(
+            compiled=tuple(_KINDS[code] for code in compiled),
+            undivided=tuple(map(bool, undivided)),
+            compute_loss=_KINDS[total[0]],
+            adds_losses=bool(total[1]),
+            added=tuple(_KINDS[code] for code in added),
+            repeated=tuple(repeated),
+            driven=tuple(driven),
+        )
 
     @property
     def couples_rows(self) -> bool:
@@ -34,9 +75,23 @@ class Findings:
         """Returns the names of the losses that couple rows."""
         if self.compute_loss is Kind.COUPLED:
             return ["compute_loss"]
+        if Kind.COUPLED not in self.compiled:
+            return []
         names = compat.loss_names(compat.compiled_loss(model))
         return [
             name
             for name, kind in zip(names, self.compiled, strict=True)
             if kind is Kind.COUPLED
         ]
+
+    def coupled_layers(self) -> list[str]:
+        """Returns the names of layers that add a loss that couples rows."""
+        return [
+            name
+            for name, kind in zip(self.added_by, self.added, strict=False)
+            if kind is Kind.COUPLED
+        ]
+
+    def driven_paths(self, model: keras.Model) -> list[str]:
+        """Returns the paths of variables that are assigned what data give."""
+        return [model.variables[index].path for index in self.driven]

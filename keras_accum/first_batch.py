@@ -4,6 +4,7 @@ Nothing is read off a type that can be measured: a function given to `compile`
 may be a mean, a sum, or one ratio over the batch.
 """
 
+import dataclasses
 import functools
 
 import keras
@@ -13,15 +14,16 @@ from absl import logging
 
 from keras_accum import compat
 from keras_accum import coupling
+from keras_accum import inner
 from keras_accum import replicas
 from keras_accum import rows as row_counts
 from keras_accum import sample as samples
+from keras_accum import trial
 from keras_accum import weighting
 from keras_accum.coupling import Kind
 from keras_accum.findings import Findings
 from keras_accum.microbatch import Microbatch
 from keras_accum.sample import Sample
-from keras_accum.steps import forward
 
 # Most rows that are looked at.
 ROWS = 16
@@ -42,15 +44,34 @@ def measure_losses(accumulation, data) -> None:
         # Both passes draw from it, and it cannot be made within them.
         with model.distribute_strategy.scope():
             compat.global_seed_state()
-    elif found.couples_rows and accumulation.size.value is None:
-        names = ", ".join(f"`{name}`" for name in found.coupled_names(model))
-        losses.warn_once(
+    repeated = [model.variables[index] for index in found.repeated]
+    accumulation.window["repeated"].begin_with(repeated)
+    for names, message in (
+        (
+            [] if losses.use_whole_batch() else found.coupled_names(model),
             "The loss of a batch is not the mean of what its micro-batches "
-            f"give: {names}. `accum_steps` is not exact for it. Use "
+            "give: {}. `accum_steps` is not exact for it. Use "
             "`microbatch_size`, which is. If it is a mean over a part of the "
             "entries, overriding `microbatch_weight` with their number makes "
-            "it exact as well."
-        )
+            "it exact as well.",
+        ),
+        (
+            found.coupled_layers(),
+            "A layer adds a loss that is neither a mean over the rows nor a "
+            "sum: {}. The mean of what its micro-batches give is used, which "
+            "is not what the batch at once would give.",
+        ),
+        (
+            found.driven_paths(model),
+            "A layer assigns what follows from the data: {}. It does so in "
+            "each micro-batch, where the batch at once would do it once. If it "
+            "belongs to the update, override `update_step`.",
+        ),
+    ):
+        if names:
+            losses.warn_once(
+                message.format(", ".join(map("`{}`".format, names)))
+            )
 
 
 def find(accumulation, data) -> Findings:
@@ -83,21 +104,10 @@ def find(accumulation, data) -> Findings:
 
 def of_first_worker(strategy, findings: Findings) -> Findings:
     """Returns what the first worker found, so that all do the same."""
-    kinds = [None, *Kind]
-
-    def first(value):
-        return replicas.values_of_all(strategy, value)[0]
-
-    compiled = [kinds.index(kind) for kind in findings.compiled]
-    count = first(len(compiled))
-    compiled += [0] * count
-    undivided = [*map(int, findings.undivided)] + [0] * count
-    return Findings(
-        tuple(kinds[first(code)] for code in compiled[:count]),
-        tuple(bool(first(code)) for code in undivided[:count]),
-        kinds[first(kinds.index(findings.compute_loss))],
-        bool(first(int(findings.adds_losses))),
+    found = Findings.from_codes(
+        [replicas.list_of_first(strategy, codes) for codes in findings.codes()]
     )
+    return dataclasses.replace(found, added_by=findings.added_by)
 
 
 def find_in(accumulation, data) -> Findings:
@@ -112,46 +122,52 @@ def find_in(accumulation, data) -> Findings:
         "microbatch_weight"
     ):
         find_of = of_total
+    # One row at a time, where it is yet to be found out how many fit.
+    size = 1 if accumulation.size.is_auto else accumulation.size.rows
     try:
-        return find_of(accumulation, some_rows(accumulation, data, ROWS))
+        sample, whole = some_rows(model, data, min(ROWS, rows), size)
+        found = find_of(accumulation, sample)
     except Exception:  # noqa: BLE001
         # It may be written for as many rows as there are, and no less.
-        return find_of(accumulation, some_rows(accumulation, data, rows))
+        sample, whole = some_rows(model, data, rows, size)
+        found = find_of(accumulation, sample)
+    return inner.with_inner_state(found, model, sample.x, whole)
 
 
-def some_rows(accumulation, data, most: int) -> Sample:
+def some_rows(
+    model, data, most: int, size: int | None
+) -> tuple[Sample, trial.Trial]:
     """Returns some rows of a batch and what the model makes of them.
 
     Args:
-        accumulation: What the model accumulates in.
+        model: The model.
         data: The batch.
         most: How many rows.
+        size: Most rows to give to the model at once; None for all.
+
+    Returns:
+        The rows, and what came of the model's first call.
 
     Raises:
         ValueError: If outputs have not the batch's rows along the first axis.
     """
-    model, size = accumulation.model, accumulation.size
-    most = min(most, rows_of(data))
-    # One row, where it is yet to be found out how many fit.
-    step = 1 if size.is_auto else size.rows or most
-    outputs, end = [], 0
+    trials, end = [], 0
     while end < most:
-        start, end = end, min(most, end + step)
+        start, end = end, min(most, end + (size or most))
         part = row_counts.take(data, start, end)
         x, _, _ = keras.utils.unpack_x_y_sample_weight(part)
-        outputs.append(outputs_of(model, x))
+        trials.append(trial.of_whole(model, x))
+        outputs = [each.y_pred for each in trials]
         entries = sum(int(tf.size(leaf)) for leaf in tf.nest.flatten(outputs))
         if end > 1 and entries > ENTRIES:
             break
-    y_pred = outputs[0]
-    for more in outputs[1:]:
-        y_pred = samples.join_all(y_pred, more)
+    y_pred = functools.reduce(samples.join_all, map(widened, outputs))
     if rows_of(y_pred) != end:
         raise ValueError("Outputs must have the rows of the batch.")
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
         row_counts.take(data, 0, end)
     )
-    return Sample(x, y, y_pred, sample_weight)
+    return Sample(x, y, y_pred, sample_weight), trials[0]
 
 
 def rows_of(data) -> int | None:
@@ -163,23 +179,18 @@ def rows_of(data) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def outputs_of(model, x):
-    """Returns a model's outputs, in single precision where they are in half."""
-    if not model.built:
-        forward(model, x, training=False)
-    with keras.StatelessScope(collect_losses=True):
-        y_pred = forward(model, x, training=False)
+def widened(y_pred):
+    """Returns outputs in single precision, where they are in half."""
 
-    def widened(leaf):
+    def wide(leaf):
         # Without the logits that Keras attaches: those are of other rows.
         leaf = tf.identity(leaf)
-        if leaf.dtype in (tf.float16, tf.bfloat16):
-            leaf = tf.cast(leaf, tf.float32)
-        return leaf
+        is_half = leaf.dtype in (tf.float16, tf.bfloat16)
+        return tf.cast(leaf, tf.float32) if is_half else leaf
 
-    wide = keras.tree.map_structure(widened, y_pred)
-    samples.copy_masks(y_pred, wide, lambda mask: mask)
-    return wide
+    leaves = keras.tree.map_structure(wide, y_pred)
+    samples.copy_masks(y_pred, leaves, lambda mask: mask)
+    return leaves
 
 
 def of_compiled_losses(accumulation, sample: Sample) -> Findings:

@@ -90,12 +90,21 @@ class Losses:
         microbatch = microbatches.current(self._model)
         if microbatch is None or not self.is_sum:
             return losses
-        return added_losses.counted(self._model, losses, microbatch)
+        return added_losses.counted(
+            self._model, losses, microbatch, self._found.added
+        )
 
     def weight(self, x, y, y_pred, sample_weight) -> tf.Tensor | None:
         """Returns the weight of a micro-batch, as Keras divides its losses."""
         compiled = compat.compiled_loss(self._model)
         kind = self._found.compute_loss
+        if kind is None and compiled is None:
+            added = self._kinds_of_added(len(compat.added_losses(self._model)))
+            self._find_differences((), added)
+            if set(added) == {Kind.SUM}:
+                kind = Kind.SUM
+            elif self.needs_denominators and not self.uses_denominators():
+                self._warn_of_one_weight()
         if kind is Kind.SUM:
             return None
         if (
@@ -107,17 +116,12 @@ class Losses:
                 number_of_rows(sample_weight, y, y_pred, x)
             )
         denominators = self._divisors(x, y, y_pred, sample_weight).denominators
-        has_row_means = bool(compat.added_losses(self._model))
-        self._find_differences(denominators, has_row_means)
+        added = self._kinds_of_added(len(compat.added_losses(self._model)))
+        self._find_differences(denominators, added)
         if not self.uses_denominators() and not weighting.is_exact(
-            denominators, has_row_means
+            denominators, added
         ):
-            self.warn_once(
-                "One weight per micro-batch may not be exact for this model: "
-                "the masks or reductions of its losses differ, or a loss "
-                "returns a scalar that its `reduction` or the sample weights "
-                "do not fit. See `microbatch_weight`."
-            )
+            self._warn_of_one_weight()
         return weighting.total_weight(denominators)
 
     def compute(self, x, y, y_pred, sample_weight, training: bool):
@@ -153,7 +157,10 @@ class Losses:
             if microbatch.denominators is not None:
                 divisors = self._divisors(x, y, y_pred, sample_weight)
                 factors = self._shares_of_window(microbatch, divisors)
-                stack.enter_context(compat.weighting_losses(compiled, factors))
+                if compiled is not None:
+                    stack.enter_context(
+                        compat.weighting_losses(compiled, factors)
+                    )
             return compat.compute_loss(
                 model, x, y, y_pred, sample_weight, training
             )
@@ -244,14 +251,13 @@ class Losses:
         model = self._model
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         compiled = compat.compiled_loss(model)
-        if compiled is None:
-            return weighting.as_weight(number_of_rows(x))[None]
         with keras.StatelessScope(collect_losses=True) as scope:
             y_pred = forward(model, x, training=True)
-        if not compat.is_built(compiled):
+        if compiled is not None and not compat.is_built(compiled):
             compat.build_compiled_losses(compiled, y, y_pred, sample_weight)
         divisors = self._divisors(x, y, y_pred, sample_weight)
-        self._find_differences(divisors.denominators, bool(scope.losses))
+        added = self._kinds_of_added(len(scope.losses))
+        self._find_differences(divisors.denominators, added)
         rows = weighting.as_weight(divisors.rows)
         return tf.stack(
             [rows]
@@ -271,10 +277,20 @@ class Losses:
             found = self._found
             if found.compute_loss is not None:
                 return found.compute_loss is Kind.SUM
+            if not found.compiled and set(found.added) == {Kind.SUM}:
+                return True
             if found.compiled and None not in found.compiled:
                 return all(kind is Kind.SUM for kind in found.compiled)
             return weighting.is_sum(self._model.loss)
         return self._found_sum
+
+    def _warn_of_one_weight(self):
+        self.warn_once(
+            "One weight per micro-batch may not be exact for this model: the "
+            "masks or reductions of its losses differ, or a loss returns a "
+            "scalar that its `reduction` or the sample weights do not fit. See "
+            "`microbatch_weight`."
+        )
 
     @property
     def _found(self) -> Findings:
@@ -301,6 +317,8 @@ class Losses:
             rows = number_of_rows(sample_weight, y, y_pred, x)
             denominators = []
             kinds = iter(self._found.compiled)
+            if compat.compiled_loss(self._model) is None:
+                return Divisors(rows, [])
             compat.map_compiled_losses(
                 compat.compiled_loss(self._model),
                 lambda *loss_and_data: denominators.append(
@@ -319,8 +337,13 @@ class Losses:
             return measure()
         return microbatch.measured((x, y, y_pred, sample_weight), measure)
 
-    def _find_differences(self, denominators, has_row_means):
-        self.needs_denominators |= weighting.differ(denominators, has_row_means)
+    def _find_differences(self, denominators, added):
+        self.needs_denominators |= weighting.differ(denominators, added)
+
+    def _kinds_of_added(self, count: int) -> tuple[Kind | None, ...]:
+        """Returns the kinds of losses that layers add, if there are `count`."""
+        kinds = self._found.added
+        return kinds if len(kinds) == count else (None,) * count
 
     def _shares_of_window(self, microbatch: Microbatch, divisors: Divisors):
         """Returns the shares of a micro-batch's losses in those of its window.

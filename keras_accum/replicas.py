@@ -347,6 +347,18 @@ def values_of_all(strategy: tf.distribute.Strategy, value: int) -> list[int]:
     return strategy.gather(local, axis=0).numpy().tolist()
 
 
+def list_of_first(
+    strategy: tf.distribute.Strategy, values: Sequence[int]
+) -> list[int]:
+    """Returns the integers that the first worker has.
+
+    All workers have to call it, in cross-replica context.
+    """
+    count = values_of_all(strategy, len(values))[0]
+    padded = [*values, *[0] * count][:count]
+    return [values_of_all(strategy, value)[0] for value in padded]
+
+
 def first_local(strategy: tf.distribute.Strategy, data):
     """Returns what the first of this worker's replicas has of `data`."""
     return tf.nest.map_structure(

@@ -133,32 +133,32 @@ def total_weight(denominators):
     return tf.where(tf.equal(total, 0), least, total)
 
 
-def is_exact(denominators, has_row_means) -> bool:
+def is_exact(denominators, added=()) -> bool:
     """Returns whether one weight per micro-batch fits all of its losses.
 
     Args:
         denominators: The `Denominator`s of the losses, None for a sum.
-        has_row_means: Whether there are losses besides, such as activity
-            regularizers and `add_loss`, that are means over the rows.
+        added: The kinds of losses besides, such as activity regularizers and
+            `add_loss`: means over the rows, unless they are known to be sums.
     """
-    sources = sources_of(denominators, has_row_means)
+    sources = sources_of(denominators, added)
     return len(sources) <= 1 and GUESS not in sources
 
 
-def differ(denominators, has_row_means) -> bool:
+def differ(denominators, added=()) -> bool:
     """Returns whether the losses' denominators are not proportional.
 
     Args:
         denominators: As for `is_exact`.
-        has_row_means: As for `is_exact`.
+        added: As for `is_exact`.
     """
-    return len(sources_of(denominators, has_row_means)) > 1
+    return len(sources_of(denominators, added)) > 1
 
 
-def sources_of(denominators, has_row_means):
+def sources_of(denominators, added):
     """Returns what the denominators of a micro-batch's losses follow from."""
     sources = {None if d is None else d.source for d in denominators}
-    return sources | {ROWS} if has_row_means else sources
+    return sources | {None if kind is Kind.SUM else ROWS for kind in added}
 
 
 def as_dtype(values, loss):

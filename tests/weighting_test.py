@@ -92,7 +92,7 @@ class DenominatorTest(test_utils.TestCase, parameterized.TestCase):
         ):
             found = weighting.loss_denominator(loss, Y, Y, weight, 2)
             self.assertAllClose(found.value, 2.0)
-            self.assertFalse(weighting.is_exact([found], has_row_means=False))
+            self.assertFalse(weighting.is_exact([found], ()))
 
     def test_all_masked_is_zero(self):
         found = weighting.loss_denominator(
@@ -110,7 +110,7 @@ class ExactnessTest(test_utils.TestCase):
 
     def test_means_over_rows_are_proportional(self):
         both = self.denominators(tf.constant(Y), tf.constant(Y[:, 0]))
-        self.assertTrue(weighting.is_exact(both, has_row_means=True))
+        self.assertTrue(weighting.is_exact(both, [None]))
         self.assertAllEqual(weighting.total_weight(both), 6.0 + 2.0)
 
     def test_one_mask_for_both(self):
@@ -118,12 +118,12 @@ class ExactnessTest(test_utils.TestCase):
         one, two = tf.constant(Y), tf.constant(Y)
         one._keras_mask = two._keras_mask = mask
         both = self.denominators(one, two)
-        self.assertTrue(weighting.is_exact(both, has_row_means=False))
-        self.assertFalse(weighting.is_exact(both, has_row_means=True))
+        self.assertTrue(weighting.is_exact(both, ()))
+        self.assertFalse(weighting.is_exact(both, [None]))
 
     def test_two_masks(self):
         both = self.denominators(masked(Y, MASK), masked(Y, MASK))
-        self.assertFalse(weighting.is_exact(both, has_row_means=False))
+        self.assertFalse(weighting.is_exact(both, ()))
 
     def test_sum_and_mean(self):
         mean, total = Ones(), Ones(reduction="sum")
@@ -131,9 +131,9 @@ class ExactnessTest(test_utils.TestCase):
             weighting.loss_denominator(loss, Y, tf.constant(Y), None, 2)
             for loss in (mean, total)
         ]
-        self.assertFalse(weighting.is_exact(both, has_row_means=False))
-        self.assertTrue(weighting.is_exact(both[1:], has_row_means=False))
-        self.assertFalse(weighting.is_exact(both[1:], has_row_means=True))
+        self.assertFalse(weighting.is_exact(both, ()))
+        self.assertTrue(weighting.is_exact(both[1:], ()))
+        self.assertFalse(weighting.is_exact(both[1:], [None]))
 
 
 class IsSumTest(test_utils.TestCase, parameterized.TestCase):

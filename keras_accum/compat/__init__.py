@@ -13,6 +13,7 @@ from keras_accum.compat.classes import attributes_to_share
 from keras_accum.compat.classes import functional_class
 from keras_accum.compat.classes import keeps_automatic_config
 from keras_accum.compat.classes import set_untracked
+from keras_accum.compat.draws import drawing_through
 from keras_accum.compat.graphs import compute_anyway
 from keras_accum.compat.graphs import current_graph
 from keras_accum.compat.graphs import is_compiled_by_xla
@@ -28,13 +29,16 @@ from keras_accum.compat.iterators import iterating_over
 from keras_accum.compat.iterators import number_of_batches
 from keras_accum.compat.iterators import record_number_of_batches
 from keras_accum.compat.iterators import recording_epoch_iterators
+from keras_accum.compat.layers import compute_dtypes
 from keras_accum.compat.layers import existing_seed_state
 from keras_accum.compat.layers import global_seed_state
 from keras_accum.compat.layers import moving_statistics
 from keras_accum.compat.layers import normalizations
 from keras_accum.compat.layers import random_states
 from keras_accum.compat.layers import recording_moments
+from keras_accum.compat.layers import replacing_moments
 from keras_accum.compat.layers import update_renorm_statistics
+from keras_accum.compat.losses import added_by
 from keras_accum.compat.losses import added_losses
 from keras_accum.compat.losses import align_ranks
 from keras_accum.compat.losses import as_on_one_replica

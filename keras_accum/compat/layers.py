@@ -18,6 +18,11 @@ def random_states(model) -> list[keras.Variable]:
     ]
 
 
+def compute_dtypes(model) -> set[str]:
+    """Returns the dtypes that a model's layers compute in."""
+    return {layer.compute_dtype for layer in model._flatten_layers()}
+
+
 def normalizations(model) -> list[keras.layers.BatchNormalization]:
     """Returns all `BatchNormalization` layers, always in the same order."""
     return [
@@ -59,6 +64,20 @@ def recording_moments(function):
         return means, variances
 
     return _moments.calling(record)
+
+
+def replacing_moments(function):
+    """Has this thread's BatchNormalizations normalize by other moments.
+
+    Args:
+        function: Called as `function(compute, layer, inputs, mask)`, where
+            `compute(layer, inputs, mask)` computes the inputs' own; it returns
+            means and variances.
+
+    Returns:
+        A context manager.
+    """
+    return _moments.calling(function)
 
 
 def moving_statistics(layer) -> list[keras.Variable]:

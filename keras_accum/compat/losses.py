@@ -89,10 +89,16 @@ def compiled_loss(model):
 
 def added_losses(model) -> list[tf.Tensor]:
     """Returns what layers added by `add_loss` and activity regularizers."""
-    losses = list(model._get_own_losses())
-    for layer in model._flatten_layers(include_self=False):
-        losses.extend(layer._get_own_losses())
-    return losses
+    return [loss for _, loss in added_by(model)]
+
+
+def added_by(model) -> list[tuple[str, tf.Tensor]]:
+    """Returns the added losses, each with the name of its layer."""
+    return [
+        (layer.name, loss)
+        for layer in model._flatten_layers()
+        for loss in layer._get_own_losses()
+    ]
 
 
 def map_compiled_losses(compiled, function, y, y_pred, sample_weight):

@@ -1,0 +1,125 @@
+"""What happens inside of a model: losses that layers add, and their state.
+
+Both are measured on the first batch, where there is any: the model is called on
+rows together, and in two parts.
+"""
+
+import dataclasses
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_accum import compat
+from keras_accum import coupling
+from keras_accum import rows as row_counts
+from keras_accum import trial
+from keras_accum.coupling import Kind
+from keras_accum.coupling import Measured
+from keras_accum.findings import Findings
+
+# How far values may be apart by rounding, within a model that computes in
+# single precision, and in half.
+TOLERANCE, HALF_TOLERANCE = 1e-4, 2e-2
+
+
+def with_inner_state(
+    findings: Findings, model: keras.Model, x, whole: trial.Trial
+) -> Findings:
+    """Returns findings, with those of added losses and of layers' state.
+
+    Args:
+        findings: Of the losses.
+        model: The model.
+        x: Inputs, which begin with those of `whole`.
+        whole: What came of a call of the model.
+    """
+    variables = states_of(model, whole)
+    if not whole.added and not variables:
+        return findings
+    rows = int(row_counts.number_of_rows(whole.y_pred))
+    x = row_counts.take(x, 0, rows)
+    tolerance = tolerance_of(model)
+    kinds = [{Kind.ROW_MEAN, Kind.SUM} for _ in whole.added]
+    told = [False] * len(kinds)
+    varies = set()
+    for cut in coupling.cuts(rows) if rows > 1 else ():
+        parts = [
+            trial.of_part(model, x, *bounds, whole)
+            for bounds in ((0, cut), (cut, rows))
+        ]
+        values = zip(*(each.added for each in (whole, *parts)), strict=True)
+        shares = {
+            Kind.ROW_MEAN: (cut / rows, 1 - cut / rows),
+            Kind.SUM: (1.0, 1.0),
+        }
+        for index, each in enumerate(values):
+            total, *of_parts = map(as_measured, each)
+            told[index] |= total.tells
+            kinds[index] &= {
+                kind
+                for kind in kinds[index]
+                if total.agrees(of_parts, shares[kind], tolerance)
+            }
+        varies |= {
+            index
+            for index, variable in variables.items()
+            if not all(
+                are_same(part, whole, variable, tolerance) for part in parts
+            )
+        }
+    return dataclasses.replace(
+        findings,
+        added_by=tuple(whole.added_by),
+        added=tuple(
+            kind_among(possible) if tells else None
+            for possible, tells in zip(kinds, told, strict=True)
+        ),
+        repeated=tuple(sorted(set(variables) - varies)) if rows > 1 else (),
+        driven=tuple(sorted(varies)),
+    )
+
+
+def states_of(model, whole: trial.Trial) -> dict[int, keras.Variable]:
+    """Returns the variables that layers assign, by index.
+
+    Those of random generators, metrics and BatchNormalization are not among
+    them.
+    """
+    others = [*compat.random_states(model), *model.metrics_variables]
+    for layer in compat.normalizations(model):
+        others += compat.moving_statistics(layer)
+    others = set(map(id, others))
+    return {
+        index: variable
+        for index, variable in enumerate(model.variables)
+        if id(variable) in whole.assigned and id(variable) not in others
+    }
+
+
+def tolerance_of(model) -> float:
+    """Returns how far values may be apart by rounding."""
+    is_half = compat.compute_dtypes(model) & {"float16", "bfloat16"}
+    return HALF_TOLERANCE if is_half else TOLERANCE
+
+
+def as_measured(loss) -> Measured:
+    """Returns an added loss, as it counts."""
+    return Measured(float(tf.reduce_sum(tf.cast(loss, tf.float64))), [])
+
+
+def kind_among(possible: set[Kind]) -> Kind | None:
+    """Returns the kind of a loss, of the kinds that agree with all calls."""
+    if len(possible) > 1:
+        return None
+    return next(iter(possible), Kind.COUPLED)
+
+
+def are_same(part, whole, variable, tolerance) -> bool:
+    """Returns whether a variable was assigned the same in two calls."""
+    some, others = (
+        np.asarray(each.assigned.get(id(variable)), "float64")
+        for each in (part, whole)
+    )
+    scale = np.abs(others).max(initial=0.0)
+    return bool(np.allclose(some, others, rtol=0, atol=tolerance * scale))
