@@ -67,11 +67,15 @@ def kind_of(
     if sample.rows == 1:
         sample = sample.twice()
     possible, told = dict(weights), False
-    for each in (sample, sample.with_other_outputs()):
+    places = cuts(sample.rows)
+    for each, where in (
+        (sample, places),
+        (sample.with_other_outputs(), places[:1]),
+    ):
         whole = measured(loss, each)
         if not (whole.is_finite and whole.tells):
             continue
-        for cut in cuts(each.rows):
+        for cut in where:
             parts = [each.part(0, cut), each.part(cut, each.rows)]
             try:
                 found = [measured(loss, part) for part in parts]

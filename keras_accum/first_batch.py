@@ -27,8 +27,8 @@ from keras_accum.sample import Sample
 
 # Most rows that are looked at.
 ROWS = 16
-# Most entries of the outputs, but for two rows.
-ENTRIES = 2**22
+# Most entries of the outputs to look at, but for three rows.
+ENTRIES = 2**18
 
 
 def measure_losses(accumulation, data) -> None:
@@ -131,7 +131,8 @@ def find_in(accumulation, data) -> Findings:
         # It may be written for as many rows as there are, and no less.
         sample, whole = some_rows(model, data, rows, size)
         found = find_of(accumulation, sample)
-    return inner.with_inner_state(found, model, sample.x, whole)
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    return inner.with_inner_state(found, model, x, whole)
 
 
 def some_rows(
@@ -159,7 +160,7 @@ def some_rows(
         trials.append(trial.of_whole(model, x))
         outputs = [each.y_pred for each in trials]
         entries = sum(int(tf.size(leaf)) for leaf in tf.nest.flatten(outputs))
-        if end > 1 and entries > ENTRIES:
+        if end > 2 and entries > ENTRIES:
             break
     y_pred = functools.reduce(samples.join_all, map(widened, outputs))
     if rows_of(y_pred) != end:
@@ -167,7 +168,10 @@ def some_rows(
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
         row_counts.take(data, 0, end)
     )
-    return Sample(x, y, y_pred, sample_weight), trials[0]
+    sample = Sample(x, y, y_pred, sample_weight)
+    if most <= ROWS:
+        sample = sample.part(0, min(end, max(3, ENTRIES * end // entries)))
+    return sample, trials[0]
 
 
 def rows_of(data) -> int | None:

@@ -88,8 +88,8 @@ def varied(leaf, rng):
     """Returns other values in the range of an output, not equal in all rows."""
     if not isinstance(leaf, tf.Tensor) or not leaf.dtype.is_floating:
         return leaf
-    values = leaf.numpy().astype("float64")
-    factors = np.exp(0.3 * rng.standard_normal(values.shape))
+    values = leaf.numpy()
+    factors = np.exp(0.3 * rng.standard_normal(values.shape, "float32"))
     others = np.sign(values) * np.abs(values) ** factors
     sums = values.sum(axis=-1) if values.ndim > 1 else np.zeros(1)
     if np.all(values >= 0) and np.allclose(sums, 1, atol=1e-3):
