@@ -13,6 +13,7 @@ from keras_accum import schedules
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.mixin import GradientAccumulationMixin
 from keras_accum.model import GradientAccumulationModel
+from keras_accum.verification import verify
 
 __version__ = "0.1.0"
 
@@ -22,4 +23,5 @@ __all__ = [
     "GradientAccumulator",
     "__version__",
     "schedules",
+    "verify",
 ]

@@ -19,6 +19,7 @@ from keras_accum import replicas
 from keras_accum import rows as row_counts
 from keras_accum import sample as samples
 from keras_accum import trial
+from keras_accum import warned
 from keras_accum import weighting
 from keras_accum.coupling import Kind
 from keras_accum.findings import Findings
@@ -46,32 +47,10 @@ def measure_losses(accumulation, data) -> None:
             compat.global_seed_state()
     repeated = [model.variables[index] for index in found.repeated]
     accumulation.window["repeated"].begin_with(repeated)
-    for names, message in (
-        (
-            [] if losses.use_whole_batch() else found.coupled_names(model),
-            "The loss of a batch is not the mean of what its micro-batches "
-            "give: {}. `accum_steps` is not exact for it. Use "
-            "`microbatch_size`, which is. If it is a mean over a part of the "
-            "entries, overriding `microbatch_weight` with their number makes "
-            "it exact as well.",
-        ),
-        (
-            found.coupled_layers(),
-            "A layer adds a loss that is neither a mean over the rows nor a "
-            "sum: {}. The mean of what its micro-batches give is used, which "
-            "is not what the batch at once would give.",
-        ),
-        (
-            found.driven_paths(model),
-            "A layer assigns what follows from the data: {}. It does so in "
-            "each micro-batch, where the batch at once would do it once. If it "
-            "belongs to the update, override `update_step`.",
-        ),
-    ):
-        if names:
-            losses.warn_once(
-                message.format(", ".join(map("`{}`".format, names)))
-            )
+    if found.coupled_layers():
+        losses.warn_once(warned.coupled_layers(found.coupled_layers()))
+    if found.driven:
+        losses.warn_once(warned.driven(found.driven_paths(model)))
 
 
 def find(accumulation, data) -> Findings:

@@ -17,13 +17,14 @@ import tensorflow as tf
 from keras_accum import added_losses
 from keras_accum import compat
 from keras_accum import microbatch as microbatches
+from keras_accum import steps
+from keras_accum import warned
 from keras_accum import weighting
 from keras_accum.coupling import Kind
 from keras_accum.findings import Findings
 from keras_accum.loss_tracker import WindowLoss
 from keras_accum.microbatch import Microbatch
 from keras_accum.rows import number_of_rows
-from keras_accum.steps import forward
 from keras_accum.whole_loss import surrogate
 from keras_accum.window_losses import WindowLosses
 
@@ -96,6 +97,9 @@ class Losses:
 
     def weight(self, x, y, y_pred, sample_weight) -> tf.Tensor | None:
         """Returns the weight of a micro-batch, as Keras divides its losses."""
+        if self._found.couples_rows and not self.use_whole_batch():
+            names = self._found.coupled_names(self._model)
+            self.warn_once(warned.coupled(names))
         compiled = compat.compiled_loss(self._model)
         kind = self._found.compute_loss
         if kind is None and compiled is None:
@@ -104,7 +108,7 @@ class Losses:
             if set(added) == {Kind.SUM}:
                 kind = Kind.SUM
             elif self.needs_denominators and not self.uses_denominators():
-                self._warn_of_one_weight()
+                self.warn_once(warned.ONE_WEIGHT)
         if kind is Kind.SUM:
             return None
         if (
@@ -121,7 +125,7 @@ class Losses:
         if not self.uses_denominators() and not weighting.is_exact(
             denominators, added
         ):
-            self._warn_of_one_weight()
+            self.warn_once(warned.ONE_WEIGHT)
         return weighting.total_weight(denominators)
 
     def compute(self, x, y, y_pred, sample_weight, training: bool):
@@ -139,7 +143,7 @@ class Losses:
         model = self._model
         microbatch = microbatches.current(model)
         if microbatch.is_share and training:
-            check_policy_of_share(microbatch.nonfinite)
+            warned.check_policy_of_share(microbatch.nonfinite)
         if microbatch.whole is not None:
             return self._share_of_whole(microbatch, y, y_pred, sample_weight)
         compiled = compat.compiled_loss(model)
@@ -210,16 +214,26 @@ class Losses:
     def are_to_be_measured(self) -> bool:
         """Returns whether the next batch is to tell what the losses are.
 
-        A `train_step` of the user's own says itself how much they count.
+        A `train_step` of the user's own may take data of any form, which is not
+        what to make variables from.
         """
-        return self.findings is None and not self._is_custom("train_step")
+        return (
+            self.findings is None
+            and not self._is_custom("train_step")
+            and (self._model.built or not self.have_own_step())
+        )
+
+    def have_own_step(self) -> bool:
+        """Returns whether a user's `train_step` computes the loss."""
+        is_own = steps.is_own(type(self._model).train_step)
+        return is_own or self._is_custom("train_step")
 
     def use_whole_batch(self) -> bool:
         """Returns whether the loss is computed of the batch as a whole."""
         return (
             self._found.couples_rows
             and self._model.microbatch_size is not None
-            and not self._is_custom("train_step")
+            and not self.have_own_step()
         )
 
     def uses_denominators(self) -> bool:
@@ -232,7 +246,7 @@ class Losses:
         return (
             self.needs_denominators
             and model.microbatch_size is not None
-            and not self._is_custom("train_step")
+            and not self.have_own_step()
             and not compat.has_custom_compute_loss(model)
             and not self._is_custom("microbatch_weight")
         )
@@ -252,7 +266,7 @@ class Losses:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         compiled = compat.compiled_loss(model)
         with keras.StatelessScope(collect_losses=True) as scope:
-            y_pred = forward(model, x, training=True)
+            y_pred = steps.forward(model, x, training=True)
         if compiled is not None and not compat.is_built(compiled):
             compat.build_compiled_losses(compiled, y, y_pred, sample_weight)
         divisors = self._divisors(x, y, y_pred, sample_weight)
@@ -283,14 +297,6 @@ class Losses:
                 return all(kind is Kind.SUM for kind in found.compiled)
             return weighting.is_sum(self._model.loss)
         return self._found_sum
-
-    def _warn_of_one_weight(self):
-        self.warn_once(
-            "One weight per micro-batch may not be exact for this model: the "
-            "masks or reductions of its losses differ, or a loss returns a "
-            "scalar that its `reduction` or the sample weights do not fit. See "
-            "`microbatch_weight`."
-        )
 
     @property
     def _found(self) -> Findings:
@@ -405,11 +411,7 @@ class Losses:
             and microbatch.is_first is not True
             and added_losses.number_of_regularizers(self._model)
         ):
-            self.warn_once(
-                "`microbatch_weight` does not agree with the `reduction` of "
-                "the loss given to `compile` on whether it is a sum: weight "
-                "regularizers may count more than once in this window."
-            )
+            self.warn_once(warned.REGULARIZERS)
         self._found_sum = is_sum
 
 
@@ -436,15 +438,3 @@ def add_recorded(
     tracker.add(
         microbatch.or_nothing(loss), microbatch.or_nothing(weight), rows
     )
-
-
-def check_policy_of_share(nonfinite: str) -> None:
-    """Raises a `ValueError` if a micro-batch may be skipped."""
-    if nonfinite == "skip_microbatch":
-        raise ValueError(
-            '`nonfinite` must not be "skip_microbatch" with '
-            "`microbatch_size` where the losses of a model couple the rows of "
-            "a batch, or have denominators that differ, by their masks or "
-            "reductions. They are known before the gradients are, and would "
-            'count what is skipped. Use "skip_window", or `accum_steps`.'
-        )

@@ -1,5 +1,8 @@
 """One step of training or of evaluation, in one replica, on one micro-batch."""
 
+import inspect
+from collections.abc import Callable
+
 import keras
 
 from keras_accum import callers
@@ -11,6 +14,19 @@ def forward(model: keras.Model, x, training: bool):
     if compat.takes_training_argument(model):
         return model(x, training=training)
     return model(x)
+
+
+def is_own(step: Callable) -> bool:
+    """Returns whether a step is a user's that does not call ours.
+
+    Args:
+        step: A `train_step`, as a class has it.
+    """
+    if step.__module__.startswith(__package__ + "."):
+        return False
+    code = getattr(inspect.unwrap(step), "__code__", None)
+    # What calls `super()` has its class at hand.
+    return code is None or "__class__" not in code.co_freevars
 
 
 def train_microbatch(accumulation, is_first: bool, data, **known) -> dict:

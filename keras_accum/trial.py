@@ -1,8 +1,8 @@
 """A forward pass on some rows of a batch, which changes nothing.
 
 Passes on the whole and on a part of it are made alike in all that is no
-property of a row: a row has the same random draws in both, and
-BatchNormalization the same moments.
+property of a row: all rows have the same random draws, and BatchNormalization
+has the same moments in both.
 """
 
 import contextlib
@@ -15,6 +15,9 @@ import tensorflow as tf
 from keras_accum import compat
 from keras_accum import rows as row_counts
 from keras_accum.steps import forward
+
+# Of all draws.
+SEED = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +68,18 @@ def of_part(model, x, start: int, stop: int, whole: Trial) -> Trial:
         stop: The row after the last.
         whole: What `of_whole` returned.
     """
-    total, moments = int(row_counts.number_of_rows(x)), iter(whole.moments)
-    with (
-        compat.replacing_moments(lambda compute, *args: next(moments)),
-        drawing_for(start, stop, total),
-    ):
+    moments = iter(whole.moments)
+    with compat.replacing_moments(lambda compute, *args: next(moments)):
         return called(model, row_counts.take(x, start, stop), [])
 
 
 def called(model, x, moments) -> Trial:
     """Calls a model, and returns what came of it."""
     variables = [*model.variables, *compat.existing_seed_state()]
-    with keras.StatelessScope(collect_losses=True) as scope:
+    with (
+        keras.StatelessScope(collect_losses=True) as scope,
+        drawing_alike(),
+    ):
         y_pred = forward(model, x, training=True)
         added = compat.added_by(model)
     values = {id(v): scope.get_current_value(v) for v in variables}
@@ -93,23 +96,18 @@ def called(model, x, moments) -> Trial:
 
 
 @contextlib.contextmanager
-def drawing_for(start: int, stop: int, total: int) -> Iterator[None]:
-    """Draws for some rows what would be drawn for them among all.
+def drawing_alike() -> Iterator[None]:
+    """Draws the same for each row, whatever rows are with it.
 
-    Args:
-        start: The first row.
-        stop: The row after the last.
-        total: How many rows there are in all.
+    What is drawn along the first axis, which is that of rows, is the same.
     """
 
-    def draw_rows(draw, shape):
-        shape = tf.get_static_value(tf.convert_to_tensor(shape))
-        if shape is None or not len(shape) or shape[0] % (stop - start):
-            return draw(shape)
-        # Of a row there may be several numbers along the first axis.
-        each = int(shape[0]) // (stop - start)
-        drawn = draw([total * each, *map(int, shape[1:])])
-        return drawn[start * each : stop * each]
+    def draw_alike(draw, shape):
+        shape = tf.convert_to_tensor(shape, tf.int32)
+        if tf.size(shape) == 0:
+            return draw(shape, SEED)
+        row = draw(tf.concat([[1], shape[1:]], axis=0), SEED)
+        return tf.broadcast_to(row, shape)
 
-    with compat.drawing_through(draw_rows):
+    with compat.drawing_through(draw_alike):
         yield

@@ -21,7 +21,14 @@ FOLDERS = (
 # Modules of keras_accum import those of the rows above theirs, and no others. A
 # package among them counts as one.
 LAYERS = (
-    {"callers", "compat", "layer_moments", "options", "outer_products"},
+    {
+        "callers",
+        "compat",
+        "layer_moments",
+        "options",
+        "outer_products",
+        "warned",
+    },
     {
         "checkpoint",
         "functional",
@@ -61,8 +68,9 @@ LAYERS = (
     {"auto_size", "evaluation", "first_batch", "losses"},
     {"training"},
     {"accumulation"},
-    {"mixin"},
-    {"model"},
+    {"dry_run", "mixin"},
+    {"causes", "model"},
+    {"verification"},
     {"__init__"},
 )
 

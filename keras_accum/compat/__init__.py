@@ -34,6 +34,7 @@ from keras_accum.compat.layers import existing_seed_state
 from keras_accum.compat.layers import global_seed_state
 from keras_accum.compat.layers import moving_statistics
 from keras_accum.compat.layers import normalizations
+from keras_accum.compat.layers import normalizing_by_moving_statistics
 from keras_accum.compat.layers import random_states
 from keras_accum.compat.layers import recording_moments
 from keras_accum.compat.layers import replacing_moments
@@ -73,6 +74,7 @@ from keras_accum.compat.trainer import has_custom_step
 from keras_accum.compat.trainer import has_local_strategy
 from keras_accum.compat.trainer import loss_tracker
 from keras_accum.compat.trainer import optionals_to_none
+from keras_accum.compat.trainer import running_eagerly
 from keras_accum.compat.trainer import set_loss_tracker
 from keras_accum.compat.trainer import symbolic_build
 from keras_accum.compat.trainer import takes_training_argument

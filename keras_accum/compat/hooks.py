@@ -44,11 +44,24 @@ class Hook:
     def __init__(self, owner, name):
         self._owner, self._name = owner, name
         self._local = threading.local()
+        # What is called where a thread asks for nothing.
+        self._shared = None
         self._lock = threading.Lock()
         self._users = 0
         # The wrappers that somebody still has, each with what was there before.
         self._before = weakref.WeakKeyDictionary()
         self._wrapper = None
+
+    @contextlib.contextmanager
+    def calling_everywhere(self, function):
+        """As `calling`, in all threads, such as those of replicas."""
+        before, self._shared = self._shared, function
+        self._enter()
+        try:
+            yield
+        finally:
+            self._shared = before
+            self._leave()
 
     @contextlib.contextmanager
     def calling(self, function):
@@ -106,7 +119,7 @@ class Hook:
             method = getattr(self._owner, self._name)
 
         def wrapper(*args, **kwargs):
-            function = getattr(self._local, "function", None)
+            function = getattr(self._local, "function", None) or self._shared
             # Of several, one alone: a patch may be between this one, which was
             # left behind, and the newest. When patches go, it may be on top.
             acts = wrapper is self._wrapper or wrapper is self._current()

@@ -1,10 +1,15 @@
 """The layers of a model: random generators and BatchNormalization."""
 
+import contextlib
+from collections.abc import Iterator
+
 import keras
+import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.random import seed_generator
 
 from keras_accum.compat.hooks import Hook
+from keras_accum.compat.hooks import attribute
 
 _moments = Hook(keras.layers.BatchNormalization, "_moments")
 
@@ -78,6 +83,22 @@ def replacing_moments(function):
         A context manager.
     """
     return _moments.calling(function)
+
+
+@contextlib.contextmanager
+def normalizing_by_moving_statistics(model) -> Iterator[None]:
+    """Has BatchNormalizations use their moving statistics in training too."""
+
+    def moments(layer):
+        return lambda inputs, mask: (
+            tf.convert_to_tensor(layer.moving_mean),
+            tf.convert_to_tensor(layer.moving_variance),
+        )
+
+    with contextlib.ExitStack() as stack:
+        for layer in normalizations(model):
+            stack.enter_context(attribute(layer, "_moments", moments(layer)))
+        yield
 
 
 def moving_statistics(layer) -> list[keras.Variable]:

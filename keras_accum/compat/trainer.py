@@ -70,6 +70,16 @@ def set_loss_tracker(model, metric) -> None:
         model._loss_tracker = metric
 
 
+@contextlib.contextmanager
+def running_eagerly(model) -> Iterator[None]:
+    """Has a model run eagerly, and not be compiled by XLA."""
+    with (
+        attribute(model, "_run_eagerly", True),
+        attribute(model, "_jit_compile", False),
+    ):
+        yield
+
+
 def optionals_to_none(model, function):
     """Wraps `function(data)`: empty `tf.experimental.Optional`s become None.
 

@@ -1,0 +1,184 @@
+"""The steps of a window, made eagerly, after which everything is put back."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from keras_accum import compat
+from keras_accum import each_microbatch
+from keras_accum import first_batch
+from keras_accum import programs
+from keras_accum import replicas
+from keras_accum import rows as row_counts
+from keras_accum import steps
+from keras_accum.accumulation import Accumulation
+from keras_accum.findings import Findings
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a window would have given to the optimizer.
+
+    Attributes:
+        loss: The loss; None if the model's own step does not tell.
+        gradients: By the path of their variable.
+        state: Values of other variables, by path.
+        findings: What the batch told of the losses; None if the model's own
+            step says how much they count.
+        needs_denominators: Whether one weight does not fit all losses.
+    """
+
+    loss: float | None
+    gradients: dict[str, np.ndarray]
+    state: dict[str, np.ndarray]
+    findings: Findings | None
+    needs_denominators: bool
+
+
+@contextlib.contextmanager
+def unchanged(model) -> Iterator[None]:
+    """Puts back all that steps change of a model."""
+    accumulation, tracker = model._accumulation, compat.loss_tracker(model)
+    strategy = model.distribute_strategy
+    if not model.built:
+        raise ValueError("`model` must be built. Call it on some rows first.")
+    variables = [
+        each.value
+        for each in (
+            *model.variables,
+            *model.metrics_variables,
+            *model.optimizer.variables,
+            *compat.existing_seed_state(),
+        )
+    ]
+    trackers = accumulation.window["losses"].trackers
+    variables += [each.window for each in trackers]
+    snapshot = replicas.Snapshot(strategy, variables)
+    functions = (
+        model.train_function,
+        model.test_function,
+        model.predict_function,
+    )
+    try:
+        with compat.running_eagerly(model):
+            yield
+    finally:
+        compat.set_loss_tracker(model, tracker)
+        (
+            model.train_function,
+            model.test_function,
+            model.predict_function,
+        ) = functions
+        snapshot.restore()
+
+
+def run(
+    model, data, bounds: Sequence[int], weight_of: Callable | None = None
+) -> Result:
+    """Makes the steps of a window, and returns what came of it.
+
+    Args:
+        model: The model.
+        data: The batch.
+        bounds: Where its micro-batches begin, and where the last one ends.
+        weight_of: How much a number of rows counts, instead of what the
+            model's own `train_step` says; None to leave it.
+    """
+    strategy, options = model.distribute_strategy, model._accumulation.options
+    options = options.replace(nonfinite="propagate")
+    is_custom = model._accumulation.is_custom
+    variables = [*model.variables, *compat.existing_seed_state()]
+    snapshot = replicas.Snapshot(strategy, [each.value for each in variables])
+    with strategy.scope():
+        accumulation = Accumulation(model, options, is_custom)
+    with compat.attribute(model, "_accumulation", accumulation):
+        tracker = accumulation.window["losses"].make_tracker()
+        tracker.reset_state()
+        if accumulation.losses.are_to_be_measured():
+            first_batch.measure_losses(accumulation, data)
+        step = functools.partial(train_on, accumulation, weight_of)
+        if options.microbatch_size is None:
+            for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+                part = row_counts.take(data, start, stop)
+                programs.running(model, functools.partial(step, start == 0))(
+                    part
+                )
+        else:
+            first, next_ = (
+                functools.partial(step, is_first) for is_first in (True, False)
+            )
+            each = each_microbatch.EachMicrobatch(
+                accumulation, first, next_, trains=True
+            )
+            each((data,), max(np.diff(bounds)))
+        result = result_of(accumulation)
+    snapshot.restore()
+    return result
+
+
+def train_on(accumulation, weight_of, is_first, data, **known):
+    """Makes a step on a micro-batch; see `run`."""
+    model = accumulation.model
+    with contextlib.ExitStack() as stack:
+        if weight_of is not None:
+            weight = weight_of(first_batch.rows_of(data))
+            stack.enter_context(
+                compat.attribute(
+                    model,
+                    "accumulate",
+                    lambda gradients, *args, **kwargs: type(model).accumulate(
+                        model, gradients, **kwargs | {"weight": weight}
+                    ),
+                )
+            )
+        return steps.train_microbatch(accumulation, is_first, data, **known)
+
+
+def result_of(accumulation) -> Result:
+    """Ends a window without an update, and returns what it gathered."""
+    model, window = accumulation.model, accumulation.window
+    strategy = model.distribute_strategy
+
+    def end():
+        sums = window.sums()
+        # Each replica has seen the whole batch: they all have the same.
+        gradients = window["gradients"]
+        weight, *buffers = gradients.sums()
+        means = gradients.make_accumulator().mean([weight, *buffers])
+        window["moments"].close(sums["moments"], None)
+        return means
+
+    means = programs.running(model, end)()
+    accumulator = window["gradients"].make_accumulator()
+    gradients = {
+        variable.path: np.asarray(
+            strategy.experimental_local_results(mean)[0], "float64"
+        )
+        for variable, mean in zip(accumulator.variables, means, strict=True)
+        if mean is not None
+    }
+    tracker = compat.loss_tracker(model)
+    local = replicas.copies(strategy, tracker.window)[0]
+    total, weight, _ = np.asarray(local, "float64")
+    known = accumulation.losses
+    findings = None if known.have_own_step() else known.findings
+    skipped = {id(each) for each in compat.random_states(model)}
+    others = {
+        variable.path: np.asarray(variable, "float64")
+        for variable in model.non_trainable_variables
+        if id(variable) not in skipped
+        and tf.as_dtype(variable.dtype).is_floating
+    }
+    return Result(
+        total / weight if weight else None,
+        gradients,
+        others,
+        findings,
+        known.needs_denominators,
+    )

@@ -1,0 +1,60 @@
+"""What is said of losses and layers that are not exact, and what is refused."""
+
+from collections.abc import Sequence
+
+ONE_WEIGHT = (
+    "One weight per micro-batch may not be exact for this model: the masks or "
+    "reductions of its losses differ, or a loss returns a scalar that its "
+    "`reduction` or the sample weights do not fit. See `microbatch_weight`."
+)
+REGULARIZERS = (
+    "`microbatch_weight` does not agree with the `reduction` of the loss given "
+    "to `compile` on whether it is a sum: weight regularizers may count more "
+    "than once in this window."
+)
+
+
+def coupled(names: Sequence[str]) -> str:
+    """Returns what to say of losses that couple rows."""
+    return (
+        "The loss of a batch is not the mean of what its micro-batches give: "
+        f"{quoted(names)}. One weight per micro-batch is not exact for it. Use "
+        "`microbatch_size`, which is exact without a `train_step` of your own. "
+        "If it is a mean over a part of the entries, overriding "
+        "`microbatch_weight` with their number makes it exact as well."
+    )
+
+
+def coupled_layers(names: Sequence[str]) -> str:
+    """Returns what to say of layers that add a loss that couples rows."""
+    return (
+        "A layer adds a loss that is neither a mean over the rows nor a sum: "
+        f"{quoted(names)}. The mean of what its micro-batches give is used, "
+        "which is not what the batch at once would give."
+    )
+
+
+def driven(paths: Sequence[str]) -> str:
+    """Returns what to say of variables that layers assign from data."""
+    return (
+        f"A layer assigns what follows from the data: {quoted(paths)}. It does "
+        "so in each micro-batch, where the batch at once would do it once. If "
+        "it belongs to the update, override `update_step`."
+    )
+
+
+def quoted(names: Sequence[str]) -> str:
+    """Returns names in backticks, with commas between."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def check_policy_of_share(nonfinite: str) -> None:
+    """Raises a `ValueError` if a micro-batch may be skipped."""
+    if nonfinite == "skip_microbatch":
+        raise ValueError(
+            '`nonfinite` must not be "skip_microbatch" with '
+            "`microbatch_size` where the losses of a model couple the rows of "
+            "a batch, or have denominators that differ, by their masks or "
+            "reductions. They are known before the gradients are, and would "
+            'count what is skipped. Use "skip_window", or `accum_steps`.'
+        )

@@ -1,0 +1,56 @@
+"""Windows that are put back."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_accum import dry_run
+from tests import test_utils
+
+
+class DryRunTest(test_utils.TestCase):
+    def test_puts_everything_back(self):
+        x, y = test_utils.microbatches([6])[0]
+        model = test_utils.accumulating(accum_steps=3)
+        model.compile("adam", test_utils.crossentropy(), metrics=["accuracy"])
+        # In the middle of a window.
+        model.train_on_batch(x, y)
+        before = [np.array(each) for each in model.variables]
+        count, position = (
+            test_utils.num_microbatches(model),
+            (test_utils.position(model)),
+        )
+        function = model.train_function
+        with dry_run.unchanged(model):
+            self.assertTrue(model.run_eagerly)
+            data = (tf.constant(x), tf.constant(y))
+            result = dry_run.run(model, data, (0, 2, 6))
+        self.assertFalse(model.run_eagerly)
+        self.assertIs(model.train_function, function)
+        after = [np.array(each) for each in model.variables]
+        self.assertAllClose(after, before, 0, 0)
+        self.assertEqual(test_utils.num_microbatches(model), count)
+        self.assertEqual(test_utils.position(model), position)
+        with tf.GradientTape() as tape:
+            loss = test_utils.crossentropy()(y, model(x))
+        expected = tape.gradient(loss, model.trainable_weights)
+        self.assertAllClose(result.loss, loss)
+        self.assertAllClose(list(result.gradients.values()), expected)
+
+    def test_an_error_puts_back_too(self):
+        model = test_utils.accumulating(accum_steps=3)
+        model.compile("adam", test_utils.crossentropy())
+        before = [np.array(each) for each in model.variables]
+        with self.assertRaisesRegex(KeyError, "mine"):
+            with dry_run.unchanged(model):
+                model.trainable_weights[0].assign_add(
+                    keras.ops.ones_like(model.trainable_weights[0])
+                )
+                raise KeyError("mine")
+        after = [np.array(each) for each in model.variables]
+        self.assertAllClose(after, before, 0, 0)
+        self.assertFalse(model.run_eagerly)
+
+
+if __name__ == "__main__":
+    tf.test.main()

@@ -1,0 +1,190 @@
+"""`verify`: whether a model is exact, and if not, why."""
+
+import warnings
+
+import keras
+import tensorflow as tf
+from absl.testing import parameterized
+
+import keras_accum
+from tests import inner_test
+from tests import test_utils
+from tests import whole_batch_test
+
+ACCUM_STEPS, MICROBATCH_SIZE = {"accum_steps": 2}, {"microbatch_size": 3}
+
+
+class Own(keras_accum.GradientAccumulationModel):
+    """Has a `train_step` of its own; classes below say with which loss."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.loss_of(y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.accumulate(gradients, **self.weight_of(x))
+        return {"loss": loss}
+
+    def loss_of(self, y, y_pred):
+        return tf.reduce_mean(tf.square(y_pred - y))
+
+    def weight_of(self, x):
+        return {"weight": tf.shape(x)[0]}
+
+
+class Unweighted(Own):
+    def weight_of(self, x):
+        return {}
+
+
+class Summed(Own):
+    def loss_of(self, y, y_pred):
+        return tf.reduce_sum(tf.square(y_pred - y))
+
+
+class Contrastive(Own):
+    def loss_of(self, y, y_pred):
+        return whole_batch_test.contrastive(y, y_pred)
+
+
+def own(cls=None, **kwargs):
+    keras.utils.set_random_seed(3)
+    x = keras.Input((5,))
+    hidden = keras.layers.Dropout(0.5)(keras.layers.Dense(8)(x))
+    model = cls(x, keras.layers.Dense(4)(hidden), **kwargs)
+    model.compile("sgd")
+    return model
+
+
+class VerifyTest(test_utils.TestCase, parameterized.TestCase):
+    def verify(self, model, rows=11):
+        x, y = whole_batch_test.arrays(rows)
+        before = self.state(model)
+        found = keras_accum.verify(model, x, y)
+        self.assertAllClose(self.state(model), before, 0, 0)
+        return found
+
+    def state(self, model):
+        variables = [*model.variables, *model.optimizer.variables]
+        return [each.numpy() for each in variables]
+
+    @parameterized.product(
+        way=(ACCUM_STEPS, MICROBATCH_SIZE),
+        case=(
+            ("mse", True, True),
+            (keras.losses.Dice(), False, True),
+        ),
+    )
+    def test_compiled_losses(self, way, case):
+        loss, with_accum_steps, with_microbatch_size = case
+        cls = keras_accum.GradientAccumulationModel
+        model = whole_batch_test.one_output(cls, **way)
+        model.compile("adam", loss, metrics=["mae"])
+        found = self.verify(model)
+        is_exact = (
+            with_accum_steps if "accum_steps" in way else (with_microbatch_size)
+        )
+        self.assertEqual(found.exact, is_exact)
+        if not is_exact:
+            self.assertIn("`dice`", found.differences[0].cause)
+            self.assertIn("`microbatch_size`", str(found))
+        # It trains as if nothing had been.
+        x, y = whole_batch_test.arrays()
+        other = whole_batch_test.one_output(cls, **way)
+        other.compile("adam", loss, metrics=["mae"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logs = [
+                each.fit(x, y, batch_size=4, shuffle=False, verbose=0).history
+                for each in (model, other)
+            ]
+        self.assertAllClose(logs[0], logs[1], 0, 0)
+
+    def test_batch_normalization_is_by_design(self):
+        model = whole_batch_test.normalized(
+            keras_accum.GradientAccumulationModel, **ACCUM_STEPS
+        )
+        model.compile("adam", "mse")
+        found = self.verify(model)
+        self.assertFalse(found.exact)
+        causes = {each.cause for each in found.differences if each.cause}
+        self.assertLen(causes, 1)
+        self.assertIn("BatchNormalization", causes.pop())
+        # Its statistics are those of the large batch.
+        states = [each for each in found.differences if each.what == "state"]
+        self.assertLen(states, 2)
+        self.assertLess(max(each.distance for each in states), 1e-5)
+
+    @parameterized.parameters(
+        (Own, None),
+        (Unweighted, "number of rows"),
+        (Summed, "None: the loss is a sum"),
+        (Contrastive, "there is none"),
+    )
+    def test_steps_of_ones_own(self, cls, expected):
+        found = self.verify(own(cls, **ACCUM_STEPS))
+        self.assertEqual(found.exact, expected is None)
+        if expected:
+            self.assertIn(expected, found.differences[0].way_out)
+
+    def test_layers(self):
+        for reductions, expected in (
+            ((inner_test.mean, inner_test.of_rows), "denominators"),
+            ((inner_test.balance,), "couples rows"),
+            ((inner_test.mean,), None),
+        ):
+            x = keras.Input((5,))
+            hidden = x
+            for reduce in reductions:
+                hidden = inner_test.Adding(reduce)(hidden)
+            layer = keras.layers.SpectralNormalization(keras.layers.Dense(4))
+            model = keras_accum.GradientAccumulationModel(
+                x, layer(keras.layers.Dense(3)(hidden)), **ACCUM_STEPS
+            )
+            model.compile("sgd", "mse")
+            found = self.verify(model)
+            # Without weights before it, an added loss has no gradient.
+            if expected == "denominators":
+                expected = None if found.exact else expected
+            if expected:
+                losses = [each for each in found.differences if each.cause]
+                self.assertIn(expected, losses[0].cause)
+            else:
+                gradients = [
+                    each
+                    for each in found.differences
+                    if each.what == "gradient"
+                ]
+                self.assertLess(max(each.distance for each in gradients), 1e-4)
+
+    def test_of_a_model_that_exists_on_replicas(self):
+        strategy, _ = test_utils.chosen_strategy()
+        for way in (ACCUM_STEPS, MICROBATCH_SIZE):
+            with strategy.scope():
+                model = whole_batch_test.one_output()
+                model.compile("sgd", "mse")
+                model = keras_accum.GradientAccumulationModel.from_model(
+                    model, **way
+                )
+            self.assertTrue(self.verify(model).exact)
+
+    def test_refuses_what_it_cannot_verify(self):
+        x, y = whole_batch_test.arrays()
+        plain = whole_batch_test.one_output()
+        plain.compile("sgd", "mse")
+        with self.assertRaisesRegex(ValueError, "must accumulate"):
+            keras_accum.verify(plain, x, y)
+        model = whole_batch_test.one_output(
+            keras_accum.GradientAccumulationModel, **ACCUM_STEPS
+        )
+        with self.assertRaisesRegex(ValueError, "must be compiled"):
+            keras_accum.verify(model, x, y)
+        model.compile("sgd", "mse")
+        with self.assertRaisesRegex(ValueError, "at least 3"):
+            keras_accum.verify(model, x[:2], y[:2])
+        with self.assertRaisesRegex(ValueError, "same number of rows"):
+            keras_accum.verify(model, x, y[:2])
+
+
+if __name__ == "__main__":
+    tf.test.main()
