@@ -111,6 +111,7 @@ class GradientAccumulator:
         gradients: Sequence[Gradient],
         weight: float | tf.Tensor | None = 1.0,
         first: bool | tf.Tensor = False,
+        counts: bool = True,
     ) -> None:
         """Adds one micro-batch's gradients.
 
@@ -126,6 +127,8 @@ class GradientAccumulator:
                 was gathered before is forgotten in the same pass over the
                 memory, and `reset` is not needed. Costs least as a `bool`; a
                 bool tensor selects on the device.
+            counts: Whether this is another micro-batch; False for more
+                gradients of the one before.
 
         Raises:
             ValueError: If there are not as many gradients as variables, the
@@ -148,7 +151,8 @@ class GradientAccumulator:
                 self._weight.assign(tf.ones_like(self._weight))
             else:
                 self._weight.assign_add(tf.cast(weight, self._weight.dtype))
-            self._count.assign_add(1)
+            if counts:
+                self._count.assign_add(1)
 
     def sums(self) -> list[tf.Tensor | tf.Variable]:
         """Returns what `mean` needs: the weight, and the buffers so far.

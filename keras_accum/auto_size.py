@@ -84,6 +84,7 @@ class Attempts:
             if not failed_anywhere(strategy, logs is None):
                 break
             snapshot.restore()
+            accumulation.window["gradients"].reset_subsets()
             smaller = replicas.least_of_all(
                 strategy, size if logs is not None else smaller
             )
@@ -197,7 +198,7 @@ def make_rehearsal(accumulation) -> Callable:
 
     def rehearse():
         accumulator = window["gradients"].make_accumulator()
-        gradients = accumulator.mean(accumulator.sums())
+        gradients = window["gradients"].mean(window["gradients"].sums())
         pairs = zip(gradients, accumulator.variables, strict=True)
         with (
             rehearsal.computing_assignments(),
@@ -229,6 +230,7 @@ def snapshot_of(accumulation) -> replicas.Snapshot:
         ]
         if id(variable) not in trained
     ]
+    # Subsets of them are set to zero by themselves.
     buffers = set(map(id, window["gradients"].variables))
     listed = buffers | set(map(id, variables))
     others = [v for v in window.variables if id(v) not in listed]

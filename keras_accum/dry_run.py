@@ -148,9 +148,7 @@ def result_of(accumulation) -> Result:
     def end():
         sums = window.sums()
         # Each replica has seen the whole batch: they all have the same.
-        gradients = window["gradients"]
-        weight, *buffers = gradients.sums()
-        means = gradients.make_accumulator().mean([weight, *buffers])
+        means = window["gradients"].mean(sums["gradients"])
         window["moments"].close(sums["moments"], None)
         return means
 

@@ -164,11 +164,21 @@ class Microbatch:
             return value
         return self.value_or(value, tf.zeros_like(value))
 
-    def gradients_or_nothing(self, gradients: Sequence) -> list:
-        """Returns gradients, or `gradients_without_rows` if no row counts."""
+    def gradients_or_nothing(
+        self, gradients: Sequence, indices: Sequence[int]
+    ) -> list:
+        """Returns gradients, or others if the micro-batch does not count.
+
+        Args:
+            gradients: Of some of the trainable weights.
+            indices: Which these are.
+        """
         if self.counts is None:
             return list(gradients)
-        others = self.gradients_without_rows or [None] * len(gradients)
+        others = [None] * len(gradients)
+        # Once: further calls of a step add to the first.
+        if self.gradients_without_rows and not self.accumulated:
+            others = [self.gradients_without_rows[index] for index in indices]
         choose = choose_all if self.is_finite is None else select_all
         return choose(self.counts, gradients, others)
 

@@ -8,11 +8,11 @@ windows begin and end, and what Keras is told of it.
 
 import functools
 import warnings
-from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
+from keras_accum import accumulate
 from keras_accum import boundary
 from keras_accum import building
 from keras_accum import compat
@@ -24,8 +24,6 @@ from keras_accum import microbatch
 from keras_accum import sharing
 from keras_accum.accumulation import Accumulation
 from keras_accum.checkpoint import WindowCheckpoint
-from keras_accum.gradients import Gradient
-from keras_accum.gradients import check_lengths
 from keras_accum.options import AccumSteps
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
@@ -273,43 +271,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         accumulation.losses.count(loss, *batch)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def accumulate(
-        self,
-        gradients: Sequence[Gradient],
-        weight: float | tf.Tensor | None = 1.0,
-    ) -> None:
-        """Adds gradients to the window.
-
-        A `train_step` of your own calls it in place of
-        `self.optimizer.apply_gradients`. With `accum_steps=1` it is that call.
-
-        Args:
-            gradients: One per trainable weight, in the order of
-                `self.trainable_weights`; None where there is none. Gradients
-                of `self.optimizer.scale_loss(loss)`, as in Keras.
-            weight: How much they count: the denominator of the loss, for a mean
-                the number of rows. A scalar; None if the loss is a sum.
-
-        Raises:
-            ValueError: If there are not as many gradients as trainable weights.
-        """
-        gradients = list(gradients)
-        check_lengths(gradients, self.trainable_weights)
-        accumulation = self._accumulation
-        current = microbatch.current(self)
-        if not accumulation.is_active and current is None:
-            self.optimizer.apply_gradients(
-                zip(gradients, self.trainable_weights, strict=True)
-            )
-            return
-        current = current or accumulation.new_microbatch()
-        accumulation.window["nonfinite"].check(current, gradients)
-        gradients = current.gradients_or_nothing(gradients)
-        weight = current.or_nothing(weight)
-        accumulation.window["gradients"].make_accumulator().add(
-            gradients, weight, current.is_first
-        )
-        current.accumulated.append((gradients, weight))
+    accumulate = accumulate.accumulate
 
     def microbatch_weight(
         self, x, y, y_pred, sample_weight=None

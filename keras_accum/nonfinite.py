@@ -105,7 +105,15 @@ class SkipCounts(Part):
         self, microbatch: Microbatch, gradients: Sequence[Gradient]
     ) -> None:
         """Decides whether a micro-batch counts, if that is the policy."""
-        if self.policy != "skip_microbatch" or microbatch.is_finite is not None:
+        if self.policy != "skip_microbatch":
+            return
+        if microbatch.accumulated:
+            raise ValueError(
+                "`train_step` must call `accumulate` once with "
+                '`nonfinite="skip_microbatch"`: what a call has added cannot '
+                'be left out after another one. Use "skip_window".'
+            )
+        if microbatch.is_finite is not None:
             return
         self.make_variables()
         on_cpu = replicas.on_cpu(self._skipped)

@@ -54,7 +54,14 @@ LAYERS = (
     },
     {"accumulator", "epochs", "finite", "programs", "sample", "trial"},
     {"coupling", "loops", "microbatch", "microbatching"},
-    {"added_losses", "findings", "weighting", "whole_batch", "window"},
+    {
+        "accumulate",
+        "added_losses",
+        "findings",
+        "weighting",
+        "whole_batch",
+        "window",
+    },
     {
         "boundary",
         "each_microbatch",

@@ -32,7 +32,7 @@ class CountsTest(tf.test.TestCase):
         value = tf.constant(2.0)
         self.assertIs(step.or_nothing(value), value)
         self.assertEqual(
-            step.gradients_or_nothing([value, None]), [value, None]
+            step.gradients_or_nothing([value, None], [0, 1]), [value, None]
         )
 
     def test_without_rows_it_counts_for_nothing(self):
@@ -40,7 +40,7 @@ class CountsTest(tf.test.TestCase):
         self.assertAllEqual(step.or_nothing(tf.constant(np.nan)), 0.0)
         self.assertAllEqual(step.value_or(np.nan, 3.0), 3.0)
         self.assertIsNone(step.or_nothing(None))
-        (gradient,) = step.gradients_or_nothing([tf.constant([np.nan])])
+        (gradient,) = step.gradients_or_nothing([tf.constant([np.nan])], [0])
         self.assertAllEqual(gradient, [0.0])
 
     def test_what_it_assigned_is_taken_back(self):

@@ -1,5 +1,9 @@
 """`verify`: whether a model is exact, and if not, why."""
 
+import contextlib
+import io
+import pathlib
+import re
 import warnings
 
 import keras
@@ -11,6 +15,7 @@ from tests import inner_test
 from tests import test_utils
 from tests import whole_batch_test
 
+ROOT = pathlib.Path(__file__).absolute().parent.parent
 ACCUM_STEPS, MICROBATCH_SIZE = {"accum_steps": 2}, {"microbatch_size": 3}
 
 
@@ -167,6 +172,21 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
                     model, **way
                 )
             self.assertTrue(self.verify(model).exact)
+
+    def test_the_page_prints_what_it_says(self):
+        page = ROOT / "docs" / "exactness.md"
+        blocks = re.findall(
+            r"```(python)?\n(.*?)```", page.read_text("utf-8"), re.DOTALL
+        )
+        (code, said) = (text for _, text in blocks)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, {})
+        digits = re.compile(r"\d\.\de-\d\d")
+        self.assertEqual(
+            sorted(digits.sub("", printed.getvalue()).splitlines()),
+            sorted(digits.sub("", said).splitlines()),
+        )
 
     def test_refuses_what_it_cannot_verify(self):
         x, y = whole_batch_test.arrays()

@@ -28,7 +28,7 @@ PATH = (
     ("control_flow", "choose_if_there"),
     ("steps", "train_microbatch"),
     ("mixin", "GradientAccumulationMixin.train_step"),
-    ("mixin", "GradientAccumulationMixin.accumulate"),
+    ("accumulate", "accumulate"),
     ("accumulator", "GradientAccumulator.add"),
     ("gradients", "add"),
 )
