@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_accum import compat
 from keras_accum import each_microbatch
+from keras_accum import first_batch
 from keras_accum import loops
 from keras_accum import microbatching
 from keras_accum import programs
@@ -47,7 +48,26 @@ def make_test_function(accumulation) -> Callable:
                 programs.running(model, end_window)()
             return logs
 
-    return loops.make_loop(model, step, model.steps_per_execution)
+    loop = loops.make_loop(model, step, model.steps_per_execution)
+    if size is None:
+        return loop
+    losses = accumulation.losses
+
+    def look_and_step(data, types):
+        if losses.are_to_be_measured():
+            first_batch.measure_losses(accumulation, data)
+        return compiled(data)
+
+    compiled = step
+    if not model.run_eagerly:
+        compiled = programs.in_graph(step, reduce_retracing=True)
+    first_loop = loops.make_host_loop(model, look_and_step)
+
+    def test_function(iterator):
+        is_first = losses.are_to_be_measured()
+        return (first_loop if is_first else loop)(iterator)
+
+    return test_function
 
 
 def make_predict_function(accumulation) -> Callable:

@@ -22,6 +22,7 @@ class Findings:
             the number of replicas, as it does with others.
         compute_loss: The kind of an override of `compute_loss`.
         adds_losses: Whether `compute_loss` adds `model.losses`.
+        is_apart: Whether it can be computed apart from the model's call.
         added: The kind of each loss that layers add, in the order of
             `model.losses`.
         added_by: The names of the layers that add them.
@@ -35,6 +36,7 @@ class Findings:
     undivided: tuple[bool, ...] = ()
     compute_loss: Kind | None = None
     adds_losses: bool = True
+    is_apart: bool = True
     added: tuple[Kind | None, ...] = ()
     added_by: tuple[str, ...] = ()
     repeated: tuple[int, ...] = ()
@@ -42,11 +44,14 @@ class Findings:
 
     def codes(self) -> list[list[int]]:
         """Returns all but names as integers, for `from_codes`."""
-        compute_loss, adds_losses = self.compute_loss, self.adds_losses
         return [
             list(map(_KINDS.index, self.compiled)),
             list(map(int, self.undivided)),
-            [_KINDS.index(compute_loss), int(adds_losses)],
+            [
+                _KINDS.index(self.compute_loss),
+                int(self.adds_losses),
+                int(self.is_apart),
+            ],
             list(map(_KINDS.index, self.added)),
             list(self.repeated),
             list(self.driven),
@@ -61,6 +66,7 @@ class Findings:
             undivided=tuple(map(bool, undivided)),
             compute_loss=_KINDS[total[0]],
             adds_losses=bool(total[1]),
+            is_apart=bool(total[2]),
             added=tuple(_KINDS[code] for code in added),
             repeated=tuple(repeated),
             driven=tuple(driven),

@@ -15,6 +15,7 @@ from absl import logging
 from keras_accum import compat
 from keras_accum import coupling
 from keras_accum import inner
+from keras_accum import programs
 from keras_accum import replicas
 from keras_accum import rows as row_counts
 from keras_accum import sample as samples
@@ -25,6 +26,7 @@ from keras_accum.coupling import Kind
 from keras_accum.findings import Findings
 from keras_accum.microbatch import Microbatch
 from keras_accum.sample import Sample
+from keras_accum.steps import forward
 
 # Most rows that are looked at.
 ROWS = 16
@@ -105,13 +107,19 @@ def find_in(accumulation, data) -> Findings:
     size = 1 if accumulation.size.is_auto else accumulation.size.rows
     try:
         sample, whole = some_rows(model, data, min(ROWS, rows), size)
-        found = find_of(accumulation, sample)
+        with trial.drawing_alike():
+            found = find_of(accumulation, sample)
     except Exception:  # noqa: BLE001
         # It may be written for as many rows as there are, and no less.
         sample, whole = some_rows(model, data, rows, size)
-        found = find_of(accumulation, sample)
+        with trial.drawing_alike():
+            found = find_of(accumulation, sample)
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    return inner.with_inner_state(found, model, x, whole)
+    try:
+        return inner.with_inner_state(found, model, x, whole)
+    except Exception:  # noqa: BLE001
+        # It may take as many rows as there are, and no less.
+        return found
 
 
 def some_rows(
@@ -281,6 +289,38 @@ def of_total(accumulation, sample: Sample) -> Findings:
         weights[Kind.ROW_MEAN] = lambda part: part.rows
     if Kind.MEAN not in weights or Kind.ROW_MEAN in weights:
         weights[Kind.SUM] = lambda _: 1.0
-    with keras.StatelessScope():
-        kind = coupling.kind_of(loss, weights, sample)
-    return Findings(compute_loss=kind, adds_losses=asked)
+    try:
+        with keras.StatelessScope():
+            kind = coupling.kind_of(loss, weights, sample)
+    except Exception:  # noqa: BLE001
+        # It may look at what the model has left of all rows.
+        kind = None
+    return Findings(
+        compute_loss=kind,
+        adds_losses=asked,
+        is_apart=kind is not Kind.COUPLED or is_apart(model, sample),
+    )
+
+
+def is_apart(model, sample: Sample) -> bool:
+    """Returns whether `compute_loss` needs nothing but its arguments.
+
+    It may look at what `call` has left in the model.
+    """
+    outputs = programs.in_graph(lambda x: forward(model, x, training=True))
+
+    def loss(x, y, y_pred, sample_weight):
+        with Microbatch(model, first=True) as microbatch:
+            microbatch.hides_losses = True
+            batch = (x, y, y_pred, sample_weight)
+            return compat.compute_loss(model, *batch, training=True)
+
+    batch = (sample.x, sample.y, sample.y_pred, sample.sample_weight)
+    try:
+        with keras.StatelessScope(collect_losses=True):
+            outputs.get_concrete_function(sample.x)
+            traced = programs.in_graph(loss).get_concrete_function(*batch)
+    except Exception:  # noqa: BLE001
+        return False
+    # A tensor of the model's call is of another graph.
+    return not any(map(tf.is_symbolic_tensor, traced.captured_inputs))

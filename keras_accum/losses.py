@@ -232,6 +232,7 @@ class Losses:
         """Returns whether the loss is computed of the batch as a whole."""
         return (
             self._found.couples_rows
+            and self._found.is_apart
             and self._model.microbatch_size is not None
             and not self.have_own_step()
         )

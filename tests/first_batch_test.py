@@ -168,6 +168,35 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
         found = model._accumulation.losses.findings
         self.assertEqual(found, Findings())
 
+    def test_a_loss_that_draws_is_not_coupled(self):
+        def noisy(y, y_pred):
+            return (y - y_pred + tf.random.normal(tf.shape(y))) ** 2
+
+        model = linear(keras_accum.GradientAccumulationModel, accum_steps=2)
+        model.compile("sgd", noisy)
+        x, y = map(tf.constant, arrays(ROWS))
+        found = first_batch.find(model._accumulation, (x, y))
+        self.assertEqual(found.compiled, (Kind.MEAN,))
+
+    def test_stateful_layers_take_all_rows(self):
+        keras.utils.set_random_seed(0)
+        x = keras.Input(batch_shape=(ROWS, 3, 2))
+        hidden = keras.layers.LSTM(4, stateful=True)(x)
+        model = keras_accum.GradientAccumulationModel(
+            x, keras.layers.Dense(1)(hidden), accum_steps=2
+        )
+        model.compile("sgd", "mse")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.fit(
+                np.ones((2 * ROWS, 3, 2)),
+                np.ones((2 * ROWS, 1)),
+                batch_size=ROWS,
+                verbose=0,
+            )
+        found = model._accumulation.losses.findings
+        self.assertEqual(found, Findings((Kind.MEAN,), (False,)))
+
     def test_rows_of(self):
         ragged = tf.ragged.constant([[1.0], [2.0, 3.0]])
         self.assertEqual(

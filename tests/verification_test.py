@@ -179,6 +179,8 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
             r"```(python)?\n(.*?)```", page.read_text("utf-8"), re.DOTALL
         )
         (code, said) = (text for _, text in blocks)
+        # Keras numbers layers.
+        keras.utils.clear_session()
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(code, {})

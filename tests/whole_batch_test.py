@@ -227,6 +227,34 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
 
         self.assert_as_keras(build, None)
 
+    def test_of_compute_loss_that_looks_into_the_model(self):
+        class Looking(keras_accum.GradientAccumulationModel):
+            def call(self, x, training=False):
+                self.seen = x
+                return super().call(x, training=training)
+
+            def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+                return contrastive(y, y_pred) + tf.reduce_mean(self.seen)
+
+        keras.utils.set_random_seed(3)
+        x = keras.Input((FEATURES,))
+        model = Looking(x, keras.layers.Dense(4)(x), microbatch_size=SIZE)
+        model.compile("sgd")
+        with self.assertWarnsRegex(UserWarning, "`compute_loss`"):
+            model.fit(*arrays(), batch_size=ROWS, verbose=0)
+
+    def test_evaluation_comes_first(self):
+        x, y = arrays()
+        results = []
+        for cls, way in (
+            (keras.Model, {}),
+            (keras_accum.GradientAccumulationModel, {"microbatch_size": SIZE}),
+        ):
+            model = one_output(cls, **way)
+            model.compile("sgd", keras.losses.Dice(), metrics=["mae"])
+            results.append(model.evaluate(x, y, batch_size=ROWS, verbose=0))
+        self.assertAllClose(results[1], results[0])
+
     def test_metrics_and_statistics_count_once(self):
         models = []
         for loss in ("mse", masked_mean):
