@@ -83,8 +83,7 @@ class Attempts:
             # All workers go on together, or try again together.
             if not failed_anywhere(strategy, logs is None):
                 break
-            snapshot.restore()
-            accumulation.window["gradients"].reset_subsets()
+            put_back(accumulation, snapshot)
             smaller = replicas.least_of_all(
                 strategy, size if logs is not None else smaller
             )
@@ -94,7 +93,7 @@ class Attempts:
             sizes.limit = smaller
         _, failure = catching(self._rehearse)
         if failed_anywhere(strategy, failure is not None):
-            snapshot.restore()
+            put_back(accumulation, snapshot)
             raise does_not_fit("The optimizer's update", failure)
         if sizes.record_fit(replicas.least_of_all(strategy, size)):
             model = accumulation.model
@@ -119,28 +118,21 @@ class Attempt:
     ) -> None:
         self._accumulation, self._each = accumulation, each
         self._by_size: dict[int, Callable] = {}
-        self._forecasts, self._allowed = {}, {}
-        self._reserve = memory.Reserve()
+        model = accumulation.model
+        is_compiled = model.jit_compile and not model.run_eagerly
+        needed = each.planned_bytes if is_compiled else self._count_bytes
+        self._room = memory.Room(needed, is_compiled)
 
     def __call__(self, data, size: int):
         """Tries to add a batch in micro-batches of `size` rows."""
-        strategy = self._accumulation.model.distribute_strategy
-        shapes, allowed = shapes_of(strategy, data), self._allowed
-        # What was found to have room is not asked for again.
-        if size > most_allowed(allowed, shapes):
-            if shapes not in self._forecasts:
-                self._forecasts[shapes] = self._make_forecast()
-            forecast = self._forecasts[shapes]
-            if forecast is not None:
-                allowed[shapes] = forecast.most_rows(
-                    data, size, memory.MARGIN + 2 * bytes_of(strategy, data)
-                )
-                if memory.address_limit() is None:
-                    # Nothing ends the process, and memory may be had by
-                    # swapping, or be free again.
-                    allowed[shapes] = max(1, allowed[shapes])
-                if allowed[shapes] < size:
-                    return None, allowed[shapes]
+        accumulation = self._accumulation
+        weight = accumulation.window["gradients"].make_accumulator().weight
+        if replicas.on_cpu(weight):
+            strategy = accumulation.model.distribute_strategy
+            shapes, count = shapes_of(strategy, data), bytes_of(strategy, data)
+            rows = self._room.most_rows(data, shapes, size, count)
+            if rows < size:
+                return None, rows
         return self._by(size)((data,)), None
 
     def _by(self, size):
@@ -152,21 +144,8 @@ class Attempt:
             self._by_size[size] = by_size
         return self._by_size[size]
 
-    def _make_forecast(self):
-        """Returns a `Forecast` of what steps need, or None if none is made."""
-        accumulation, model = self._accumulation, self._accumulation.model
-        weight = accumulation.window["gradients"].make_accumulator().weight
-        if not replicas.on_cpu(weight):
-            return None
-        if memory.free_bytes() == memory.UNKNOWN:
-            # Steps on trial would cost time, and be compared with nothing.
-            return None
-        if model.jit_compile and not model.run_eagerly:
-            return memory.Planned(self._each.planned_bytes, self._reserve)
-        return memory.Counted(self._count_bytes, self._reserve)
-
-    def _count_bytes(self, data, rows):
-        """Returns the bytes that TensorFlow counts in a step on `rows` rows."""
+    def _count_bytes(self, data, rows: int, counted: Callable) -> int:
+        """Returns what a step on `rows` rows takes, as `counted` says."""
         accumulation, model = self._accumulation, self._accumulation.model
         snapshot = snapshot_of(accumulation)
 
@@ -178,12 +157,9 @@ class Attempt:
             # while there is room for that.
             take = programs.with_loop(model, few)
             few_rows = programs.in_graph(take)(data, 2 * rows)
-            return memory.counted_bytes(self._by(rows), (few_rows,))
-        except ValueError:
-            # TensorFlow counts where it uses oneDNN, and not elsewhere.
-            return 0
+            return counted(self._by(rows), (few_rows,))
         finally:
-            snapshot.restore()
+            put_back(accumulation, snapshot)
 
 
 def make_rehearsal(accumulation) -> Callable:
@@ -237,6 +213,12 @@ def snapshot_of(accumulation) -> replicas.Snapshot:
     return replicas.Snapshot(model.distribute_strategy, variables + others)
 
 
+def put_back(accumulation, snapshot: replicas.Snapshot) -> None:
+    """Puts back what `snapshot_of` returned, and what starts with zeros."""
+    snapshot.restore()
+    accumulation.window["gradients"].reset_subsets()
+
+
 def local_leaves(strategy, data):
     """Returns all tensors of a batch, of each of this worker's replicas."""
     return [
@@ -252,22 +234,6 @@ def shapes_of(strategy, data):
     return tuple(
         tuple(leaf.shape[1:].as_list()) for leaf in local_leaves(strategy, data)
     )
-
-
-def most_allowed(allowed, shapes):
-    """Returns the most rows allowed where rows are no shorter than these."""
-
-    def are_shorter(others):
-        return len(shapes) == len(others) and all(
-            len(shape) == len(other)
-            and all(
-                a is not None and a <= b
-                for a, b in zip(shape, other, strict=True)
-            )
-            for shape, other in zip(shapes, others, strict=True)
-        )
-
-    return max((n for s, n in allowed.items() if are_shorter(s)), default=0)
 
 
 def bytes_of(strategy, data):

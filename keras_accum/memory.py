@@ -42,6 +42,69 @@ GROWTH = 4
 UNKNOWN = 2**62
 
 
+class Room:
+    """How many rows of batches there is room for, on a CPU.
+
+    Args:
+        needed: The bytes for a step, as for `Planned` if steps are compiled,
+            else as for `Counted`.
+        is_compiled: Whether they are.
+    """
+
+    def __init__(self, needed: Callable, is_compiled: bool) -> None:
+        self._needed, self._is_compiled = needed, is_compiled
+        self._reserve = Reserve()
+        # By the shapes of batches.
+        self._forecasts: dict[tuple, Forecast] = {}
+        self._allowed: dict[tuple, int] = {}
+
+    def most_rows(self, data, shapes: tuple, size: int, count: int) -> int:
+        """Returns how many rows there is room for, but not more than `size`.
+
+        Args:
+            data: A batch.
+            shapes: The shapes of its tensors, without the rows.
+            size: Most rows of a step that are asked for.
+            count: Bytes of the batch.
+
+        Returns:
+            A number from 0 to `size`.
+        """
+        # What was found to have room is not asked for again.
+        if size <= most_allowed(self._allowed, shapes):
+            return size
+        if shapes not in self._forecasts:
+            if free_bytes() == UNKNOWN:
+                # Steps on trial would cost time, and be compared with nothing.
+                return size
+            forecast = Planned if self._is_compiled else Counted
+            self._forecasts[shapes] = forecast(self._needed, self._reserve)
+        # For the next batch, and a copy of it.
+        rows = self._forecasts[shapes].most_rows(data, size, MARGIN + 2 * count)
+        if address_limit() is None:
+            # Nothing ends the process, and memory may be had by swapping, or be
+            # free again.
+            rows = max(1, rows)
+        self._allowed[shapes] = rows
+        return rows
+
+
+def most_allowed(allowed, shapes):
+    """Returns the most rows allowed where rows are no shorter than these."""
+
+    def are_shorter(others):
+        return len(shapes) == len(others) and all(
+            len(shape) == len(other)
+            and all(
+                a is not None and a <= b
+                for a, b in zip(shape, other, strict=True)
+            )
+            for shape, other in zip(shapes, others, strict=True)
+        )
+
+    return max((n for s, n in allowed.items() if are_shorter(s)), default=0)
+
+
 def free_bytes() -> int:
     """Returns the bytes that this process may allocate, as the system says.
 
@@ -110,6 +173,8 @@ class Forecast:
 
     Args:
         needed: Function of a batch and a number of rows: the bytes for a step.
+            For `Counted` it also takes a function that calls another one with
+            arguments, and returns what that took.
         reserve: Where TensorFlow's allocator is to get them from.
     """
 
@@ -134,8 +199,11 @@ class Forecast:
 
     def _measure(self, data, rows):
         if rows not in self._measured:
-            self._measured[rows] = self._needed(data, rows)
+            self._measured[rows] = self._bytes_for(data, rows)
         return self._measured[rows]
+
+    def _bytes_for(self, data, rows):
+        return self._needed(data, rows)
 
 
 class Counted(Forecast):
@@ -160,6 +228,9 @@ class Counted(Forecast):
         )
         self._reserve.grow(bytes_for(self._measured, size), free)
         return size
+
+    def _bytes_for(self, data, rows):
+        return self._needed(data, rows, counted_bytes)
 
     def _free(self, margin):
         # The update is yet to be traced, with a fraction of the operations.
@@ -330,10 +401,13 @@ def address_space() -> int:
 def counted_bytes(function: Callable, *args) -> int:
     """Returns the most memory of the CPU that a call took, over what it found.
 
-    Raises:
-        ValueError: If TensorFlow does not count.
+    It is 0 where TensorFlow does not count: it does where it uses oneDNN.
     """
-    tf.config.experimental.reset_memory_stats("CPU:0")
-    before = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    try:
+        tf.config.experimental.reset_memory_stats("CPU:0")
+        before = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    except ValueError:
+        function(*args)
+        return 0
     function(*args)
     return tf.config.experimental.get_memory_info("CPU:0")["peak"] - before
