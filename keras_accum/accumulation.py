@@ -233,18 +233,18 @@ class Accumulation:
     def losing_failed_window(self) -> Iterator[None]:
         """Forgets what a step has added when it fails.
 
-        With `microbatch_size`, the window was empty before the step. With
-        `accum_steps`, a step adds as the last thing that it does. So one
-        replica leaves the window as it was. Of several replicas, some may have
-        added and others not. To find out would take a message between replicas
-        in every micro-batch, so the whole window is forgotten.
+        With `microbatch_size`, the window was empty before. With `accum_steps`,
+        a step adds as the last thing that it does. Of several replicas, or
+        calls of `accumulate`, some may have added: the window is forgotten.
         """
-        is_replicated = replicas.has_several(self.model.distribute_strategy)
+        strategy = self.model.distribute_strategy
         try:
             yield
         except (StopIteration, tf.errors.OutOfRangeError):
             raise
         except BaseException:
-            if is_replicated or self.size.value is not None:
+            in_parts = self.window["gradients"].has_several_calls
+            is_whole = self.size.value is not None
+            if in_parts or is_whole or replicas.has_several(strategy):
                 self.model.reset_window()
             raise

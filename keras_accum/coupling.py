@@ -75,6 +75,9 @@ def kind_of(
         whole = measured(loss, each)
         if not (whole.is_finite and whole.tells):
             continue
+        if each is sample and not whole.agrees([measured(loss, each)], [1.0]):
+            # It draws in a way of its own.
+            return None
         for cut in where:
             parts = [each.part(0, cut), each.part(cut, each.rows)]
             try:

@@ -103,7 +103,8 @@ def run(
         if accumulation.losses.are_to_be_measured():
             first_batch.measure_losses(accumulation, data)
         step = functools.partial(train_on, accumulation, weight_of)
-        if options.microbatch_size is None:
+        # The whole is one step, whatever the model does with micro-batches.
+        if options.microbatch_size is None or len(bounds) == 2:
             for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
                 part = row_counts.take(data, start, stop)
                 programs.running(model, functools.partial(step, start == 0))(

@@ -40,7 +40,7 @@ class EachMicrobatch:
         self, accumulation, first: Callable, next_: Callable, trains: bool
     ) -> None:
         self._model = model = accumulation.model
-        self._losses = accumulation.losses
+        self._losses, self._trains = accumulation.losses, trains
         self._gradients = accumulation.window["gradients"]
         self._whole_batch = whole_batch.WholeBatch(accumulation, trains)
         # A `tf.function` takes one number of arguments.
@@ -70,7 +70,7 @@ class EachMicrobatch:
 
     def _fold_local(self, data, size, num_microbatches):
         data = as_tensors(data)
-        if self._losses.use_whole_batch():
+        if self._losses.use_whole_batch(self._trains):
             return self._fold_whole(data, size, num_microbatches)
         if not self._losses.uses_denominators():
             self._look_at_losses(take_first(data, size))

@@ -30,6 +30,8 @@ from keras_accum.steps import forward
 
 # Most rows that are looked at.
 ROWS = 16
+# How many to look at where that may be too many.
+FEW = 3
 # Most entries of the outputs to look at, but for three rows.
 ENTRIES = 2**18
 
@@ -43,10 +45,6 @@ def measure_losses(accumulation, data) -> None:
     """
     model, losses = accumulation.model, accumulation.losses
     losses.findings = found = find(accumulation, data)
-    if losses.use_whole_batch():
-        # Both passes draw from it, and it cannot be made within them.
-        with model.distribute_strategy.scope():
-            compat.global_seed_state()
     repeated = [model.variables[index] for index in found.repeated]
     accumulation.window["repeated"].begin_with(repeated)
     if found.coupled_layers():
@@ -96,30 +94,54 @@ def find_in(accumulation, data) -> Findings:
     model = accumulation.model
     data = row_counts.as_tensors(data)
     rows = rows_of(data)
-    if rows is None:
+    # In half precision, rounding would be taken for a difference.
+    if rows is None or keras.config.floatx() not in ("float32", "float64"):
         return Findings()
     find_of = of_compiled_losses
     if compat.has_custom_compute_loss(model) or accumulation.is_custom(
         "microbatch_weight"
     ):
         find_of = of_total
-    # One row at a time, where it is yet to be found out how many fit.
-    size = 1 if accumulation.size.is_auto else accumulation.size.rows
-    try:
-        sample, whole = some_rows(model, data, min(ROWS, rows), size)
-        with trial.drawing_alike():
-            found = find_of(accumulation, sample)
-    except Exception:  # noqa: BLE001
-        # It may be written for as many rows as there are, and no less.
-        sample, whole = some_rows(model, data, rows, size)
-        with trial.drawing_alike():
-            found = find_of(accumulation, sample)
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    try:
-        return inner.with_inner_state(found, model, x, whole)
-    except Exception:  # noqa: BLE001
-        # It may take as many rows as there are, and no less.
-        return found
+    if not model.built:
+        compat.build_by(model, x)
+    # Few rows, where it is yet to be found out how many fit.
+    size = FEW if accumulation.size.is_auto else accumulation.size.rows
+    size = None if size is None else max(size, FEW)
+    with trial.keeping_random_states():
+        try:
+            sample, whole = some_rows(model, data, min(ROWS, rows), size)
+            with trial.drawing_alike():
+                found = find_of(accumulation, sample)
+        except Exception:  # noqa: BLE001
+            # It may be written for as many rows as there are, and no less.
+            sample, whole = some_rows(model, data, rows, size)
+            with trial.drawing_alike():
+                found = find_of(accumulation, sample)
+        try:
+            found = inner.with_inner_state(found, model, x, whole)
+        except Exception as error:  # noqa: BLE001
+            # It may take as many rows as there are, and no less.
+            logging.debug("Nothing was found out of the layers: %s", error)
+    if found.couples_rows and not can_be_sent(model, data):
+        found = dataclasses.replace(found, is_apart=False)
+    return found
+
+
+def can_be_sent(model, data) -> bool:
+    """Returns whether replicas can send each other what a loss looks at."""
+    if not replicas.has_several(model.distribute_strategy):
+        return True
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    if not compat.has_custom_compute_loss(model):
+        x = None
+    return all(
+        isinstance(leaf, tf.Tensor)
+        and not leaf.dtype.is_complex
+        and leaf.dtype != tf.string
+        for leaf in tf.nest.flatten((x, y, sample_weight))
+        if leaf is not None
+    )
 
 
 def some_rows(
@@ -191,15 +213,21 @@ def of_compiled_losses(accumulation, sample: Sample) -> Findings:
     if compiled is None:
         return Findings()
     entries = entries_of(compiled, sample)
-    kinds = [kind_of_entry(*entry) for entry in entries]
-    is_replicated = replicas.has_several(model.distribute_strategy)
-    undivided = [
-        is_replicated
-        and kind not in (None, Kind.SUM)
-        and not is_divided(*entry)
-        for kind, entry in zip(kinds, entries, strict=True)
-    ]
-    return Findings(tuple(kinds), tuple(undivided))
+    # Losses may have variables of their own, such as random states.
+    with keras.StatelessScope():
+        kinds = [kind_of_entry(*entry) for entry in entries]
+        is_replicated = replicas.has_several(model.distribute_strategy)
+        undivided = [
+            is_replicated
+            and kind not in (None, Kind.SUM)
+            and not is_divided(*entry)
+            for kind, entry in zip(kinds, entries, strict=True)
+        ]
+        is_apart = not any(
+            kind is Kind.COUPLED and looks_at_variables(entry)
+            for kind, entry in zip(kinds, entries, strict=True)
+        )
+    return Findings(tuple(kinds), tuple(undivided), is_apart=is_apart)
 
 
 def entries_of(compiled, sample: Sample) -> list[tuple]:
@@ -232,11 +260,20 @@ def kind_of_entry(loss, y, y_pred, sample_weight) -> Kind | None:
     if likely is not None and likely.source is not weighting.GUESS:
         mean = {Kind.MEAN: lambda part: denominator(part).value}
         weights = mean | weights
+
     return coupling.kind_of(
         lambda part: loss(part.y, part.y_pred, part.sample_weight),
         weights,
         sample,
     )
+
+
+def looks_at_variables(entry) -> bool:
+    """Returns whether a loss has gradients by more than its arguments."""
+    loss, *batch = entry
+    with tf.GradientTape() as tape:
+        loss(*batch)
+    return bool(tape.watched_variables())
 
 
 def is_divided(loss, y, y_pred, sample_weight) -> bool:
@@ -250,12 +287,16 @@ def is_divided(loss, y, y_pred, sample_weight) -> bool:
 def of_total(accumulation, sample: Sample) -> Findings:
     """Measures `compute_loss`, without the losses that layers add."""
     model, asked = accumulation.model, False
+    apart = is_apart(model, sample)
 
-    def loss(part):
+    def loss(part, shown=()):
         nonlocal asked
+        if not apart:
+            # What is left in the model is then that of these rows.
+            trial.called(model, part.x, [])
         batch = (part.x, part.y, part.y_pred, part.sample_weight)
         with Microbatch(model, first=True) as microbatch:
-            microbatch.hides_losses = True
+            microbatch.shown_losses = list(shown)
             value = compat.compute_loss(model, *batch, training=True)
         asked |= microbatch.asked_for_losses
         return value
@@ -292,14 +333,35 @@ def of_total(accumulation, sample: Sample) -> Findings:
     try:
         with keras.StatelessScope():
             kind = coupling.kind_of(loss, weights, sample)
+            if kind is Kind.COUPLED and apart:
+                apart = adds_up(loss, sample, asked)
     except Exception:  # noqa: BLE001
         # It may look at what the model has left of all rows.
         kind = None
-    return Findings(
-        compute_loss=kind,
-        adds_losses=asked,
-        is_apart=kind is not Kind.COUPLED or is_apart(model, sample),
-    )
+    return Findings(compute_loss=kind, adds_losses=asked, is_apart=apart)
+
+
+def adds_up(loss, sample: Sample, asked: bool) -> bool:
+    """Returns whether `compute_loss` adds what layers add, and no more.
+
+    Args:
+        loss: It, as a function of a sample and of `model.losses`.
+        sample: Some rows.
+        asked: Whether it looks at `model.losses`.
+    """
+    with tf.GradientTape() as tape:
+        value = loss(sample)
+    if tape.watched_variables():
+        # Weights have gradients by other ways than the outputs.
+        return False
+    if not asked:
+        return True
+    with compat.as_on_one_replica():
+        zero, one = (
+            tf.reduce_sum(loss(sample, [tf.constant(shown, value.dtype)]))
+            for shown in (0.0, 1.0)
+        )
+    return abs(float(one - zero) - 1) < 1e-3
 
 
 def is_apart(model, sample: Sample) -> bool:
@@ -311,7 +373,7 @@ def is_apart(model, sample: Sample) -> bool:
 
     def loss(x, y, y_pred, sample_weight):
         with Microbatch(model, first=True) as microbatch:
-            microbatch.hides_losses = True
+            microbatch.shown_losses = []
             batch = (x, y, y_pred, sample_weight)
             return compat.compute_loss(model, *batch, training=True)
 

@@ -42,12 +42,25 @@ def with_inner_state(
     tolerance = tolerance_of(model)
     kinds = [{Kind.ROW_MEAN, Kind.SUM} for _ in whole.added]
     told = [False] * len(kinds)
-    varies = set()
+    varies, wrong = set(), set()
+    # What differs without a reason, such as by draws of its own, tells nothing.
+    again = trial.of_part(model, x, 0, rows, whole)
+    is_noisy = [
+        not as_measured(loss).agrees([as_measured(other)], (1.0,), tolerance)
+        for loss, other in zip(whole.added, again.added, strict=True)
+    ]
     for cut in coupling.cuts(rows) if rows > 1 else ():
         parts = [
             trial.of_part(model, x, *bounds, whole)
             for bounds in ((0, cut), (cut, rows))
         ]
+        # As micro-batches assign, one after the other.
+        state = [
+            (variable, parts[0].assigned[id(variable)])
+            for variable in variables.values()
+            if id(variable) in parts[0].assigned
+        ]
+        last = trial.of_part(model, x, cut, rows, whole, state)
         values = zip(*(each.added for each in (whole, *parts)), strict=True)
         shares = {
             Kind.ROW_MEAN: (cut / rows, 1 - cut / rows),
@@ -68,15 +81,23 @@ def with_inner_state(
                 are_same(part, whole, variable, tolerance) for part in parts
             )
         }
+        wrong |= {
+            index
+            for index, variable in variables.items()
+            if not are_same(last, whole, variable, tolerance)
+        }
     return dataclasses.replace(
         findings,
         added_by=tuple(whole.added_by),
         added=tuple(
-            kind_among(possible) if tells else None
-            for possible, tells in zip(kinds, told, strict=True)
+            kind_among(possible) if tells and not noisy else None
+            for possible, tells, noisy in zip(
+                kinds, told, is_noisy, strict=True
+            )
         ),
-        repeated=tuple(sorted(set(variables) - varies)) if rows > 1 else (),
-        driven=tuple(sorted(varies)),
+        # What comes out right one after the other is left alone.
+        repeated=tuple(sorted(wrong - varies)),
+        driven=tuple(sorted(wrong & varies)),
     )
 
 

@@ -74,13 +74,13 @@ class Losses:
         self.findings: Findings | None = None
         self.needs_denominators = False
 
-    def are_hidden(self) -> bool:
-        """Returns whether there are to be no added losses, and records it."""
+    def shown(self) -> list[tf.Tensor] | None:
+        """Returns what the added losses are to seem, or None; records that."""
         microbatch = microbatches.current(self._model)
-        if microbatch is None or not microbatch.hides_losses:
-            return False
+        if microbatch is None or microbatch.shown_losses is None:
+            return None
         microbatch.asked_for_losses = True
-        return True
+        return microbatch.shown_losses
 
     def of(self, losses: list[tf.Tensor]) -> list[tf.Tensor]:
         """Returns added losses and regularizers, as they count in a step.
@@ -116,15 +116,13 @@ class Losses:
             or not compat.is_built(compiled)
             or kind in (Kind.ROW_MEAN, Kind.COUPLED)
         ):
-            return weighting.as_weight(
-                number_of_rows(sample_weight, y, y_pred, x)
-            )
+            rows = number_of_rows(sample_weight, y, y_pred, x)
+            return weighting.as_weight(rows)
         denominators = self._divisors(x, y, y_pred, sample_weight).denominators
         added = self._kinds_of_added(len(compat.added_losses(self._model)))
         self._find_differences(denominators, added)
-        if not self.uses_denominators() and not weighting.is_exact(
-            denominators, added
-        ):
+        is_exact = weighting.is_exact(denominators, added)
+        if not self.uses_denominators() and not is_exact:
             self.warn_once(warned.ONE_WEIGHT)
         return weighting.total_weight(denominators)
 
@@ -149,7 +147,7 @@ class Losses:
         compiled = compat.compiled_loss(model)
         with contextlib.ExitStack() as stack:
             # The loss of a whole batch is one of all replicas.
-            if any(self._found.undivided) and not microbatch.hides_losses:
+            if any(self._found.undivided) and microbatch.shown_losses is None:
                 num_replicas = model.distribute_strategy.num_replicas_in_sync
                 dividing = compat.dividing_losses(
                     compiled, self._found.undivided, num_replicas
@@ -214,13 +212,16 @@ class Losses:
     def are_to_be_measured(self) -> bool:
         """Returns whether the next batch is to tell what the losses are.
 
-        A `train_step` of the user's own may take data of any form, which is not
-        what to make variables from.
+        An override of `train_step` may take data of any form, which is not what
+        to make variables from.
         """
         return (
             self.findings is None
             and not self._is_custom("train_step")
-            and (self._model.built or not self.have_own_step())
+            and (
+                self._model.built
+                or steps.is_default(type(self._model).train_step)
+            )
         )
 
     def have_own_step(self) -> bool:
@@ -228,13 +229,21 @@ class Losses:
         is_own = steps.is_own(type(self._model).train_step)
         return is_own or self._is_custom("train_step")
 
-    def use_whole_batch(self) -> bool:
-        """Returns whether the loss is computed of the batch as a whole."""
+    def use_whole_batch(self, trains: bool = True) -> bool:
+        """Returns whether the loss is computed of the batch as a whole.
+
+        An override of a step may give other data to ours.
+
+        Args:
+            trains: Whether the model trains.
+        """
+        name = "train_step" if trains else "test_step"
         return (
             self._found.couples_rows
             and self._found.is_apart
             and self._model.microbatch_size is not None
-            and not self.have_own_step()
+            and steps.is_default(getattr(type(self._model), name))
+            and not self._is_custom(name)
         )
 
     def uses_denominators(self) -> bool:

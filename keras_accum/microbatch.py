@@ -52,7 +52,7 @@ class Microbatch:
         moments: The `Moments` of its calls of layers that normalize over it.
         assigned: Keras's variables that it assigns, by `id`.
         recorded_losses: What the metrics of single outputs were given, by `id`.
-        hides_losses: Whether `model.losses` is to seem empty.
+        shown_losses: What `model.losses` is to be, instead of what it is.
         asked_for_losses: Then, whether it was asked for.
     """
 
@@ -77,7 +77,8 @@ class Microbatch:
         self.moments: list[Moments] = []
         self.assigned: dict[int, keras.Variable] = {}
         self.recorded_losses: dict[int, tuple] = {}
-        self.hides_losses = self.asked_for_losses = False
+        self.shown_losses: list[tf.Tensor] | None = None
+        self.asked_for_losses = False
         self._first = first
         self.nonfinite = nonfinite
         self._changes_nothing = not is_replicated and nonfinite == "propagate"

@@ -204,7 +204,8 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         weight regularizer counts once a window, and is left out after that.
         """
         losses = self._accumulation.losses
-        return [] if losses.are_hidden() else losses.of(super().losses)
+        shown = losses.shown()
+        return losses.of(super().losses) if shown is None else shown
 
     def train_step(self, data) -> dict[str, tf.Tensor]:
         """Adds one micro-batch to the window; never updates.

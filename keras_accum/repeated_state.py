@@ -51,7 +51,8 @@ class RepeatedState(Part):
             self._model.distribute_strategy,
             lambda: [
                 tf.Variable(
-                    tf.zeros(variable.shape, variable.dtype),
+                    # A window may have begun before it was known.
+                    tf.convert_to_tensor(variable),
                     trainable=False,
                     name="window_start",
                     synchronization=tf.VariableSynchronization.ON_READ,

@@ -22,11 +22,16 @@ def is_own(step: Callable) -> bool:
     Args:
         step: A `train_step`, as a class has it.
     """
-    if step.__module__.startswith(__package__ + "."):
+    if is_default(step):
         return False
     code = getattr(inspect.unwrap(step), "__code__", None)
     # What calls `super()` has its class at hand.
     return code is None or "__class__" not in code.co_freevars
+
+
+def is_default(step: Callable) -> bool:
+    """Returns whether a step is ours: a class has not overridden it."""
+    return step.__module__.startswith(__package__ + ".")
 
 
 def train_microbatch(accumulation, is_first: bool, data, **known) -> dict:

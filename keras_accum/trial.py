@@ -7,9 +7,11 @@ has the same moments in both.
 
 import contextlib
 import dataclasses
+import random
 from collections.abc import Iterator
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_accum import compat
@@ -18,6 +20,15 @@ from keras_accum.steps import forward
 
 # Of all draws.
 SEED = (0, 0)
+# Methods of variables that Keras does not know of.
+ASSIGNMENTS = (
+    "assign",
+    "assign_add",
+    "assign_sub",
+    "scatter_add",
+    "scatter_sub",
+    "scatter_update",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +54,9 @@ def of_whole(model: keras.Model, x) -> Trial:
     """Calls a model on some rows.
 
     Args:
-        model: The model. Its variables are made if they are not there.
+        model: The model, built.
         x: Inputs.
     """
-    if not model.built:
-        forward(model, x, training=False)
     moments = []
 
     def record(compute, *args):
@@ -58,7 +67,7 @@ def of_whole(model: keras.Model, x) -> Trial:
         return called(model, x, moments)
 
 
-def of_part(model, x, start: int, stop: int, whole: Trial) -> Trial:
+def of_part(model, x, start: int, stop: int, whole: Trial, state=()) -> Trial:
     """Calls a model on rows that `of_whole` has called it on, among others.
 
     Args:
@@ -67,18 +76,27 @@ def of_part(model, x, start: int, stop: int, whole: Trial) -> Trial:
         start: The first row.
         stop: The row after the last.
         whole: What `of_whole` returned.
+        state: Pairs of variables and values to begin with.
     """
     moments = iter(whole.moments)
     with compat.replacing_moments(lambda compute, *args: next(moments)):
-        return called(model, row_counts.take(x, start, stop), [])
+        return called(model, row_counts.take(x, start, stop), [], state)
 
 
-def called(model, x, moments) -> Trial:
-    """Calls a model, and returns what came of it."""
+def called(model, x, moments, state=()) -> Trial:
+    """Calls a model, and returns what came of it.
+
+    Args:
+        model: The model.
+        x: Inputs.
+        moments: What to return as `Trial.moments`.
+        state: Pairs of variables and values to begin with.
+    """
     variables = [*model.variables, *compat.existing_seed_state()]
     with (
-        keras.StatelessScope(collect_losses=True) as scope,
+        keras.StatelessScope(list(state), collect_losses=True) as scope,
         drawing_alike(),
+        compat.replacing_assignments(dict.fromkeys(ASSIGNMENTS, unassigned)),
     ):
         y_pred = forward(model, x, training=True)
         added = compat.added_by(model)
@@ -95,11 +113,31 @@ def called(model, x, moments) -> Trial:
     )
 
 
+def unassigned(variable, value):
+    """Assigns nothing."""
+    del value
+    return variable
+
+
 @contextlib.contextmanager
-def drawing_alike() -> Iterator[None]:
+def keeping_random_states() -> Iterator[None]:
+    """Puts back the states of Python's and NumPy's random generators."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def drawing_alike(in_all_threads: bool = False) -> Iterator[None]:
     """Draws the same for each row, whatever rows are with it.
 
     What is drawn along the first axis, which is that of rows, is the same.
+
+    Args:
+        in_all_threads: Whether in other threads too, such as replicas'.
     """
 
     def draw_alike(draw, shape):
@@ -109,5 +147,5 @@ def drawing_alike() -> Iterator[None]:
         row = draw(tf.concat([[1], shape[1:]], axis=0), SEED)
         return tf.broadcast_to(row, shape)
 
-    with compat.drawing_through(draw_alike):
+    with compat.drawing_through(draw_alike, in_all_threads):
         yield

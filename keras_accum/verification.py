@@ -129,7 +129,7 @@ def verify(model: keras.Model, x, y=None, sample_weight=None) -> Verification:
     tolerance = tolerance_of(model)
     with (
         dry_run.unchanged(model),
-        trial.drawing_alike(),
+        trial.drawing_alike(in_all_threads=True),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

@@ -145,7 +145,7 @@ class WholeBatch:
         ):
             tape.watch(leaves)
             # These are of micro-batches, in the second pass.
-            microbatch.hides_losses = True
+            microbatch.shown_losses = []
             loss = losses.compute(x, y, y_pred, sample_weight, self._trains)
         gradients = []
         if self._trains:

@@ -30,6 +30,8 @@ class Gradients(Part):
     Attributes:
         accumulator: What sums the gradients of all; None before the first.
         dtype: As above.
+        has_several_calls: Whether a step adds gradients in several calls: one
+            that fails may have added some of them.
     """
 
     def __init__(self, model: keras.Model, dtype: str | None) -> None:
@@ -37,6 +39,9 @@ class Gradients(Part):
         self._model, self.dtype = model, dtype
         # By the indices of the variables among all.
         self._subsets: dict[tuple[int, ...], GradientAccumulator] = {}
+        # Sets whose gradients are of sums: they have no weight.
+        self._of_sums: set[tuple[int, ...]] = set()
+        self.has_several_calls = False
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -77,8 +82,11 @@ class Gradients(Part):
             The accumulator, and `first` and `counts` for its `add`.
         """
         everything = self.make_accumulator()
+        if weight is None:
+            self._of_sums.add(tuple(indices))
         # What comes after the first call of a step adds to it.
         counts, is_first = not microbatch.accumulated, microbatch.is_first
+        self.has_several_calls |= not counts
         if list(indices) == list(range(len(everything))):
             return everything, is_first if counts else False, counts
         if counts:
@@ -119,7 +127,7 @@ class Gradients(Part):
             totals: What the replicas' `sums` add up to.
         """
         totals, everything = iter(totals), self.make_accumulator()
-        found: list[list[tuple]] = [[] for _ in everything.variables]
+        summed, found = ([[] for _ in everything.variables] for _ in range(2))
         sets = {tuple(range(len(everything))): everything, **self._subsets}
         for indices, accumulator in sets.items():
             weight, *buffers = itertools.islice(totals, len(accumulator.sums()))
@@ -129,9 +137,13 @@ class Gradients(Part):
             if not self._subsets:
                 return means
             for index, mean in zip(indices, means, strict=True):
-                if mean is not None:
+                if mean is None:
+                    continue
+                if indices in self._of_sums:
+                    summed[index].append(mean)
+                else:
                     found[index].append((mean, weight))
-        return list(map(merged, everything.variables, found))
+        return list(map(merged, everything.variables, summed, found))
 
     def close(self, totals, applies) -> None:
         """Leaves the buffers to the next micro-batch, which starts them."""
@@ -175,23 +187,27 @@ class Gradients(Part):
         return self._model.distribute_strategy.num_replicas_in_sync
 
 
-def merged(variable, pairs: Sequence[tuple]) -> tf.Tensor | None:
-    """Returns the mean of a variable's gradients, over several sets.
+def merged(variable, sums: Sequence, pairs: Sequence) -> tf.Tensor | None:
+    """Returns a variable's gradient, out of those of several sets.
 
     Args:
         variable: The variable.
-        pairs: The mean of each set, and what it weighs.
+        sums: Gradients of losses that are sums.
+        pairs: The other sets' means, each with what it weighs.
     """
-    if not pairs:
+    means = [mean for mean, _ in pairs]
+    if not means and not sums:
         return None
-    means, weights = zip(*pairs, strict=True)
     if compat.is_overwritten(variable):
-        return functools.reduce(tf.maximum, means)
-    total = tf.add_n(weights)
+        return functools.reduce(tf.maximum, [*sums, *means])
+    total = tf.add_n([weight for _, weight in pairs]) if pairs else None
     return tf.add_n(
         [
-            mean * tf.cast(tf.math.divide_no_nan(weight, total), mean.dtype)
-            for mean, weight in pairs
+            *sums,
+            *(
+                mean * tf.cast(tf.math.divide_no_nan(weight, total), mean.dtype)
+                for mean, weight in pairs
+            ),
         ]
     )
 

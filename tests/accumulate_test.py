@@ -169,6 +169,26 @@ class AccumulateTest(test_utils.TestCase, parameterized.TestCase):
             weights.append(model.get_weights())
         self.assertAllClose(weights[0], weights[1], 0, 0)
 
+    def test_sums_of_several_sets_add_up(self):
+        class Sums(keras_accum.GradientAccumulationModel):
+            def train_step(self, data):
+                kernel, bias = self.trainable_weights
+                ones = tf.ones_like(kernel)
+                self.accumulate([(ones, kernel), (tf.ones((1,)), bias)], None)
+                self.accumulate([(ones, kernel)], None)
+                return {}
+
+        x = keras.Input((3,))
+        model = Sums(x, keras.layers.Dense(1)(x), accum_steps=2)
+        before = model.get_weights()
+        model.compile(keras.optimizers.SGD(1.0))
+        model.fit(np.ones((4, 3)), np.ones((4, 1)), batch_size=2, verbose=0)
+        kernel, bias = (
+            b - a for b, a in zip(before, model.get_weights(), strict=True)
+        )
+        self.assertAllClose(kernel, np.full((3, 1), 4.0))
+        self.assertAllClose(bias, [2.0])
+
     def test_without_accumulation_each_call_applies(self):
         model = build(AccumulatingBoth)
         model.compile(keras.optimizers.SGD(0.1))

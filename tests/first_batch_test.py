@@ -1,5 +1,6 @@
 """What is found out of a model's losses on the first batch, and its use."""
 
+import random
 import warnings
 
 import keras
@@ -177,6 +178,61 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
         x, y = map(tf.constant, arrays(ROWS))
         found = first_batch.find(model._accumulation, (x, y))
         self.assertEqual(found.compiled, (Kind.MEAN,))
+
+    def test_leaves_the_states_of_random_generators(self):
+        class Drawing(keras.losses.Loss):
+            def __init__(self):
+                super().__init__()
+                self.seeds = keras.random.SeedGenerator(1)
+                self.calls = tf.Variable(0)
+
+            def call(self, y, y_pred):
+                keras.random.uniform((1,), seed=self.seeds)
+                return keras.ops.square(y - y_pred)
+
+        loss = Drawing()
+        model = linear(keras_accum.GradientAccumulationModel, accum_steps=2)
+        model.compile("sgd", loss)
+        states = [random.getstate(), np.random.get_state()[1].tolist()]
+        seeds = loss.seeds.state.numpy()
+        x, y = map(tf.constant, arrays(ROWS))
+        found = first_batch.find(model._accumulation, (x, y))
+        self.assertEqual(found.compiled, (Kind.MEAN,))
+        self.assertAllEqual(loss.seeds.state, seeds)
+        self.assertEqual(
+            states, [random.getstate(), np.random.get_state()[1].tolist()]
+        )
+
+    def test_batches_that_lack_weights(self):
+        def batches():
+            x, y = arrays(ROWS)
+            yield x[:4], y[:4], None
+            yield x[4:], y[4:], None
+
+        model = linear(keras_accum.GradientAccumulationModel, accum_steps=2)
+        model.compile("sgd", "mse")
+        model.fit(batches(), verbose=0)
+        self.assertEqual(int(model.optimizer.iterations), 1)
+
+    def test_a_step_that_reshapes_builds_the_model(self):
+        class Model(keras_accum.GradientAccumulationModel):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.layer = keras.layers.Dense(4)
+
+            def call(self, x):
+                return self.layer(x)
+
+            def train_step(self, data):
+                x, y = data
+                x = keras.ops.reshape(x, (-1, 10))
+                return super().train_step((x, y))
+
+        model = Model(accum_steps=2)
+        model.compile("sgd", "mse")
+        x, y = np.ones((ROWS, 2, 5)), np.ones((ROWS, 4))
+        model.fit(x, y, batch_size=4, verbose=0)
+        self.assertEqual(model.layer.kernel.shape, (10, 4))
 
     def test_stateful_layers_take_all_rows(self):
         keras.utils.set_random_seed(0)

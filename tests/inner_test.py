@@ -215,6 +215,29 @@ class StateTest(test_utils.TestCase, parameterized.TestCase):
             actual.get_weights(), expected.get_weights(), initial
         )
 
+    def test_sums_over_rows_are_left_alone(self):
+        class Counting(keras.layers.Layer):
+            def build(self, shape):
+                self.rows = self.add_weight(
+                    shape=(), initializer="zeros", trainable=False
+                )
+
+            def call(self, inputs):
+                self.rows.assign_add(keras.ops.sum(keras.ops.ones_like(inputs)))
+                return inputs
+
+        x = keras.Input((5,))
+        layer = Counting()
+        model = keras_accum.GradientAccumulationModel(
+            x, keras.layers.Dense(4)(layer(x)), accum_steps=4
+        )
+        model.compile("sgd", "mse")
+        x, y = arrays()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.fit(x, y, batch_size=2, verbose=0)
+        self.assertEqual(float(layer.rows), 5 * ROWS)
+
     def test_what_data_drive_is_said_once(self):
         keras.utils.set_random_seed(0)
         x = keras.Input((5,))

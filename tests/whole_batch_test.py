@@ -243,6 +243,50 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         with self.assertWarnsRegex(UserWarning, "`compute_loss`"):
             model.fit(*arrays(), batch_size=ROWS, verbose=0)
 
+    def test_a_loss_with_a_variable_is_not_taken_apart(self):
+        class Scaled(keras_accum.GradientAccumulationModel):
+            def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+                return contrastive(y, y_pred * self.temperature)
+
+        keras.utils.set_random_seed(3)
+        x = keras.Input((FEATURES,))
+        model = Scaled(x, keras.layers.Dense(4)(x), microbatch_size=SIZE)
+        model.temperature = model.add_weight(
+            name="temperature", shape=(), initializer="ones"
+        )
+        model.compile("sgd")
+        with self.assertWarnsRegex(UserWarning, "`compute_loss`"):
+            model.fit(*arrays(), batch_size=ROWS, verbose=0)
+        self.assertNotEqual(float(model.temperature), 1.0)
+
+    def test_a_step_that_changes_the_data_is_not_anticipated(self):
+        class Cubed(keras_accum.GradientAccumulationModel):
+            def train_step(self, data):
+                x, y = data
+                return super().train_step((x**3, y))
+
+        keras.utils.set_random_seed(3)
+        x = keras.Input((FEATURES,))
+        outputs = keras.layers.Dense(4, "sigmoid")(x)
+        model = Cubed(x, outputs, microbatch_size=SIZE)
+        model.compile("sgd", keras.losses.Dice())
+        with self.assertWarnsRegex(UserWarning, "`dice`"):
+            model.fit(*arrays(), batch_size=ROWS, verbose=0)
+
+    def test_scaled_added_losses_are_not_taken_apart(self):
+        class Scaling(keras_accum.GradientAccumulationModel):
+            def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+                added = keras.ops.sum(keras.ops.stack(self.losses or [0.0]))
+                return contrastive(y, y_pred) + 0.1 * added
+
+        keras.utils.set_random_seed(3)
+        x = keras.Input((FEATURES,))
+        hidden = keras.layers.ActivityRegularization(l2=1.0)(x)
+        model = Scaling(x, keras.layers.Dense(4)(hidden), microbatch_size=SIZE)
+        model.compile("sgd")
+        with self.assertWarnsRegex(UserWarning, "`compute_loss`"):
+            model.fit(*arrays(), batch_size=ROWS, verbose=0)
+
     def test_evaluation_comes_first(self):
         x, y = arrays()
         results = []

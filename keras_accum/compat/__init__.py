@@ -67,6 +67,7 @@ from keras_accum.compat.trainer import FIRST_EPOCH
 from keras_accum.compat.trainer import SymbolicBuildMixin
 from keras_accum.compat.trainer import aggregate_loss
 from keras_accum.compat.trainer import before_updates
+from keras_accum.compat.trainer import build_by
 from keras_accum.compat.trainer import compute_loss
 from keras_accum.compat.trainer import ending_training_by
 from keras_accum.compat.trainer import has_custom_compute_loss

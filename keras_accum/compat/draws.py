@@ -38,18 +38,23 @@ _draws = [
 
 
 @contextlib.contextmanager
-def drawing_through(function) -> Iterator[None]:
-    """Passes each draw of random numbers, in any thread, to `function`.
+def drawing_through(function, in_all_threads: bool) -> Iterator[None]:
+    """Passes each draw of random numbers, made eagerly, to `function`.
+
+    What is drawn in a graph stays: the graph may be kept and called again.
 
     Args:
         function: Called as `function(draw, shape)`, where `draw(shape, seed)`
             draws from two integers. It returns the numbers.
+        in_all_threads: Whether draws in other threads are passed as well.
     """
 
     def drawing(stateless):
         known = inspect.signature(stateless).parameters
 
         def through(method, *args, **kwargs):
+            if not tf.executing_eagerly():
+                return method(*args, **kwargs)
             bound = inspect.signature(method).bind(*args, **kwargs).arguments
             shape = bound.pop("shape")
             rest = {
@@ -67,5 +72,8 @@ def drawing_through(function) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for hook, stateless in _draws:
-            stack.enter_context(hook.calling_everywhere(drawing(stateless)))
+            calling = (
+                hook.calling_everywhere if in_all_threads else hook.calling
+            )
+            stack.enter_context(calling(drawing(stateless)))
         yield

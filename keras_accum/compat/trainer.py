@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import keras
+from keras.src import backend
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.trainers.trainer import Trainer
 from keras.src.utils.tracking import DotNotTrackScope
@@ -103,6 +104,17 @@ class SymbolicBuildMixin:
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         if has_local_strategy(self):
             self._build_from(iterator, data_batch)
+
+
+def build_by(model, x) -> None:
+    """Makes a model's variables for inputs, without running it."""
+    inputs = keras.tree.map_structure(
+        lambda leaf: keras.KerasTensor(
+            leaf.shape, backend.standardize_dtype(leaf.dtype)
+        ),
+        x,
+    )
+    backend.compute_output_spec(model, inputs, training=False)
 
 
 def symbolic_build(model, data_batch) -> None:
