@@ -111,6 +111,7 @@ class NameTest(test_utils.TestCase):
                 "GradientAccumulator",
                 "__version__",
                 "schedules",
+                "verify",
             ],
         )
         for name in keras_accum.__all__:
