@@ -19,8 +19,6 @@ to zero the buffers, or select, which reads them once more.
 import functools
 from collections.abc import Callable
 
-import tensorflow as tf
-
 from keras_accum import auto_size
 from keras_accum import boundary
 from keras_accum import building
@@ -166,10 +164,8 @@ class Programs:
         def look_and_step(data, types):
             if accumulation.losses.are_to_be_measured():
                 first_batch.measure_losses(accumulation, data)
-            if is_traced and types is not None and not has_optionals(types):
-                # For batches of all sizes, so that the programs that it calls
-                # are those that `loop` calls later.
-                step.get_concrete_function(types)
+            if is_traced:
+                loops.trace_for(step, types)
             return step(data)
 
         return loops.make_host_loop(model, look_and_step)
@@ -227,10 +223,3 @@ class Programs:
         programs.in_graph(self.next).get_concrete_function(args=(data,))
         programs.in_graph(self.update).get_concrete_function()
         return logs
-
-
-def has_optionals(types) -> bool:
-    """Returns whether batches may lack a part, which is then None."""
-    return any(
-        isinstance(each, tf.OptionalSpec) for each in tf.nest.flatten(types)
-    )
