@@ -56,8 +56,8 @@ def make_test_function(accumulation) -> Callable:
     def look_and_step(data, types):
         if losses.are_to_be_measured():
             first_batch.measure_losses(accumulation, data)
-        if not model.run_eagerly:
-            loops.trace_for(compiled, types)
+        if not model.run_eagerly and loops.can_trace_for(types):
+            compiled.get_concrete_function(types)
         return compiled(data)
 
     compiled = step

@@ -89,20 +89,20 @@ def make_host_loop(model: keras.Model, step: Callable) -> Callable:
     return loop
 
 
-def trace_for(step: Callable, types) -> None:
-    """Traces a step for batches of all sizes, before it is called with one.
+def can_trace_for(types) -> bool:
+    """Returns whether a step can be traced for batches of all sizes.
 
     The programs that it calls are then those that a loop over such batches
     calls later.
 
     Args:
-        step: A `tf.function` of a batch.
         types: What batches are, or None if that is not known.
     """
     specs = [] if types is None else tf.nest.flatten(types)
     # A part that may lack is None in a batch.
-    if specs and not any(isinstance(s, tf.OptionalSpec) for s in specs):
-        step.get_concrete_function(types)
+    return bool(specs) and not any(
+        isinstance(spec, tf.OptionalSpec) for spec in specs
+    )
 
 
 def make_dataset_loop(model, step, num_steps) -> Callable:

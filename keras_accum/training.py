@@ -164,8 +164,8 @@ class Programs:
         def look_and_step(data, types):
             if accumulation.losses.are_to_be_measured():
                 first_batch.measure_losses(accumulation, data)
-            if is_traced:
-                loops.trace_for(step, types)
+            if is_traced and loops.can_trace_for(types):
+                step.get_concrete_function(types)
             return step(data)
 
         return loops.make_host_loop(model, look_and_step)
