@@ -27,6 +27,8 @@ from keras_accum.findings import Findings
 from keras_accum.microbatch import Microbatch
 from keras_accum.sample import Sample
 from keras_accum.steps import forward
+from keras_accum.whole_loss import seen_by_loss
+from keras_accum.whole_loss import widened
 
 # Most rows that are looked at.
 ROWS = 16
@@ -108,16 +110,18 @@ def find_in(accumulation, data) -> Findings:
     # Few rows, where it is yet to be found out how many fit.
     size = FEW if accumulation.size.is_auto else accumulation.size.rows
     size = None if size is None else max(size, FEW)
+
+    def look(most):
+        sample, whole = some_rows(model, data, most, size)
+        with trial.drawing_alike():
+            return find_of(accumulation, sample), whole
+
     with trial.keeping_random_states():
         try:
-            sample, whole = some_rows(model, data, min(ROWS, rows), size)
-            with trial.drawing_alike():
-                found = find_of(accumulation, sample)
+            found, whole = look(min(ROWS, rows))
         except Exception:  # noqa: BLE001
             # It may be written for as many rows as there are, and no less.
-            sample, whole = some_rows(model, data, rows, size)
-            with trial.drawing_alike():
-                found = find_of(accumulation, sample)
+            found, whole = look(rows)
         try:
             found = inner.with_inner_state(found, model, x, whole)
         except Exception as error:  # noqa: BLE001
@@ -132,14 +136,11 @@ def can_be_sent(model, data) -> bool:
     """Returns whether replicas can send each other what a loss looks at."""
     if not replicas.has_several(model.distribute_strategy):
         return True
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    if not compat.has_custom_compute_loss(model):
-        x = None
     return all(
         isinstance(leaf, tf.Tensor)
         and not leaf.dtype.is_complex
         and leaf.dtype != tf.string
-        for leaf in tf.nest.flatten((x, y, sample_weight))
+        for leaf in tf.nest.flatten(seen_by_loss(model, data))
         if leaf is not None
     )
 
@@ -171,7 +172,7 @@ def some_rows(
         entries = sum(int(tf.size(leaf)) for leaf in tf.nest.flatten(outputs))
         if end > 2 and entries > ENTRIES:
             break
-    y_pred = functools.reduce(samples.join_all, map(widened, outputs))
+    y_pred = functools.reduce(samples.join_all, map(seen_alone, outputs))
     if rows_of(y_pred) != end:
         raise ValueError("Outputs must have the rows of the batch.")
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
@@ -192,16 +193,12 @@ def rows_of(data) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def widened(y_pred):
-    """Returns outputs in single precision, where they are in half."""
+def seen_alone(y_pred):
+    """Returns outputs in single precision, with their masks and no logits.
 
-    def wide(leaf):
-        # Without the logits that Keras attaches: those are of other rows.
-        leaf = tf.identity(leaf)
-        is_half = leaf.dtype in (tf.float16, tf.bfloat16)
-        return tf.cast(leaf, tf.float32) if is_half else leaf
-
-    leaves = keras.tree.map_structure(wide, y_pred)
+    The logits that Keras attaches are of all rows, which parts have not.
+    """
+    leaves = keras.tree.map_structure(widened, y_pred)
     samples.copy_masks(y_pred, leaves, lambda mask: mask)
     return leaves
 
@@ -294,11 +291,10 @@ def of_total(accumulation, sample: Sample) -> Findings:
         if not apart:
             # What is left in the model is then that of these rows.
             trial.called(model, part.x, [])
-        batch = (part.x, part.y, part.y_pred, part.sample_weight)
-        with Microbatch(model, first=True) as microbatch:
-            microbatch.shown_losses = list(shown)
-            value = compat.compute_loss(model, *batch, training=True)
-        asked |= microbatch.asked_for_losses
+        value, looks = compute_alone(
+            model, part.x, part.y, part.y_pred, part.sample_weight, shown
+        )
+        asked |= looks
         return value
 
     is_ours = not accumulation.is_custom("microbatch_weight")
@@ -341,6 +337,30 @@ def of_total(accumulation, sample: Sample) -> Findings:
     return Findings(compute_loss=kind, adds_losses=asked, is_apart=apart)
 
 
+def compute_alone(
+    model, x, y, y_pred, sample_weight, shown=()
+) -> tuple[tf.Tensor, bool]:
+    """Calls `compute_loss` apart from the model's call.
+
+    Args:
+        model: The model.
+        x: As for `compute_loss`.
+        y: As for `compute_loss`.
+        y_pred: As for `compute_loss`.
+        sample_weight: As for `compute_loss`.
+        shown: What `model.losses` is to seem.
+
+    Returns:
+        The loss, and whether `model.losses` was looked at.
+    """
+    with Microbatch(model, first=True) as microbatch:
+        microbatch.shown_losses = list(shown)
+        loss = compat.compute_loss(
+            model, x, y, y_pred, sample_weight, training=True
+        )
+    return loss, microbatch.asked_for_losses
+
+
 def adds_up(loss, sample: Sample, asked: bool) -> bool:
     """Returns whether `compute_loss` adds what layers add, and no more.
 
@@ -371,11 +391,9 @@ def is_apart(model, sample: Sample) -> bool:
     """
     outputs = programs.in_graph(lambda x: forward(model, x, training=True))
 
-    def loss(x, y, y_pred, sample_weight):
-        with Microbatch(model, first=True) as microbatch:
-            microbatch.shown_losses = []
-            batch = (x, y, y_pred, sample_weight)
-            return compat.compute_loss(model, *batch, training=True)
+    def loss(*batch):
+        value, _ = compute_alone(model, *batch)
+        return value
 
     batch = (sample.x, sample.y, sample.y_pred, sample.sample_weight)
     try:

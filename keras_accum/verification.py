@@ -95,7 +95,8 @@ def verify(model: keras.Model, x, y=None, sample_weight=None) -> Verification:
     It makes the model's own train step on a batch, whole and in uneven
     micro-batches, eagerly, and compares what the optimizer would get. Random
     draws are made alike. Nothing changes: neither weights, optimizer, metrics,
-    random states nor the window that the model is in.
+    random states nor the window that the model is in. A `tf.Variable` that a
+    layer assigns, which Keras does not know of, is not put back.
 
     Args:
         model: A compiled model that accumulates, in either way.

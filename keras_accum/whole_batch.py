@@ -29,6 +29,8 @@ from keras_accum.microbatch import Microbatch
 from keras_accum.steps import forward
 from keras_accum.whole_loss import all_logits
 from keras_accum.whole_loss import differentiable
+from keras_accum.whole_loss import seen_by_loss
+from keras_accum.whole_loss import widened
 
 
 class WholeBatch:
@@ -65,10 +67,7 @@ class WholeBatch:
         # The second pass draws the same.
         for state, value in zip(states, before, strict=True):
             state.assign(value)
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if not compat.has_custom_compute_loss(self._model):
-            # Keras's own does not look at it.
-            x = None
+        x, y, sample_weight = seen_by_loss(self._model, data)
         batch = (x, y, outputs, sample_weight)
         count = row_counts.check_count(outputs)
         batch, start, rows = replicas.rows_of_all(
@@ -157,9 +156,3 @@ class WholeBatch:
         of_outputs = [value for value, _ in microbatch.recorded_losses.values()]
         # Of a loss for each row Keras reports the mean.
         return tf.reduce_mean(loss), of_outputs, gradients
-
-
-def widened(leaf):
-    """Returns an output in single precision, if it is in half."""
-    is_half = leaf.dtype in (tf.float16, tf.bfloat16)
-    return tf.cast(leaf, tf.float32) if is_half else tf.identity(leaf)

@@ -63,3 +63,23 @@ def all_logits(y_pred) -> list[tuple[int, tf.Tensor]]:
         if leaf.dtype in (tf.float32, tf.float64)
     ]
     return [(index, logits) for index, logits in found if logits is not None]
+
+
+def seen_by_loss(model: keras.Model, data) -> tuple:
+    """Returns what the loss of a batch looks at: `x`, `y` and sample weights.
+
+    Keras's own `compute_loss` does not look at `x`, which is None then.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    if not compat.has_custom_compute_loss(model):
+        x = None
+    return x, y, sample_weight
+
+
+def widened(leaf: tf.Tensor) -> tf.Tensor:
+    """Returns an output in single precision, if it is in half.
+
+    It is another tensor in any case, without what Keras attaches to outputs.
+    """
+    is_half = leaf.dtype in (tf.float16, tf.bfloat16)
+    return tf.cast(leaf, tf.float32) if is_half else tf.identity(leaf)
