@@ -82,34 +82,8 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
         self.check(build, masked_mean, "accum_steps")
 
     def check(self, build, loss, way, strategy=None):
-        strategy = strategy or tf.distribute.get_strategy()
-        size = 3 if way == "microbatch_size" else 2
-        x, y = arrays(ROWS)
-        expected = build()
-        initial = expected.get_weights()
-        with strategy.scope():
-            actual = build(keras_accum.GradientAccumulationModel, **{way: size})
-        losses = []
-        for model in (expected, actual):
-            with model.distribute_strategy.scope():
-                model.compile(keras.optimizers.SGD(0.02), loss)
-            is_split = model is actual and way == "accum_steps"
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)
-                history = model.fit(
-                    x,
-                    y,
-                    batch_size=ROWS // 2 if is_split else ROWS,
-                    shuffle=False,
-                    verbose=0,
-                )
-            losses.append(history.history["loss"])
-        self.assertSameWeights(
-            actual.get_weights(), expected.get_weights(), initial
-        )
-        if strategy.num_replicas_in_sync == 1:
-            # Keras multiplies regularizers.
-            self.assertAllClose(losses[1], losses[0])
+        way = {way: 3 if way == "microbatch_size" else 2}
+        self.assertFitsAlike(build, loss, way, arrays(ROWS), 0.02, strategy)
 
     def test_changes_nothing(self):
         x, y = arrays(ROWS)

@@ -124,9 +124,7 @@ class ExactTest(test_utils.TestCase, parameterized.TestCase):
         self.check((of_rows,), None, {"accum_steps": 2}, strategy)
 
     def check(self, reductions, loss, way, strategy=None):
-        strategy = strategy or tf.distribute.get_strategy()
-
-        def linear(cls=keras.Model, **kwargs):
+        def linear(cls, **kwargs):
             keras.utils.set_random_seed(3)
             x = keras.Input((5,))
             hidden = keras.layers.Dense(6, kernel_regularizer="l2")(x)
@@ -136,30 +134,9 @@ class ExactTest(test_utils.TestCase, parameterized.TestCase):
                 hidden = keras.layers.Dense(4)(hidden)
             return cls(x, hidden, **kwargs)
 
-        expected, reported = linear(), []
-        initial = expected.get_weights()
-        with strategy.scope():
-            actual = linear(keras_accum.GradientAccumulationModel, **way)
-        for model in (expected, actual):
-            with model.distribute_strategy.scope():
-                model.compile(keras.optimizers.SGD(0.03), loss)
-            x, y = arrays()
-            rows = ROWS
-            if model is actual and "accum_steps" in way:
-                rows //= way["accum_steps"]
-            history = model.fit(
-                x,
-                y if loss else None,
-                batch_size=rows,
-                shuffle=False,
-                verbose=0,
-            )
-            reported.append(history.history["loss"])
-        self.assertSameWeights(
-            actual.get_weights(), expected.get_weights(), initial
-        )
-        if strategy.num_replicas_in_sync == 1:
-            self.assertAllClose(reported[1], reported[0], rtol=1e-5)
+        x, y = arrays()
+        batch = x, y if loss else None
+        self.assertFitsAlike(linear, loss, way, batch, 0.03, strategy, 1e-5)
 
 
 class Counting(keras.layers.Layer):

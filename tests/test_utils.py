@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import unittest
+import warnings
 
 import keras
 import numpy as np
@@ -301,6 +302,48 @@ class TestCase(tf.test.TestCase):
             actual, expected, initial, tolerance, slots_tolerance
         )
         return actual, expected
+
+    def assertFitsAlike(
+        self, build, loss, way, batch, rate, strategy=None, rtol=1e-6
+    ):
+        """Trains by `fit` on one window, and in plain Keras on one batch.
+
+        It fails at a warning. Weights are compared, and on one replica the loss
+        that is reported: on several Keras multiplies regularizers.
+
+        Args:
+            build: Function of a model class and keywords.
+            loss: For `compile`.
+            way: Keywords for `GradientAccumulationModel`, that say how to
+                accumulate.
+            batch: The inputs of the window, and its labels or None.
+            rate: Learning rate of SGD.
+            strategy: A strategy for the model that accumulates.
+            rtol: Relative tolerance for the loss.
+        """
+        strategy = strategy or tf.distribute.get_strategy()
+        expected, reported = build(keras.Model), []
+        initial = expected.get_weights()
+        with strategy.scope():
+            actual = build(keras_accum.GradientAccumulationModel, **way)
+        for model in (expected, actual):
+            with model.distribute_strategy.scope():
+                model.compile(keras.optimizers.SGD(rate), loss)
+            steps = way.get("accum_steps", 1) if model is actual else 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                history = model.fit(
+                    *batch,
+                    batch_size=len(batch[0]) // steps,
+                    shuffle=False,
+                    verbose=0,
+                )
+            reported.append(history.history["loss"])
+        self.assertSameWeights(
+            actual.get_weights(), expected.get_weights(), initial
+        )
+        if strategy.num_replicas_in_sync == 1:
+            self.assertAllClose(reported[1], reported[0], rtol=rtol)
 
     def assertSameTraining(
         self, actual, expected, initial, tolerance=1e-5, slots_tolerance=None
