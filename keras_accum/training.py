@@ -96,6 +96,7 @@ class Programs:
 
     def __init__(self, accumulation) -> None:
         self._accumulation, model = accumulation, accumulation.model
+        self._steps: dict[positions.Place, Callable] = {}
         self._loops: dict[positions.Place, Callable] = {}
         first, next_ = (
             functools.partial(steps.train_microbatch, accumulation, is_first)
@@ -142,7 +143,7 @@ class Programs:
     def loop(self, place: positions.Place) -> Callable:
         """Returns a function of an iterator, which makes steps at a place."""
         if place not in self._loops:
-            model, step = self._accumulation.model, self.make_step(place)
+            model, step = self._accumulation.model, self.step(place)
             if self._accumulation.size.is_auto:
                 self._loops[place] = loops.make_host_loop(
                     model, lambda data, types: step(data)
@@ -156,19 +157,33 @@ class Programs:
     def first_loop(self, place: positions.Place) -> Callable:
         """Returns what `loop` does, with a look at the first batch's losses."""
         accumulation, model = self._accumulation, self._accumulation.model
-        step = self.make_step(place)
-        is_traced = not (model.run_eagerly or accumulation.size.is_auto)
-        if is_traced:
-            step = programs.in_graph(step, reduce_retracing=True)
+        step = self.step(place)
 
         def look_and_step(data, types):
             if accumulation.losses.are_to_be_measured():
                 first_batch.measure_losses(accumulation, data)
-            if is_traced and loops.can_trace_for(types):
+            if self._is_traced and loops.can_trace_for(types):
                 step.get_concrete_function(types)
             return step(data)
 
         return loops.make_host_loop(model, look_and_step)
+
+    def step(self, place: positions.Place) -> Callable:
+        """Returns what `make_step` does, made once and traced once.
+
+        Where XLA compiles nothing, what replicas do has no program of its own.
+        """
+        if place not in self._steps:
+            step = self.make_step(place)
+            if self._is_traced:
+                step = programs.in_graph(step, reduce_retracing=True)
+            self._steps[place] = step
+        return self._steps[place]
+
+    @property
+    def _is_traced(self):
+        accumulation = self._accumulation
+        return not (accumulation.model.run_eagerly or accumulation.size.is_auto)
 
     def make_step(self, place: positions.Place) -> Callable:
         """Returns a function that trains on a batch, and may update."""
