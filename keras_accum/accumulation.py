@@ -123,6 +123,7 @@ class Accumulation:
             # Gradients are scaled as the old optimizer wanted them.
             self.model.reset_window()
             self.losses.forget()
+            self.window["gradients"].forget_objectives()
         self._update = None
 
     def trains_itself(self) -> bool:
@@ -190,16 +191,11 @@ class Accumulation:
             data: The micro-batch.
             is_first: See `new_microbatch`.
             denominators: See `Microbatch`.
-            trains: Whether to add to the window what the step recorded.
+            trains: Whether the step trains, and not only evaluates.
         """
         microbatch = self.new_microbatch(data, is_first, denominators)
         with microbatch, microbatch.watched(layers=trains):
             yield microbatch
-            if trains:
-                self.window.add(microbatch)
-            else:
-                # What an evaluation assigns is made the replicas' mean as well.
-                self.window["state"].add(microbatch)
 
     def flush(self) -> None:
         """Updates now, unless the window is empty."""
@@ -223,7 +219,7 @@ class Accumulation:
         position, _ = self.position.read()
         if self.size.value is None and count != position:
             self.position.write()
-            self.position.begin(self.model.optimizer.iterations)
+            self.position.begin(self.window["gradients"].updates_so_far())
             self.position.move_to(count)
 
     @contextlib.contextmanager

@@ -131,23 +131,51 @@ class GradientAccumulator:
             ValueError: If there are not as many gradients as variables, the
                 shape of one is not its variable's, or `weight` is no scalar.
         """
-        gradients = [arithmetic.as_gradient(gradient) for gradient in gradients]
-        arithmetic.check_lengths(gradients, self._variables)
-        arithmetic.check_shapes(gradients, self._variables)
-        arithmetic.check_weight(weight)
-        self._make_buffers(gradients)
-        values = [arithmetic.values_of(g) for g in gradients if g is not None]
+        self.add_microbatch([(gradients, weight)], first)
+
+    def add_microbatch(
+        self,
+        parts: Sequence[tuple[Sequence[Gradient], float | tf.Tensor | None]],
+        first: bool | tf.Tensor = False,
+    ) -> None:
+        """Adds the gradients of one micro-batch, which came in parts.
+
+        Args:
+            parts: Any number of gradients and their weight, each as for `add`.
+            first: As for `add`; also without any part, it starts the buffers.
+
+        Raises:
+            ValueError: As `add`.
+        """
+        parts = [
+            ([arithmetic.as_gradient(gradient) for gradient in gradients], w)
+            for gradients, w in parts
+        ]
+        for gradients, weight in parts:
+            arithmetic.check_lengths(gradients, self._variables)
+            arithmetic.check_shapes(gradients, self._variables)
+            arithmetic.check_weight(weight)
+            self._make_buffers(gradients)
+        values = [
+            arithmetic.values_of(gradient)
+            for gradients, _ in parts
+            for gradient in gradients
+            if gradient is not None
+        ]
         with tf.control_dependencies(after_all_ops(values)):
-            for variable, buffer, gradient in zip(
-                self._variables, self._buffers, gradients, strict=True
-            ):
-                arithmetic.add(variable, buffer, gradient, weight, first)
-            clear(self._weight, first)
+            starts = first
+            for gradients, weight in parts or [([None] * len(self), 0.0)]:
+                for variable, buffer, gradient in zip(
+                    self._variables, self._buffers, gradients, strict=True
+                ):
+                    arithmetic.add(variable, buffer, gradient, weight, starts)
+                clear(self._weight, starts)
+                if weight is None:
+                    self._weight.assign(tf.ones_like(self._weight))
+                else:
+                    self._weight.assign_add(tf.cast(weight, self._weight.dtype))
+                starts = False
             clear(self._count, first)
-            if weight is None:
-                self._weight.assign(tf.ones_like(self._weight))
-            else:
-                self._weight.assign_add(tf.cast(weight, self._weight.dtype))
             self._count.assign_add(1)
 
     def sums(self) -> list[tf.Tensor | tf.Variable]:

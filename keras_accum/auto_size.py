@@ -236,14 +236,13 @@ def make_rehearsal(accumulation) -> Callable:
     is_done = model.jit_compile or replicas.on_tpu(model.distribute_strategy)
 
     def rehearse():
-        accumulator = window["gradients"].make_accumulator()
-        gradients = accumulator.mean(accumulator.sums())
-        pairs = zip(gradients, accumulator.variables, strict=True)
-        with (
-            rehearsal.computing_assignments(),
-            boundary.updating_local_copies(model),
-        ):
-            model.optimizer.apply_gradients(pairs)
+        gradients = window["gradients"]
+        for update in gradients.updates(gradients.sums()):
+            with (
+                rehearsal.computing_assignments(),
+                boundary.updating_local_copies(model, update.optimizer),
+            ):
+                update.apply()
 
     function = programs.in_graph(programs.running(model, rehearse))
 

@@ -319,8 +319,10 @@ class Losses:
             share = loss / model.distribute_strategy.num_replicas_in_sync
             scaled = model.optimizer.scale_loss(share)
         microbatch.loss_without_rows = loss
-        microbatch.gradients_without_rows = tape.gradient(
-            scaled, model.trainable_weights
+        weights = model.trainable_weights
+        gradients = tape.gradient(scaled, weights)
+        microbatch.gradients_without_rows = dict(
+            zip(map(id, weights), gradients, strict=True)
         )
 
     def _find_sum(self, microbatch: Microbatch, is_sum: bool):

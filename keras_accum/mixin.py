@@ -8,7 +8,7 @@ windows begin and end, and what Keras is told of it.
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import keras
 import tensorflow as tf
@@ -21,11 +21,13 @@ from keras_accum import evaluation
 from keras_accum import functional
 from keras_accum import iterators
 from keras_accum import microbatch
+from keras_accum import overrides
 from keras_accum import sharing
+from keras_accum import steps
 from keras_accum.accumulation import Accumulation
+from keras_accum.calls import make_call
 from keras_accum.checkpoint import WindowCheckpoint
 from keras_accum.gradients import Gradient
-from keras_accum.gradients import check_lengths
 from keras_accum.losses import forward
 from keras_accum.options import AccumSteps
 from keras_accum.options import Options
@@ -67,9 +69,9 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         super().__init__(*args, **kwargs)
 
     def _start_accumulation(self, options):
-        accumulation = Accumulation(
-            self, options, functools.partial(is_custom, self)
-        )
+        ours = GradientAccumulationMixin
+        is_custom = functools.partial(overrides.is_custom, self, ours)
+        accumulation = Accumulation(self, options, is_custom)
         compat.set_untracked(self, "_accumulation", accumulation)
         checkpoint = WindowCheckpoint(accumulation)
         compat.set_untracked(self, "_accum_checkpoint", checkpoint)
@@ -223,9 +225,11 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         if not is_ours or accumulation.is_custom("train_step"):
             return super().train_step(data)
         if not in_window:
-            with accumulation.microbatch(data):
+            with accumulation.microbatch(data) as current:
                 # Not that of a subclass, which has called this one.
-                return GradientAccumulationMixin.train_step(self, data)
+                logs = GradientAccumulationMixin.train_step(self, data)
+                accumulation.window.add(current)
+                return logs
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape:
             y_pred = forward(self, x, training=True)
@@ -274,41 +278,43 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
 
     def accumulate(
         self,
-        gradients: Sequence[Gradient],
+        gradients: Iterable[Gradient | tuple[Gradient, keras.Variable]],
         weight: float | tf.Tensor | None = 1.0,
+        optimizer: keras.Optimizer | None = None,
     ) -> None:
         """Adds gradients to the window.
 
-        A `train_step` of your own calls it in place of
-        `self.optimizer.apply_gradients`. With `accum_steps=1` it is that call.
+        A `train_step` of your own calls it in place of `apply_gradients`, any
+        number of times. With `accum_steps=1` it is that call. Calls from one
+        place in the code, as in a loop, are parts of one loss; from different
+        places they are of different losses, each with a mean of its own, and
+        the optimizer is given the sum of the means.
+
+        All gradients of a window are those of the weights at its start. To
+        train networks in turn, one after the other's update, give each windows
+        of its own: see `GradientAccumulator`.
 
         Args:
-            gradients: One per trainable weight, in the order of
-                `self.trainable_weights`; None where there is none. Gradients
-                of `self.optimizer.scale_loss(loss)`, as in Keras.
+            gradients: Pairs, as for `apply_gradients`, of some of the trainable
+                weights or all; or gradients of all, in the order of
+                `self.trainable_weights`. None where there is none. Gradients of
+                `optimizer.scale_loss(loss)`, as in Keras.
             weight: How much they count: the denominator of the loss, for a mean
                 the number of rows. A scalar; None if the loss is a sum.
+            optimizer: Whose update they are for, if not `self.optimizer`'s.
 
         Raises:
-            ValueError: If there are not as many gradients as trainable weights.
+            TypeError: If a pair, the weight or the optimizer is none.
+            ValueError: If there are not as many gradients as trainable weights,
+                a variable is none of these, or a shape is not its variable's.
         """
-        gradients = list(gradients)
-        check_lengths(gradients, self.trainable_weights)
-        accumulation = self._accumulation
         current = microbatch.current(self)
-        if not accumulation.is_active and current is None:
-            self.optimizer.apply_gradients(
-                zip(gradients, self.trainable_weights, strict=True)
-            )
-            return
-        current = current or accumulation.new_microbatch()
-        accumulation.window["nonfinite"].check(current, gradients)
-        gradients = current.gradients_or_nothing(gradients)
-        weight = current.or_nothing(weight)
-        accumulation.window["gradients"].make_accumulator().add(
-            gradients, weight, current.is_first
-        )
-        current.accumulated.append((gradients, weight))
+        origins = None if current is None else current.origins
+        call = make_call(self, gradients, weight, optimizer, origins)
+        if current is not None or self._accumulation.is_active:
+            steps.accumulate(self._accumulation, call)
+        else:
+            call.apply()
 
     def microbatch_weight(
         self, x, y, y_pred, sample_weight=None
@@ -431,17 +437,3 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
 
     def _build_from(self, iterator, data_batch):
         building.build_from(self, iterator, data_batch)
-
-
-def is_custom(model: GradientAccumulationMixin, name: str) -> bool:
-    """Returns whether a method of a model is not ours, nor Keras's.
-
-    Args:
-        model: The model.
-        name: "train_step" or "test_step", which are not ours if a class behind
-            the mixin has another; or "microbatch_weight".
-    """
-    if name == "microbatch_weight":
-        ours = GradientAccumulationMixin.microbatch_weight
-        return type(model).microbatch_weight is not ours
-    return compat.has_custom_step(model, GradientAccumulationMixin, name)

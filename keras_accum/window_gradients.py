@@ -7,92 +7,220 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_accum import objectives
+from keras_accum import replicas
 from keras_accum.accumulator import GradientAccumulator
+from keras_accum.calls import Call
+from keras_accum.microbatch import Microbatch
 from keras_accum.microbatch import is_same
+from keras_accum.objectives import Objective
+from keras_accum.objectives import Update
 from keras_accum.window import Part
 
 
 class Gradients(Part):
     """The sums of the gradients of a model's trainable weights.
 
+    The first objective is there always: of the model's own optimizer, and all
+    trainable weights. It counts the micro-batches. A step that accumulates for
+    other optimizers, for some of the weights, or several losses has others.
+
     Args:
         model: The model.
         dtype: As for `GradientAccumulator`.
 
     Attributes:
-        accumulator: What sums them; None before the first.
         dtype: As above.
     """
 
     def __init__(self, model: keras.Model, dtype: str | None) -> None:
-        self.accumulator: GradientAccumulator | None = None
         self._model, self.dtype = model, dtype
+        self._first: Objective | None = None
+        # With their optimizers, in the order in which steps showed them.
+        self._others: dict[
+            objectives.Key, tuple[Objective, keras.Optimizer]
+        ] = {}
+        # What a checkpoint had of others that no step has shown yet, by number.
+        self._restored: dict[int, dict[str, np.ndarray]] = {}
+
+    @property
+    def accumulator(self) -> GradientAccumulator | None:
+        """What sums the first objective's; None before any."""
+        return None if self._first is None else self._first.accumulator
+
+    @property
+    def _objectives(self) -> list[Objective]:
+        first = [] if self._first is None else [self._first]
+        return first + [objective for objective, _ in self._others.values()]
 
     @property
     def variables(self) -> list[tf.Variable]:
         """The buffers so far."""
-        if self.accumulator is None:
-            return []
-        return [b for b in self.accumulator.buffers if b is not None]
+        return [v for each in self._objectives for v in each.variables]
+
+    def signature(self) -> int:
+        """Returns a number that grows where programs no longer fit."""
+        return sum(each.signature() for each in self._objectives)
 
     def make_accumulator(self) -> GradientAccumulator:
-        """Returns an accumulator for the weights that are trainable."""
-        variables, made = self._model.trainable_weights, self.accumulator
+        """Returns the first objective's, for the weights that are trainable."""
+        variables, made = self._model.trainable_weights, self._first
         # A layer may have been built, or frozen, since the last call.
-        if made is None or not is_same(made.variables, variables):
-            self.accumulator = GradientAccumulator(variables, self.dtype)
-        return self.accumulator
+        if made is None or not is_same(made.accumulator.variables, variables):
+            self.forget_objectives()
+            self._first = Objective(GradientAccumulator(variables, self.dtype))
+        return self._first.accumulator
+
+    def forget_objectives(self) -> None:
+        """Forgets all but the first: there may be other optimizers."""
+        self._others.clear()
 
     @property
     def num_microbatches(self) -> int:
         """How many there are in the window so far."""
-        return (
-            0
-            if self.accumulator is None
-            else int(self.accumulator.count.numpy())
-        )
+        if self.accumulator is None:
+            return 0
+        return int(self.accumulator.count.numpy())
 
     def is_empty(self) -> tf.Tensor:
         """Returns whether the window has no micro-batch yet; a bool scalar."""
         return tf.equal(self.make_accumulator().count, 0)
 
-    def sums(self) -> list[tf.Tensor | tf.Variable]:
-        """Returns the weight and the buffers."""
-        return self.make_accumulator().sums()
+    @property
+    def has_optimizers(self) -> bool:
+        """Whether a step has shown whose updates it is for."""
+        return any(each.is_called for each in self._objectives)
 
-    def mean(self, totals: Sequence[tf.Tensor]) -> list[tf.Tensor | None]:
-        """Returns the gradients of the window's loss.
+    def updates_so_far(self) -> tf.Variable:
+        """Returns how often the window's update was made: an int scalar.
+
+        If the step leaves the model's own optimizer alone, it is the first of
+        the others that counts.
+        """
+        optimizer = self._model.optimizer
+        if self._others and not self._first.is_called:
+            _, optimizer = next(iter(self._others.values()))
+        return optimizer.iterations
+
+    def add(self, microbatch: Microbatch) -> None:
+        """Adds the gradients that a step accumulated."""
+        if not microbatch.calls:
+            return
+        # It counts the micro-batches, and is asked before it has counted this.
+        first = microbatch.is_first
+        calls = self.find(microbatch)
+        for objective in self._objectives:
+            objective.is_optional |= objective not in calls
+            parts = [
+                (
+                    microbatch.gradients_or_nothing(call),
+                    microbatch.or_nothing(call.weight),
+                )
+                for call in calls.get(objective, [])
+            ]
+            objective.accumulator.add_microbatch(parts, first)
+
+    def find(self, microbatch: Microbatch) -> dict[Objective, list[Call]]:
+        """Returns the calls to add to each objective, and makes new ones."""
+        calls = microbatch.calls
+        strategy = self._model.distribute_strategy
+        optimizer = self._model.optimizer
+        objectives.build_optimizers(calls, strategy, optimizer)
+        variables = self.make_accumulator().variables
+        own = (id(optimizer), frozenset(map(id, variables)), 0)
+        found = {}
+        for key, group in objectives.by_loss(calls).items():
+            objective = self._first if key == own else self._other(key, group)
+            objective.is_called = True
+            found[objective] = group
+        return found
+
+    def _other(self, key, calls) -> Objective:
+        """Returns the objective of some calls, and makes it if it is new."""
+        if key not in self._others:
+            optimizer, variables = calls[0].optimizer, calls[0].variables
+            made = Objective(GradientAccumulator(variables, self.dtype))
+            self._others[key] = made, optimizer
+            state = self._restored.pop(len(self._others), None)
+            if state is not None:
+                replicas.outside_of_tracing(
+                    lambda: made.accumulator.restore(state, self._num_replicas)
+                )
+        return self._others[key][0]
+
+    def sums(self) -> list[tf.Tensor | tf.Variable]:
+        """Returns the weights and the buffers."""
+        self.make_accumulator()
+        return [v for each in self._objectives for v in each.accumulator.sums()]
+
+    def updates(self, totals: Sequence[tf.Tensor]) -> list[Update]:
+        """Returns the updates that the window makes, one for each optimizer.
 
         Args:
             totals: What the replicas' `sums` add up to.
         """
-        weight, *buffers = totals
-        # Keras divides losses by the number of replicas.
-        return self.make_accumulator().mean(
-            [weight / self._num_replicas, *buffers]
-        )
+        self.make_accumulator()
+        if self._restored:
+            raise ValueError(
+                "The window comes from a checkpoint, with gradients for "
+                f"{len(self._restored)} more losses than any step of this "
+                "model has accumulated. Train on a batch before the window "
+                "ends, with the `train_step` that it was begun with."
+            )
+        totals, updates = iter(totals), []
+        whose = [(self._first, self._model.optimizer), *self._others.values()]
+        for objective, optimizer in whose:
+            sums = [next(totals) for _ in objective.accumulator.sums()]
+            if objective.is_called or objective is not self._first:
+                updates.append(
+                    objectives.update_of(
+                        objective, optimizer, sums, self._num_replicas
+                    )
+                )
+        return objectives.joined(updates)
 
     def close(self, totals, applies) -> None:
         """Leaves the buffers to the next micro-batch, which starts them."""
-        self.make_accumulator().forget()
+        self.make_accumulator()
+        for objective in self._objectives:
+            objective.accumulator.forget()
 
     def reset(self) -> None:
         """Forgets what was gathered."""
-        if self.accumulator is not None:
-            self.accumulator.forget()
+        self._restored.clear()
+        for objective in self._objectives:
+            objective.accumulator.forget()
 
     def state(self) -> dict[str, np.ndarray]:
-        """Returns the weight, the count and the buffers."""
+        """Returns the weights, the counts and the buffers."""
         # As it stands: a layer may be frozen while it is saved.
-        return self.accumulator.state(self._num_replicas)
+        state = self.accumulator.state(self._num_replicas)
+        others = dict(self._restored)
+        for number, (objective, _) in enumerate(self._others.values(), 1):
+            others[number] = objective.accumulator.state(self._num_replicas)
+        return state | objectives.named_states(others)
 
     def check_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Raises a `ValueError` unless the variables are the same."""
         self.make_accumulator().check_state(state)
+        others = objectives.states_of_others(state)
+        for number, (objective, _) in enumerate(self._others.values(), 1):
+            if number in others:
+                objective.accumulator.check_state(others[number])
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Continues from the buffers that `state` returned."""
         self.make_accumulator().restore(state, self._num_replicas)
+        # If there are gradients, somebody has accumulated them.
+        self._first.is_called |= bool(self._first.variables)
+        self._restored = objectives.states_of_others(state)
+        for number, (objective, _) in enumerate(self._others.values(), 1):
+            if number in self._restored:
+                objective.accumulator.restore(
+                    self._restored.pop(number), self._num_replicas
+                )
+            else:
+                objective.accumulator.reset()
 
     @property
     def _num_replicas(self):

@@ -252,7 +252,7 @@ class KerasTest(tf.test.TestCase):
             optimizer.apply([tf.constant(1.0)], [variable])
 
         with mock.patch.object(keras.optimizers.Optimizer, "apply", patched):
-            with compat.before_updates(lambda _: calls.append("ours")):
+            with compat.before_updates(lambda *_: calls.append("ours")):
                 update()
             update()
         self.assertEqual(calls, ["ours", "patch", "patch"])

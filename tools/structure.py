@@ -26,9 +26,9 @@ PATH = (
     ("training", "Programs.make_step.step"),
     ("control_flow", "choose_if_there"),
     ("steps", "train_microbatch"),
-    ("mixin", "GradientAccumulationMixin.train_step"),
-    ("mixin", "GradientAccumulationMixin.accumulate"),
-    ("accumulator", "GradientAccumulator.add"),
+    ("window", "Window.add"),
+    ("window_gradients", "Gradients.add"),
+    ("accumulator", "GradientAccumulator.add_microbatch"),
     ("gradients", "add"),
 )
 

@@ -119,11 +119,18 @@ def before_updates(function) -> Iterator[None]:
     """Calls `function` before each update of an optimizer, in this thread.
 
     Args:
-        function: Called as `function(optimizer)`.
+        function: Called as `function(optimizer, variables)`.
     """
 
     def update(apply, optimizer, *args, **kwargs):
-        function(optimizer)
+        arguments = dict(
+            zip(("grads", "trainable_variables"), args, strict=False)
+        )
+        variables = (arguments | kwargs).get("trainable_variables")
+        if variables is None:
+            # Not there before the optimizer is built, and then Keras raises.
+            variables = getattr(optimizer, "_trainable_variables", [])
+        function(optimizer, variables)
         return apply(optimizer, *args, **kwargs)
 
     with contextlib.ExitStack() as stack:
