@@ -15,6 +15,7 @@ from keras_accum.epochs import Progress
 from keras_accum.losses import Losses
 from keras_accum.microbatch import Microbatch
 from keras_accum.microbatch_size import MicrobatchSize
+from keras_accum.microbatch_size import check_layers
 from keras_accum.moments import WindowMoments
 from keras_accum.nonfinite import SkipCounts
 from keras_accum.options import Options
@@ -82,6 +83,8 @@ class Accumulation:
         """Changes options, and makes functions anew that no longer fit."""
         before, options = self.options, self.options.replace(**changes)
         model = self.model
+        if changes.get("microbatch_size") is not None:
+            check_layers(model)
         starts = options.accumulates and not self.is_active
         if starts:
             check_optimizer(getattr(model, "optimizer", None))
@@ -155,6 +158,8 @@ class Accumulation:
 
     def make_train_function(self) -> training.TrainFunction:
         """Returns a new train function for the model."""
+        if self.size.value is not None:
+            check_layers(self.model)
         self.window["losses"].make_tracker()
         self._update = None
         return training.TrainFunction(self)

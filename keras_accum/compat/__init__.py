@@ -33,6 +33,7 @@ from keras_accum.compat.layers import moving_statistics
 from keras_accum.compat.layers import normalizations
 from keras_accum.compat.layers import random_states
 from keras_accum.compat.layers import recording_moments
+from keras_accum.compat.layers import stateful_layers
 from keras_accum.compat.layers import update_renorm_statistics
 from keras_accum.compat.losses import added_losses
 from keras_accum.compat.losses import align_ranks
