@@ -58,7 +58,8 @@ class Accumulation:
         is_custom: Callable[[str], bool],
     ) -> None:
         self.model, self.options, self.is_custom = model, options, is_custom
-        self.is_active = options.accumulates
+        # One of the user's own is called for windows of one micro-batch, too.
+        self.is_active = options.accumulates or is_custom("update_step")
         if self.is_active:
             replicas.check_strategy()
         self.is_restored = False

@@ -119,7 +119,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         )
         with made.distribute_strategy.scope():
             made._start_accumulation(options)
-        if options.accumulates:
+        if made._accumulation.is_active:
             check_optimizer(getattr(made, "optimizer", None))
         return made
 

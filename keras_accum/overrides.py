@@ -13,12 +13,12 @@ def is_custom(
     Args:
         model: The model.
         ours: The mixin.
-        name: "train_step", "test_step" or "microbatch_weight".
+        name: "train_step" or "test_step"; or a method that Keras has not.
         in_front: Whether to look in front of the mixin too, and not only at
             the steps of the class behind it.
     """
     is_replaced = getattr(type(model), name) is not getattr(ours, name)
-    if name == "microbatch_weight":
+    if not name.endswith(("train_step", "test_step")):
         return is_replaced
     if in_front and is_replaced:
         return True
