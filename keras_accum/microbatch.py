@@ -16,6 +16,7 @@ from keras_accum.finite import is_finite
 from keras_accum.gradients import Gradient
 from keras_accum.gradients import choose_all
 from keras_accum.gradients import select_all
+from keras_accum.gradients import values_of
 from keras_accum.layer_moments import Moments
 from keras_accum.layer_moments import moments_of
 from keras_accum.origins import Origins
@@ -178,6 +179,15 @@ class Microbatch:
             return call.gradients
         choose = choose_all if self.is_finite is None else select_all
         return choose(self.counts, call.gradients, call.without_rows)
+
+    def gradient_values(self) -> list[tf.Tensor]:
+        """Returns the values of all gradients of its calls."""
+        return [
+            values_of(gradient)
+            for call in self.calls
+            for gradient in call.gradients
+            if gradient is not None
+        ]
 
     def record(self, call: Call, place: tuple) -> None:
         """Records a call of `accumulate`, and where in the step it is."""

@@ -300,7 +300,8 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
                 `self.trainable_weights`. None where there is none. Gradients of
                 `optimizer.scale_loss(loss)`, as in Keras.
             weight: How much they count: the denominator of the loss, for a mean
-                the number of rows. A scalar; None if the loss is a sum.
+                the number of rows. A scalar; None if the loss is a sum. Take
+                the mean of a loss per row first: a tape adds up its values.
             optimizer: Whose update they are for, if not `self.optimizer`'s.
 
         Raises:

@@ -11,6 +11,7 @@ from keras_accum import objectives
 from keras_accum import replicas
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.calls import Call
+from keras_accum.control_flow import after_all_ops
 from keras_accum.microbatch import Microbatch
 from keras_accum.microbatch import is_same
 from keras_accum.objectives import Objective
@@ -109,16 +110,22 @@ class Gradients(Part):
         # It counts the micro-batches, and is asked before it has counted this.
         first = microbatch.is_first
         calls = self.find(microbatch)
-        for objective in self._objectives:
-            objective.is_optional |= objective not in calls
-            parts = [
-                (
-                    microbatch.gradients_or_nothing(call),
-                    microbatch.or_nothing(call.weight),
-                )
-                for call in calls.get(objective, [])
-            ]
-            objective.accumulator.add_microbatch(parts, first)
+        # All or none: also what needs no gradient, such as the count of
+        # micro-batches, needs the batch.
+        waits = len(self._objectives) > 1
+        with tf.control_dependencies(
+            after_all_ops(microbatch.gradient_values()) if waits else []
+        ):
+            for objective in self._objectives:
+                objective.is_optional |= objective not in calls
+                parts = [
+                    (
+                        microbatch.gradients_or_nothing(call),
+                        microbatch.or_nothing(call.weight),
+                    )
+                    for call in calls.get(objective, [])
+                ]
+                objective.accumulator.add_microbatch(parts, first)
 
     def find(self, microbatch: Microbatch) -> dict[Objective, list[Call]]:
         """Returns the calls to add to each objective, and makes new ones."""

@@ -256,6 +256,12 @@ class KerasTest(tf.test.TestCase):
                 update()
             update()
         self.assertEqual(calls, ["ours", "patch", "patch"])
+        # Without variables, they are those that it was built for.
+        given, zeros = [], [tf.constant(0.0)]
+        with compat.before_updates(lambda _, some: given.extend(some)):
+            optimizer.apply(zeros)
+            optimizer.apply(zeros, trainable_variables=[variable])
+        self.assertEqual(list(map(id, given)), [id(variable)] * 2)
         self.assertNotIn("apply", vars(keras.optimizers.Optimizer))
         self.assertAllEqual(variable, 0.0)
 

@@ -2,6 +2,7 @@
 
 import pathlib
 import tempfile
+from unittest import mock
 
 import keras
 import numpy as np
@@ -9,6 +10,9 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
+from keras_accum import auto_size
+from keras_accum import objectives
+from keras_accum import replicas
 from tests import own_steps_cases as cases
 from tests import test_utils
 
@@ -79,6 +83,44 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
         batches = cases.gan_batches(FLAT)
         model.fit(test_utils.dataset(batches), verbose=0)
         self.assertSameGAN(model)
+
+    def test_one_reduction_for_all(self):
+        strategy, missing = test_utils.chosen_strategy()
+        if missing:
+            self.skipTest(missing)
+
+        def reductions(model, batches):
+            with mock.patch.object(
+                replicas, "reduce_across", wraps=replicas.reduce_across
+            ) as reduce:
+                model.fit(test_utils.dataset(batches), verbose=0)
+            return reduce.call_count
+
+        with strategy.scope():
+            other = test_utils.accumulating(accum_steps=2)
+            other.compile("sgd", loss=test_utils.crossentropy())
+        expected = reductions(other, test_utils.microbatches([4] * 2))
+        model = gan(strategy=strategy, accum_steps=2)
+        found = reductions(model, cases.gan_batches([4] * 2))
+        self.assertEqual(found, expected)
+
+    def test_all_updates_are_rehearsed(self):
+        model = gan(mode={"jit_compile": False})
+        model.train_on_batch(*cases.gan_batches([4])[0])
+        before = model.get_weights()
+        applied = []
+
+        def apply(update):
+            applied.append(update.optimizer)
+            update.optimizer.apply(update.gradients, update.variables)
+
+        with mock.patch.object(objectives.Update, "apply", apply):
+            auto_size.make_rehearsal(model._accumulation)()
+        self.assertEqual(
+            set(map(id, applied)),
+            {id(model.d_optimizer), id(model.g_optimizer)},
+        )
+        self.assertAllClose(before, model.get_weights(), 0, 0)
 
     @parameterized.parameters(
         ({"jit_compile": True}, None),
@@ -186,6 +228,30 @@ class ResumeTest(test_utils.TestCase, parameterized.TestCase):
         ):
             self.assertAllClose(mine, theirs, 1e-5, 1e-6)
         self.assertEqual(int(resumed.g_optimizer.iterations), 2)
+
+    @parameterized.product(before=(1, 2), after=(1, 2))
+    @test_utils.first_command(2)
+    def test_goes_on_on_another_number_of_replicas(self, before, after):
+        def make(replicas):
+            strategy = None
+            if replicas > 1:
+                strategy, missing = test_utils.chosen_strategy()
+                if missing:
+                    self.skipTest(missing)
+            return gan(strategy=strategy, partial_window="carry")
+
+        batches = cases.gan_batches([4] * 6)
+        half, resumed = make(before), make(after)
+        half.fit(test_utils.dataset(batches[:4]), verbose=0)
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(pathlib.Path(folder) / "checkpoint")
+            tf.train.Checkpoint(model=half).write(path)
+            tf.train.Checkpoint(model=resumed).read(path).expect_partial()
+            resumed.fit(test_utils.dataset(batches[4:]), verbose=0)
+        expected, initial = cases.trained_at_once([[4] * 3] * 2)
+        self.assertSameWeights(
+            resumed.get_weights(), expected.get_weights(), initial, 1e-4
+        )
 
     def test_goes_on_where_steps_were_made(self):
         model = gan(partial_window="carry", mode={"jit_compile": False})
@@ -399,6 +465,20 @@ class SeveralCallsTest(test_utils.TestCase, parameterized.TestCase):
         model.train_on_batch(*cases.gan_batches([4])[0])
         self.assertEqual(test_utils.num_microbatches(model), 1)
         self.assertEqual(test_utils.position(model), 1)
+
+    @parameterized.parameters(False, True)
+    def test_no_more_are_counted_than_there_are(self, is_replicated):
+        strategy = None
+        if is_replicated:
+            strategy, missing = test_utils.chosen_strategy()
+            if missing:
+                self.skipTest(missing)
+        model = gan(strategy=strategy, partial_window="carry")
+        # The iterator is asked once more than there are batches.
+        batches = cases.gan_batches([4] * 4)
+        model.fit(test_utils.dataset(batches), verbose=0)
+        self.assertEqual(test_utils.position(model), 1)
+        self.assertEqual(test_utils.num_microbatches(model), 1)
 
     def test_a_step_that_fails_has_added_nothing(self):
         class Fails(cases.GAN):
