@@ -30,8 +30,6 @@ class Networks(keras.Model):
         self.generator = network(NOISE, FEATURES, 1)
         self.discriminator = network(FEATURES, 1, 2)
         self.loss_fn = keras.losses.BinaryCrossentropy(from_logits=True)
-        # Without a `call`, Keras could not build it for a strategy.
-        self.built = True
 
     def compile(self, d_optimizer, g_optimizer, **kwargs):
         super().compile(**kwargs)

@@ -91,8 +91,12 @@ class SymbolicBuildMixin:
 
 
 def symbolic_build(model, data_batch) -> None:
-    """Makes all variables that a batch needs, without running it."""
-    model._symbolic_build(data_batch=data_batch)
+    """Makes all variables that a batch needs, without running it.
+
+    A model without a `call`, such as a GAN, has made them by itself.
+    """
+    if type(model).call is not keras.Model.call:
+        model._symbolic_build(data_batch=data_batch)
 
 
 def ending_training_by(optimizer, function):
