@@ -15,6 +15,7 @@ from keras_accum.epochs import Progress
 from keras_accum.losses import Losses
 from keras_accum.microbatch import Microbatch
 from keras_accum.microbatch_size import MicrobatchSize
+from keras_accum.microbatch_size import check_layers
 from keras_accum.moments import WindowMoments
 from keras_accum.nonfinite import SkipCounts
 from keras_accum.options import Options
@@ -58,7 +59,8 @@ class Accumulation:
         is_custom: Callable[[str], bool],
     ) -> None:
         self.model, self.options, self.is_custom = model, options, is_custom
-        self.is_active = options.accumulates
+        # One of the user's own is called for windows of one micro-batch, too.
+        self.is_active = options.accumulates or is_custom("update_step")
         if self.is_active:
             replicas.check_strategy()
         self.is_restored = False
@@ -84,6 +86,8 @@ class Accumulation:
         """Changes options, and makes functions anew that no longer fit."""
         before, options = self.options, self.options.replace(**changes)
         model = self.model
+        if changes.get("microbatch_size") is not None:
+            check_layers(model)
         starts = options.accumulates and not self.is_active
         if starts:
             check_optimizer(getattr(model, "optimizer", None))
@@ -125,6 +129,7 @@ class Accumulation:
             # Gradients are scaled as the old optimizer wanted them.
             self.model.reset_window()
             self.losses.forget()
+            self.window["gradients"].forget_objectives()
         self._update = None
 
     def trains_itself(self) -> bool:
@@ -156,6 +161,8 @@ class Accumulation:
 
     def make_train_function(self) -> training.TrainFunction:
         """Returns a new train function for the model."""
+        if self.size.value is not None:
+            check_layers(self.model)
         self.window["losses"].make_tracker()
         self._update = None
         return training.TrainFunction(self)
@@ -190,7 +197,7 @@ class Accumulation:
         Args:
             data: The micro-batch.
             is_first: See `new_microbatch`.
-            trains: Whether to add to the window what the step recorded.
+            trains: Whether the step trains, and not only evaluates.
             **known: See `new_microbatch`.
         """
         microbatch = self.new_microbatch(data, is_first, **known)
@@ -198,11 +205,6 @@ class Accumulation:
             if trains:
                 self.window["repeated"].start(microbatch)
             yield microbatch
-            if trains:
-                self.window.add(microbatch)
-            else:
-                # What an evaluation assigns is made the replicas' mean as well.
-                self.window["state"].add(microbatch)
 
     def flush(self) -> None:
         """Updates now, unless the window is empty."""
@@ -226,7 +228,7 @@ class Accumulation:
         position, _ = self.position.read()
         if self.size.value is None and count != position:
             self.position.write()
-            self.position.begin(self.model.optimizer.iterations)
+            self.position.begin(self.window["gradients"].updates_so_far())
             self.position.move_to(count)
 
     @contextlib.contextmanager
@@ -234,17 +236,15 @@ class Accumulation:
         """Forgets what a step has added when it fails.
 
         With `microbatch_size`, the window was empty before. With `accum_steps`,
-        a step adds as the last thing that it does. Of several replicas, or
-        calls of `accumulate`, some may have added: the window is forgotten.
+        a step adds as the last thing that it does. Of several replicas, some
+        may have added; it takes a message in every step to find that out.
         """
-        strategy = self.model.distribute_strategy
+        is_replicated = replicas.has_several(self.model.distribute_strategy)
         try:
             yield
         except (StopIteration, tf.errors.OutOfRangeError):
             raise
         except BaseException:
-            in_parts = self.window["gradients"].has_several_calls
-            is_whole = self.size.value is not None
-            if in_parts or is_whole or replicas.has_several(strategy):
+            if is_replicated or self.size.value is not None:
                 self.model.reset_window()
             raise

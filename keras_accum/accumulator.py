@@ -111,7 +111,6 @@ class GradientAccumulator:
         gradients: Sequence[Gradient],
         weight: float | tf.Tensor | None = 1.0,
         first: bool | tf.Tensor = False,
-        counts: bool = True,
     ) -> None:
         """Adds one micro-batch's gradients.
 
@@ -127,32 +126,57 @@ class GradientAccumulator:
                 was gathered before is forgotten in the same pass over the
                 memory, and `reset` is not needed. Costs least as a `bool`; a
                 bool tensor selects on the device.
-            counts: Whether this is another micro-batch; False for more
-                gradients of the one before.
 
         Raises:
             ValueError: If there are not as many gradients as variables, the
                 shape of one is not its variable's, or `weight` is no scalar.
         """
-        gradients = [arithmetic.as_gradient(gradient) for gradient in gradients]
-        arithmetic.check_lengths(gradients, self._variables)
-        arithmetic.check_shapes(gradients, self._variables)
-        arithmetic.check_weight(weight)
-        self._make_buffers(gradients)
-        values = [arithmetic.values_of(g) for g in gradients if g is not None]
+        self.add_microbatch([(gradients, weight)], first)
+
+    def add_microbatch(
+        self,
+        parts: Sequence[tuple[Sequence[Gradient], float | tf.Tensor | None]],
+        first: bool | tf.Tensor = False,
+    ) -> None:
+        """Adds the gradients of one micro-batch, which came in parts.
+
+        Args:
+            parts: Any number of gradients and their weight, each as for `add`.
+            first: As for `add`; also without any part, it starts the buffers.
+
+        Raises:
+            ValueError: As `add`.
+        """
+        parts = [
+            ([arithmetic.as_gradient(gradient) for gradient in gradients], w)
+            for gradients, w in parts
+        ]
+        for gradients, weight in parts:
+            arithmetic.check_lengths(gradients, self._variables)
+            arithmetic.check_shapes(gradients, self._variables)
+            arithmetic.check_weight(weight)
+            self._make_buffers(gradients)
+        values = [
+            arithmetic.values_of(gradient)
+            for gradients, _ in parts
+            for gradient in gradients
+            if gradient is not None
+        ]
         with tf.control_dependencies(after_all_ops(values)):
-            for variable, buffer, gradient in zip(
-                self._variables, self._buffers, gradients, strict=True
-            ):
-                arithmetic.add(variable, buffer, gradient, weight, first)
-            clear(self._weight, first)
+            starts = first
+            for gradients, weight in parts or [([None] * len(self), 0.0)]:
+                for variable, buffer, gradient in zip(
+                    self._variables, self._buffers, gradients, strict=True
+                ):
+                    arithmetic.add(variable, buffer, gradient, weight, starts)
+                clear(self._weight, starts)
+                if weight is None:
+                    self._weight.assign(tf.ones_like(self._weight))
+                else:
+                    self._weight.assign_add(tf.cast(weight, self._weight.dtype))
+                starts = False
             clear(self._count, first)
-            if weight is None:
-                self._weight.assign(tf.ones_like(self._weight))
-            else:
-                self._weight.assign_add(tf.cast(weight, self._weight.dtype))
-            if counts:
-                self._count.assign_add(1)
+            self._count.assign_add(1)
 
     def sums(self) -> list[tf.Tensor | tf.Variable]:
         """Returns what `mean` needs: the weight, and the buffers so far.

@@ -83,6 +83,8 @@ def regularize_without_rows(model: keras.Model, microbatch: Microbatch) -> None:
         share = loss / model.distribute_strategy.num_replicas_in_sync
         scaled = model.optimizer.scale_loss(share)
     microbatch.loss_without_rows = loss
-    microbatch.gradients_without_rows = tape.gradient(
-        scaled, model.trainable_weights
+    weights = model.trainable_weights
+    gradients = tape.gradient(scaled, weights)
+    microbatch.gradients_without_rows = dict(
+        zip(map(id, weights), gradients, strict=True)
     )

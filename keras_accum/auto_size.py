@@ -83,7 +83,7 @@ class Attempts:
             # All workers go on together, or try again together.
             if not failed_anywhere(strategy, logs is None):
                 break
-            put_back(accumulation, snapshot)
+            snapshot.restore()
             smaller = replicas.least_of_all(
                 strategy, size if logs is not None else smaller
             )
@@ -93,7 +93,7 @@ class Attempts:
             sizes.limit = smaller
         _, failure = catching(self._rehearse)
         if failed_anywhere(strategy, failure is not None):
-            put_back(accumulation, snapshot)
+            snapshot.restore()
             raise does_not_fit("The optimizer's update", failure)
         if sizes.record_fit(replicas.least_of_all(strategy, size)):
             model = accumulation.model
@@ -159,7 +159,7 @@ class Attempt:
             few_rows = programs.in_graph(take)(data, 2 * rows)
             return counted(self._by(rows), (few_rows,))
         finally:
-            put_back(accumulation, snapshot)
+            snapshot.restore()
 
 
 def make_rehearsal(accumulation) -> Callable:
@@ -173,14 +173,13 @@ def make_rehearsal(accumulation) -> Callable:
     is_done = model.jit_compile or replicas.on_tpu(model.distribute_strategy)
 
     def rehearse():
-        accumulator = window["gradients"].make_accumulator()
-        gradients = window["gradients"].mean(window["gradients"].sums())
-        pairs = zip(gradients, accumulator.variables, strict=True)
-        with (
-            rehearsal.computing_assignments(),
-            boundary.updating_local_copies(model),
-        ):
-            model.optimizer.apply_gradients(pairs)
+        gradients = window["gradients"]
+        for update in gradients.updates(gradients.sums()):
+            with (
+                rehearsal.computing_assignments(),
+                boundary.updating_local_copies(model, update.optimizer),
+            ):
+                update.apply()
 
     function = programs.in_graph(programs.running(model, rehearse))
 
@@ -206,17 +205,10 @@ def snapshot_of(accumulation) -> replicas.Snapshot:
         ]
         if id(variable) not in trained
     ]
-    # Subsets of them are set to zero by themselves.
     buffers = set(map(id, window["gradients"].variables))
     listed = buffers | set(map(id, variables))
     others = [v for v in window.variables if id(v) not in listed]
     return replicas.Snapshot(model.distribute_strategy, variables + others)
-
-
-def put_back(accumulation, snapshot: replicas.Snapshot) -> None:
-    """Puts back what `snapshot_of` returned, and what starts with zeros."""
-    snapshot.restore()
-    accumulation.window["gradients"].reset_subsets()
 
 
 def local_leaves(strategy, data):

@@ -65,18 +65,20 @@ def update(model: keras.Model, window: Window) -> None:
     totals_window, totals = _TOTALS.get()
     if totals_window is not window:
         totals = sums_of_all(window)
-    gradients, nonfinite = window["gradients"], window["nonfinite"]
-    applies = None
+    nonfinite, applies = window["nonfinite"], None
     if model.trainable_weights:
-        means = gradients.mean(totals["gradients"])
+        # All of them before the first one moves a weight.
+        updates = window["gradients"].updates(totals["gradients"])
         applies = nonfinite.applies(totals["nonfinite"], totals["gradients"])
-        with (
-            updating_local_copies(model),
-            nonfinite.updating_if(applies, totals["nonfinite"]),
-        ):
-            model.optimizer.apply_gradients(
-                zip(means, model.trainable_weights, strict=True)
-            )
+        for each in updates:
+            is_only = len(updates) == 1
+            with (
+                updating_local_copies(model, each.optimizer),
+                nonfinite.updating_if(
+                    applies, totals["nonfinite"], each, is_only
+                ),
+            ):
+                each.apply()
     window.close(totals, applies)
 
 
@@ -88,14 +90,16 @@ def sums_of_all(window: Window) -> dict[str, list[tf.Tensor]]:
 
 
 @contextlib.contextmanager
-def updating_local_copies(model: keras.Model) -> Iterator[None]:
-    """Makes the optimizer update a replica's copies, and ask no other."""
+def updating_local_copies(
+    model: keras.Model, optimizer: keras.Optimizer
+) -> Iterator[None]:
+    """Makes an optimizer update a replica's copies, and ask no other."""
     strategy = model.distribute_strategy
     if not replicas.has_copies(strategy):
         yield
         return
     on_tpu = replicas.on_tpu(strategy)
-    with compat.without_communication(model.optimizer, on_tpu):
+    with compat.without_communication(optimizer, on_tpu):
         yield
 
 

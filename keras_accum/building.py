@@ -7,12 +7,11 @@ from keras_accum import compat
 from keras_accum import replicas
 
 
-def build_optimizer(model: keras.Model) -> None:
-    """Makes the optimizer's variables, unless they exist."""
-    optimizer = model.optimizer
+def build_optimizer(optimizer: keras.Optimizer, variables) -> None:
+    """Makes an optimizer's variables, unless they exist, as Keras does."""
     if not optimizer.built:
         with keras.name_scope(optimizer.name, caller=optimizer):
-            optimizer.build(model.trainable_weights)
+            optimizer.build(variables)
 
 
 def build_optimizer_early(model: keras.Model, is_needed: bool) -> None:
@@ -33,7 +32,10 @@ def build_optimizer_early(model: keras.Model, is_needed: bool) -> None:
         or isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     )
     if is_late and not optimizer.built:
-        replicas.on_each(strategy, lambda: build_optimizer(model))
+        replicas.on_each(
+            strategy,
+            lambda: build_optimizer(optimizer, model.trainable_weights),
+        )
 
 
 def build_for(accumulation, data) -> None:
@@ -49,7 +51,7 @@ def build_for(accumulation, data) -> None:
     local = replicas.first_local(strategy, data)
     with strategy.scope():
         if model.built:
-            build_optimizer(model)
+            build_optimizer(model.optimizer, model.trainable_weights)
         compat.symbolic_build(model, local)
     if compiled is not None and compat.output_metrics(compiled):
         window_losses.make_output_trackers()

@@ -1,7 +1,9 @@
-"""Where in a user's code something was called, for what an error says."""
+"""Where in a user's code something was called."""
 
+import inspect
 import pathlib
 import traceback
+from collections.abc import Callable
 
 import keras
 
@@ -15,3 +17,19 @@ def line_of_caller() -> str:
         if not frame.filename.startswith(folders):
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return "an unknown line"
+
+
+def path_from(function: Callable) -> tuple:
+    """Returns by which calls a function has come to what calls this.
+
+    Two calls from one place in the code have the same path, such as those of a
+    loop, and two from different places have not.
+
+    Args:
+        function: One that is on the stack; else the path is the whole stack.
+    """
+    frame, path = inspect.currentframe().f_back, []
+    while frame is not None and frame.f_code is not function.__code__:
+        path.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(path)

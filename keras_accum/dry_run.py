@@ -129,16 +129,17 @@ def train_on(accumulation, weight_of, is_first, data, **known):
     with contextlib.ExitStack() as stack:
         if weight_of is not None:
             weight = weight_of(first_batch.rows_of(data))
+            accumulate = functools.partial(accumulate_with, model, weight)
             stack.enter_context(
-                compat.attribute(
-                    model,
-                    "accumulate",
-                    lambda gradients, *args, **kwargs: type(model).accumulate(
-                        model, gradients, **kwargs | {"weight": weight}
-                    ),
-                )
+                compat.attribute(model, "accumulate", accumulate)
             )
         return steps.train_microbatch(accumulation, is_first, data, **known)
+
+
+def accumulate_with(model, other, gradients, weight=1.0, optimizer=None):
+    """Calls `accumulate` with another weight than the one that was given."""
+    del weight
+    type(model).accumulate(model, gradients, other, optimizer)
 
 
 def result_of(accumulation) -> Result:
@@ -149,18 +150,22 @@ def result_of(accumulation) -> Result:
     def end():
         sums = window.sums()
         # Each replica has seen the whole batch: they all have the same.
-        means = window["gradients"].mean(sums["gradients"])
+        updates = window["gradients"].updates(sums["gradients"])
         window["moments"].close(sums["moments"], None)
-        return means
+        return {
+            name_in(updates, update, variable): mean
+            for update in updates
+            for variable, mean in zip(
+                update.variables, update.gradients, strict=True
+            )
+            if mean is not None
+        }
 
-    means = programs.running(model, end)()
-    accumulator = window["gradients"].make_accumulator()
     gradients = {
-        variable.path: np.asarray(
+        name: np.asarray(
             strategy.experimental_local_results(mean)[0], "float64"
         )
-        for variable, mean in zip(accumulator.variables, means, strict=True)
-        if mean is not None
+        for name, mean in programs.running(model, end)().items()
     }
     tracker = compat.loss_tracker(model)
     local = replicas.copies(strategy, tracker.window)[0]
@@ -181,3 +186,10 @@ def result_of(accumulation) -> Result:
         findings,
         known.needs_denominators,
     )
+
+
+def name_in(updates, update, variable) -> str:
+    """Returns what to call the gradient of a variable in an update."""
+    if len(updates) == 1:
+        return variable.path
+    return f"{variable.path}, for {update.optimizer.name}"

@@ -14,6 +14,7 @@ from keras_accum import microbatching
 from keras_accum import programs
 from keras_accum import steps
 from keras_accum.control_flow import after
+from keras_accum.microbatch_size import check_layers
 
 
 def make_test_function(accumulation) -> Callable:
@@ -24,6 +25,8 @@ def make_test_function(accumulation) -> Callable:
     takes each batch as a whole.
     """
     model, size = accumulation.model, accumulation.size.rows
+    if size is not None:
+        check_layers(model)
     first, next_ = (
         functools.partial(steps.test_microbatch, accumulation, is_first)
         for is_first in (True, False)
@@ -75,6 +78,8 @@ def make_test_function(accumulation) -> Callable:
 def make_predict_function(accumulation) -> Callable:
     """Returns a predict function, for the same cases."""
     model, size = accumulation.model, accumulation.size.rows
+    if size is not None:
+        check_layers(model)
     predict = microbatching.concatenating(model, model.predict_step, size)
 
     def step(data):

@@ -38,6 +38,13 @@ def weighted(gradient, weight, dtype) -> Gradient:
     )
 
 
+def add_two(gradient, other) -> Gradient:
+    """Returns the sum of two gradients, each of which may be None."""
+    if gradient is None or other is None:
+        return other if gradient is None else gradient
+    return tf.convert_to_tensor(gradient) + tf.convert_to_tensor(other)
+
+
 def keep_unless(first, value) -> tf.Tensor:
     """Returns `value`, or zeros if `first`; a NaN is forgotten too."""
     return tf.where(first, tf.zeros_like(value), value)

@@ -17,16 +17,17 @@ import tensorflow as tf
 from keras_accum import added_losses
 from keras_accum import compat
 from keras_accum import microbatch as microbatches
-from keras_accum import steps
+from keras_accum import overrides
 from keras_accum import warned
 from keras_accum import weighting
 from keras_accum.coupling import Kind
 from keras_accum.findings import Findings
-from keras_accum.loss_tracker import WindowLoss
 from keras_accum.microbatch import Microbatch
 from keras_accum.rows import number_of_rows
+from keras_accum.steps import forward
 from keras_accum.whole_loss import surrogate
 from keras_accum.window_losses import WindowLosses
+from keras_accum.window_losses import add_recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,13 +221,13 @@ class Losses:
             and not self._is_custom("train_step")
             and (
                 self._model.built
-                or steps.is_default(type(self._model).train_step)
+                or overrides.is_default(type(self._model).train_step)
             )
         )
 
     def have_own_step(self) -> bool:
         """Returns whether a user's `train_step` computes the loss."""
-        is_own = steps.is_own(type(self._model).train_step)
+        is_own = overrides.is_own(type(self._model).train_step)
         return is_own or self._is_custom("train_step")
 
     def use_whole_batch(self, trains: bool = True) -> bool:
@@ -242,7 +243,7 @@ class Losses:
             self._found.couples_rows
             and self._found.is_apart
             and self._model.microbatch_size is not None
-            and steps.is_default(getattr(type(self._model), name))
+            and overrides.is_default(getattr(type(self._model), name))
             and not self._is_custom(name)
         )
 
@@ -276,7 +277,7 @@ class Losses:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         compiled = compat.compiled_loss(model)
         with keras.StatelessScope(collect_losses=True) as scope:
-            y_pred = steps.forward(model, x, training=True)
+            y_pred = forward(model, x, training=True)
         if compiled is not None and not compat.is_built(compiled):
             compat.build_compiled_losses(compiled, y, y_pred, sample_weight)
         divisors = self._divisors(x, y, y_pred, sample_weight)
@@ -423,28 +424,3 @@ class Losses:
         ):
             self.warn_once(warned.REGULARIZERS)
         self._found_sum = is_sum
-
-
-def add_recorded(
-    tracker: WindowLoss, microbatch: Microbatch, weight: tf.Tensor | None
-) -> None:
-    """Adds the recorded loss of an output, as that of a micro-batch.
-
-    Args:
-        tracker: The output's metric.
-        microbatch: The micro-batch.
-        weight: The denominator of the loss; None if it is a sum.
-    """
-    recorded = microbatch.recorded_losses.pop(id(tracker), None)
-    if recorded is None:
-        return
-    loss, rows = recorded
-    if rows is None:
-        # Where the number of rows is not known while tracing, Keras counts
-        # each batch once, and so a window.
-        rows = tf.cast(microbatch.is_first, tf.int32)
-    else:
-        rows = microbatch.or_nothing(rows)
-    tracker.add(
-        microbatch.or_nothing(loss), microbatch.or_nothing(weight), rows
-    )

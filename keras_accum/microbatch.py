@@ -11,11 +11,14 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum.calls import Call
 from keras_accum.finite import is_finite
+from keras_accum.gradients import Gradient
 from keras_accum.gradients import choose_all
 from keras_accum.gradients import select_all
 from keras_accum.layer_moments import Moments
 from keras_accum.layer_moments import moments_of
+from keras_accum.origins import Origins
 
 # A user's `train_step` stands between who sets it and who reads it. Replicas
 # are traced in threads of their own, each with a context of its own.
@@ -44,11 +47,14 @@ class Microbatch:
         nonfinite: As above.
         is_finite: Whether its gradients are; a bool tensor. None if that is
             not known yet, or does not matter.
-        accumulated: The gradients, and their weight, of each call of
-            `accumulate`, as they count.
+        calls: Those of `accumulate`, in their order. They are added to the
+            window when the step is over, and there is no doubt that it counts.
+        origins: What the gradients of its tapes are of.
+        graph: The graph that its step is traced in, if any.
         row_share: If `is_share`, how much a mean over the rows counts.
         loss_without_rows: The loss if there are no rows, or none count.
-        gradients_without_rows: Its gradients, or None if they are zeros.
+        gradients_without_rows: Its gradients, by the `id` of the variable,
+            where they are not zeros.
         moments: The `Moments` of its calls of layers that normalize over it.
         assigned: Keras's variables that it assigns, by `id`.
         recorded_losses: What the metrics of single outputs were given, by `id`.
@@ -70,10 +76,11 @@ class Microbatch:
         self.has_rows = has_rows
         self.denominators, self.whole = denominators, whole
         self.is_finite = None
-        self.accumulated: list[tuple[list, tf.Tensor | None]] = []
+        self.calls: list[Call] = []
+        self.origins = Origins()
         self.row_share = None
         self.loss_without_rows = tf.zeros(())
-        self.gradients_without_rows = None
+        self.gradients_without_rows: dict[int, Gradient] = {}
         self.moments: list[Moments] = []
         self.assigned: dict[int, keras.Variable] = {}
         self.recorded_losses: dict[int, tuple] = {}
@@ -82,8 +89,9 @@ class Microbatch:
         self._first = first
         self.nonfinite = nonfinite
         self._changes_nothing = not is_replicated and nonfinite == "propagate"
-        self._graph = compat.current_graph()
+        self.graph = compat.current_graph()
         self._before = {}
+        self._looked_at: list = []
         self._statistics = set()
         self._measured = None
 
@@ -134,18 +142,28 @@ class Microbatch:
             measure: A function without arguments.
         """
         # A branch's tensors are not known outside of it.
-        if compat.current_graph() is not self._graph:
+        if compat.current_graph() is not self.graph:
             return measure()
         leaves = keras.tree.flatten(batch)
         if self._measured is None or not is_same(self._measured[0], leaves):
             self._measured = leaves, measure()
         return self._measured[1]
 
+    def not_looked_at(self, gradients: Sequence) -> list:
+        """Returns those that it has not returned before."""
+        seen = set(map(id, self._looked_at))
+        new = [g for g in gradients if g is not None and id(g) not in seen]
+        # They are kept, and so their `id`s.
+        self._looked_at += new
+        return new
+
     def find_finite(self, is_finite: tf.Tensor) -> None:
-        """Decides whether the gradients are finite, by a bool tensor.
+        """Decides whether some gradients are finite, by a bool tensor.
 
         If not, the variables assigned so far get back what they held.
         """
+        if self.is_finite is not None:
+            is_finite = tf.logical_and(self.is_finite, is_finite)
         for variable, before in self._before.values():
             variable.assign(tf.where(is_finite, variable.value, before))
         # Only now: what is assigned is selected by it from here on.
@@ -165,28 +183,23 @@ class Microbatch:
             return value
         return self.value_or(value, tf.zeros_like(value))
 
-    def gradients_or_nothing(
-        self, gradients: Sequence, indices: Sequence[int]
-    ) -> list:
-        """Returns gradients, or others if the micro-batch does not count.
-
-        Args:
-            gradients: Of some of the trainable weights.
-            indices: Which these are.
-        """
+    def gradients_or_nothing(self, call: Call) -> list:
+        """Returns a call's gradients, or those without rows if none count."""
         if self.counts is None:
-            return list(gradients)
-        others = [None] * len(gradients)
-        # Once: further calls of a step add to the first.
-        if self.gradients_without_rows and not self.accumulated:
-            others = [self.gradients_without_rows[index] for index in indices]
+            return call.gradients
         choose = choose_all if self.is_finite is None else select_all
-        return choose(self.counts, gradients, others)
+        return choose(self.counts, call.gradients, call.without_rows)
+
+    def record(self, call: Call, place: tuple) -> None:
+        """Records a call of `accumulate`, and where in the step it is."""
+        self.calls.append(call.placed(place, self.gradients_without_rows))
+        # They belong to the first call after the loss was computed.
+        self.gradients_without_rows = {}
 
     def _record_moments(self, layer, *inputs_and_moments):
         # Tensors of another graph, such as that of a loop, stay in it. Then the
         # layer does what it does in Keras.
-        if compat.current_graph() is self._graph:
+        if compat.current_graph() is self.graph:
             self.moments.append(moments_of(layer, *inputs_and_moments))
             self._statistics |= set(map(id, compat.moving_statistics(layer)))
 
@@ -201,7 +214,8 @@ class Microbatch:
         if self._changes_nothing or not is_floating:
             return value
         self.assigned[id(variable)] = variable
-        if self.nonfinite == "skip_microbatch" and self.is_finite is None:
+        # Also where some gradients were looked at: others may follow.
+        if self.nonfinite == "skip_microbatch":
             self._record_value(variable)
         if self.nonfinite == "skip_window":
             # The gradients are looked at too late for that.
@@ -211,7 +225,7 @@ class Microbatch:
 
     def _record_value(self, variable):
         if (
-            compat.current_graph() is self._graph
+            compat.current_graph() is self.graph
             and id(variable) not in self._before
         ):
             self._before[id(variable)] = variable, tf.identity(variable.value)

@@ -1,7 +1,9 @@
 """How many rows make a micro-batch: what is given, or what was found to fit."""
 
+import keras
 from absl import logging
 
+from keras_accum import compat
 from keras_accum.options import AUTO
 
 
@@ -46,3 +48,16 @@ class MicrobatchSize:
                 found,
             )
         return True
+
+
+def check_layers(model: keras.Model) -> None:
+    """Raises a `ValueError` if rows of a batch would be taken as its past."""
+    stateful = compat.stateful_layers(model)
+    if stateful:
+        raise ValueError(
+            "`microbatch_size` does not work with recurrent layers that are "
+            "`stateful`: each goes on, row by row, from the state that the "
+            "batch before has left, and the rows of one batch do not follow "
+            "each other in time. Use `accum_steps`, with batches as they "
+            f"follow each other. Received: stateful layer {stateful[0].name!r}"
+        )

@@ -8,11 +8,11 @@ windows begin and end, and what Keras is told of it.
 
 import functools
 import warnings
+from collections.abc import Iterable
 
 import keras
 import tensorflow as tf
 
-from keras_accum import accumulate
 from keras_accum import boundary
 from keras_accum import building
 from keras_accum import compat
@@ -21,9 +21,13 @@ from keras_accum import evaluation
 from keras_accum import functional
 from keras_accum import iterators
 from keras_accum import microbatch
+from keras_accum import overrides
 from keras_accum import sharing
+from keras_accum import steps
 from keras_accum.accumulation import Accumulation
+from keras_accum.calls import make_call
 from keras_accum.checkpoint import WindowCheckpoint
+from keras_accum.gradients import Gradient
 from keras_accum.options import AccumSteps
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
@@ -65,9 +69,9 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         super().__init__(*args, **kwargs)
 
     def _start_accumulation(self, options):
-        accumulation = Accumulation(
-            self, options, functools.partial(is_custom, self)
-        )
+        ours = GradientAccumulationMixin
+        is_custom = functools.partial(overrides.is_custom, self, ours)
+        accumulation = Accumulation(self, options, is_custom)
         compat.set_untracked(self, "_accumulation", accumulation)
         checkpoint = WindowCheckpoint(accumulation)
         compat.set_untracked(self, "_accum_checkpoint", checkpoint)
@@ -115,7 +119,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         )
         with made.distribute_strategy.scope():
             made._start_accumulation(options)
-        if options.accumulates:
+        if made._accumulation.is_active:
             check_optimizer(getattr(made, "optimizer", None))
         return made
 
@@ -223,9 +227,11 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         if not is_ours or accumulation.is_custom("train_step"):
             return super().train_step(data)
         if not in_window:
-            with accumulation.microbatch(data):
+            with accumulation.microbatch(data) as current:
                 # Not that of a subclass, which has called this one.
-                return GradientAccumulationMixin.train_step(self, data)
+                logs = GradientAccumulationMixin.train_step(self, data)
+                accumulation.window.add(current)
+                return logs
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape:
             y_pred = forward(self, x, training=True)
@@ -272,7 +278,46 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         accumulation.losses.count(loss, *batch)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    accumulate = accumulate.accumulate
+    def accumulate(
+        self,
+        gradients: Iterable[Gradient | tuple[Gradient, keras.Variable]],
+        weight: float | tf.Tensor | None = 1.0,
+        optimizer: keras.Optimizer | None = None,
+    ) -> None:
+        """Adds gradients to the window.
+
+        A `train_step` of your own calls it in place of `apply_gradients`, any
+        number of times. With `accum_steps=1` it is that call. Calls from one
+        place in the code, as in a loop, are parts of one loss; from different
+        places they are of different losses, each with a mean of its own, and
+        the optimizer is given the sum of the means.
+
+        All gradients of a window are those of the weights at its start. To
+        train networks in turn, one after the other's update, give each windows
+        of its own: see `GradientAccumulator`.
+
+        Args:
+            gradients: Pairs, as for `apply_gradients`, of some of the trainable
+                weights or all; or gradients of all, in the order of
+                `self.trainable_weights`. None where there is none. Gradients of
+                `optimizer.scale_loss(loss)`, as in Keras.
+            weight: How much they count: the denominator of the loss, for a mean
+                the number of rows. A scalar; None if the loss is a sum. Take
+                the mean of a loss per row first: a tape adds up its values.
+            optimizer: Whose update they are for, if not `self.optimizer`'s.
+
+        Raises:
+            TypeError: If a pair, the weight or the optimizer is none.
+            ValueError: If there are not as many gradients as trainable weights,
+                a variable is none of these, or a shape is not its variable's.
+        """
+        current = microbatch.current(self)
+        origins = None if current is None else current.origins
+        call = make_call(self, gradients, weight, optimizer, origins)
+        if current is not None or self._accumulation.is_active:
+            steps.accumulate(self._accumulation, call)
+        else:
+            call.apply()
 
     def microbatch_weight(
         self, x, y, y_pred, sample_weight=None
@@ -395,17 +440,3 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
 
     def _build_from(self, iterator, data_batch):
         building.build_from(self, iterator, data_batch)
-
-
-def is_custom(model: GradientAccumulationMixin, name: str) -> bool:
-    """Returns whether a method of a model is not ours, nor Keras's.
-
-    Args:
-        model: The model.
-        name: "train_step" or "test_step", which are not ours if a class behind
-            the mixin has another; or "microbatch_weight".
-    """
-    if name == "microbatch_weight":
-        ours = GradientAccumulationMixin.microbatch_weight
-        return type(model).microbatch_weight is not ours
-    return compat.has_custom_step(model, GradientAccumulationMixin, name)

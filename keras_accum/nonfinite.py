@@ -32,13 +32,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_accum import building
 from keras_accum import compat
 from keras_accum import finite
 from keras_accum import replicas
 from keras_accum import selection
 from keras_accum.gradients import Gradient
 from keras_accum.microbatch import Microbatch
+from keras_accum.objectives import Update
 from keras_accum.window import Part
 
 LOG_NAMES = {
@@ -104,21 +104,23 @@ class SkipCounts(Part):
     def check(
         self, microbatch: Microbatch, gradients: Sequence[Gradient]
     ) -> None:
-        """Decides whether a micro-batch counts, if that is the policy."""
+        """Decides whether a micro-batch counts, if that is the policy.
+
+        It is asked as soon as there are gradients, and again if there are more.
+        """
         if self.policy != "skip_microbatch":
             return
-        if microbatch.accumulated:
-            raise ValueError(
-                "`train_step` must call `accumulate` once with "
-                '`nonfinite="skip_microbatch"`: what a call has added cannot '
-                'be left out after another one. Use "skip_window".'
-            )
-        if microbatch.is_finite is not None:
-            return
         self.make_variables()
-        on_cpu = replicas.on_cpu(self._skipped)
-        is_finite = finite.all_finite(gradients, on_cpu)
-        microbatch.find_finite(is_finite)
+        gradients = microbatch.not_looked_at(gradients)
+        if gradients or microbatch.is_finite is None:
+            on_cpu = replicas.on_cpu(self._skipped)
+            microbatch.find_finite(finite.all_finite(gradients, on_cpu))
+
+    def add(self, microbatch: Microbatch) -> None:
+        """Counts a micro-batch."""
+        if microbatch.is_finite is None:
+            return
+        is_finite = microbatch.is_finite
         bad = tf.cast(tf.logical_not(is_finite), tf.float32)
         counts = tf.stack([bad, tf.cast(microbatch.counts, tf.float32)])
         if microbatch.is_first is True:
@@ -186,31 +188,46 @@ class SkipCounts(Part):
             )
 
     @contextlib.contextmanager
-    def updating_if(self, applies, totals) -> Iterator[None]:
+    def updating_if(
+        self, applies, totals, update: Update, is_only: bool
+    ) -> Iterator[None]:
         """Keeps an update from changing anything, unless it applies.
 
         Args:
             applies: What `applies` returned.
             totals: As for `applies`.
+            update: The update.
+            is_only: Whether the window makes no other.
         """
-        optimizer = self._model.optimizer
+        optimizer = update.optimizer
         scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        # That one makes no update of what is not finite, by itself, and lowers
-        # its scale.
-        if applies is None or (self.policy == "skip_window" and scales):
+        lowers = scales and self.policy == "skip_microbatch"
+        if scales and self.policy == "skip_window":
+            # That one makes no update of what is not finite, by itself, and
+            # lowers its scale. Others' gradients are not its scale's fault.
+            applies = (
+                None
+                if is_only
+                else applies | ~finite.all_finite(update.gradients)
+            )
+        if update.is_made is not None:
+            applies = (
+                update.is_made if applies is None else applies & update.is_made
+            )
+        if applies is None:
             yield
             return
-        building.build_optimizer(self._model)
-        variables = self._model.trainable_weights + optimizer.variables
+        update.build_optimizer()
+        variables = update.variables + optimizer.variables
         local = [
             compat.local_variable(variable.value) for variable in variables
         ]
-        if scales:
+        if lowers:
             scale = compat.local_variable(optimizer.dynamic_scale.value)
             before = tf.identity(scale)
         with selection.assigning_if(applies, local):
             yield
-        if scales:
+        if lowers:
             # It does not see the micro-batches that were left out. With the
             # same scale the next ones would be, too, and so for ever.
             lower_scale(optimizer, totals[0][0] > 0, before)

@@ -1,12 +1,15 @@
 """One step of training or of evaluation, in one replica, on one micro-batch."""
 
-import inspect
-from collections.abc import Callable
+import contextlib
 
 import keras
 
 from keras_accum import callers
 from keras_accum import compat
+from keras_accum import microbatch as microbatches
+from keras_accum.calls import Call
+from keras_accum.microbatch import Microbatch
+from keras_accum.options import check_optimizer
 
 
 def forward(model: keras.Model, x, training: bool):
@@ -14,24 +17,6 @@ def forward(model: keras.Model, x, training: bool):
     if compat.takes_training_argument(model):
         return model(x, training=training)
     return model(x)
-
-
-def is_own(step: Callable) -> bool:
-    """Returns whether a step is a user's that does not call ours.
-
-    Args:
-        step: A `train_step`, as a class has it.
-    """
-    if is_default(step):
-        return False
-    code = getattr(inspect.unwrap(step), "__code__", None)
-    # What calls `super()` has its class at hand.
-    return code is None or "__class__" not in code.co_freevars
-
-
-def is_default(step: Callable) -> bool:
-    """Returns whether a step is ours: a class has not overridden it."""
-    return step.__module__.startswith(__package__ + ".")
 
 
 def train_microbatch(accumulation, is_first: bool, data, **known) -> dict:
@@ -46,30 +31,102 @@ def train_microbatch(accumulation, is_first: bool, data, **known) -> dict:
     Returns:
         The logs.
     """
+    microbatch = accumulation.microbatch(data, is_first, **known)
+    with microbatch as current:
+        logs = call_train_step(accumulation, current, data)
+        accumulation.window.add(current)
+    return logs
+
+
+def call_train_step(accumulation, microbatch: Microbatch, data) -> dict:
+    """Calls the model's `train_step`, which is to record what it accumulates.
+
+    Args:
+        accumulation: What the model accumulates in.
+        microbatch: The micro-batch, which is the current one.
+        data: Its rows.
+
+    Returns:
+        The logs.
+    """
     model = accumulation.model
 
-    def refuse(optimizer):
-        if optimizer is model.optimizer:
-            raise RuntimeError(
-                "`train_step` must leave the update to the model, since it "
-                "accumulates. Call `self.accumulate(gradients, weight)` in "
-                "place of the optimizer, with the number of rows as `weight` "
-                f"if the loss is a mean. Received: {callers.line_of_caller()}"
-            )
+    def refuse(optimizer, variables):
+        whose = ""
+        if optimizer is not model.optimizer:
+            weights = set(map(id, model.weights))
+            weights |= {id(weight.value) for weight in model.weights}
+            # Of what the model does not have, it accumulates nothing.
+            if weights.isdisjoint(map(id, variables)):
+                return
+            whose = ", optimizer=self.my_optimizer"
+        raise RuntimeError(
+            "`train_step` must leave the update to the model, since it "
+            "accumulates. In place of the optimizer, call `self.accumulate("
+            f"zip(gradients, variables), weight{whose})`, with the number of "
+            "rows as `weight` if the loss is a mean. "
+            f"Received: {callers.line_of_caller()}"
+        )
 
-    with (
-        accumulation.microbatch(data, is_first, **known) as microbatch,
-        compat.before_updates(refuse),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compat.before_updates(refuse))
+        if accumulation.is_custom("train_step", in_front=True):
+            record = microbatch.origins.record
+            stack.enter_context(compat.recording_gradients(record))
         logs = model.train_step(data)
-        if model.trainable_weights and not microbatch.accumulated:
-            raise RuntimeError(
-                "`train_step` returned without a call of `self.accumulate`. "
-                "A `train_step` of your own must call "
-                "`self.accumulate(gradients, weight)`, where one that does not "
-                "accumulate would call `self.optimizer.apply_gradients`."
-            )
+    if model.trainable_weights and not microbatch.calls:
+        raise RuntimeError(
+            "`train_step` returned without a call of `self.accumulate`. "
+            "A `train_step` of your own must call "
+            "`self.accumulate(zip(gradients, variables), weight)`, where one "
+            "that does not accumulate would call "
+            "`self.optimizer.apply_gradients`."
+        )
     return logs
+
+
+def accumulate(accumulation, call: Call) -> None:
+    """Records a call of `accumulate` in its micro-batch, or makes it one.
+
+    Args:
+        accumulation: What the model accumulates in.
+        call: The call.
+    """
+    check_optimizer(call.optimizer)
+    window = accumulation.window
+    microbatch = microbatches.current(accumulation.model)
+    if microbatch is None:
+        # By hand, outside of any step: nobody says where one begins and ends.
+        microbatch = accumulation.new_microbatch()
+        window["nonfinite"].check(microbatch, call.gradients)
+        microbatch.record(call, place=())
+        window.add(microbatch)
+        return
+    check_is_in_step(microbatch)
+    if call.weight is not None and microbatch.origins.is_of_vector(
+        call.gradients
+    ):
+        accumulation.losses.warn_once(
+            "`accumulate` was given gradients of a loss with several values, "
+            "and a `weight`. A tape adds the values up, and a weight is the "
+            "denominator of a mean: take the mean before the gradient, as with "
+            "`tf.reduce_mean`, or give `weight=None` if the loss is a sum."
+        )
+    window["nonfinite"].check(microbatch, call.gradients)
+    microbatch.record(call, callers.path_from(call_train_step))
+
+
+def check_is_in_step(microbatch: Microbatch) -> None:
+    """Raises a `RuntimeError` where TensorFlow decides how often code runs."""
+    if compat.current_graph() is not microbatch.graph:
+        raise RuntimeError(
+            "`accumulate` must be called by `train_step` itself, and not in a "
+            "`tf.function`, a `tf.cond` or a loop of TensorFlow, which run as "
+            "often as TensorFlow decides. Leave out a decorator "
+            "`@tf.function`, since `fit` compiles the step; or return the "
+            "gradients, zeros where there are none, and call `accumulate` "
+            f"after it. Received: {callers.line_of_caller()}"
+        )
 
 
 def test_microbatch(accumulation, is_first: bool, data, **known) -> dict:
@@ -88,8 +145,11 @@ def test_microbatch(accumulation, is_first: bool, data, **known) -> dict:
     """
     model = accumulation.model
     function = model.test_function
-    with accumulation.microbatch(data, is_first, trains=False, **known):
+    microbatch = accumulation.microbatch(data, is_first, trains=False, **known)
+    with microbatch as current:
         logs = model.test_step(data)
+        # What an evaluation assigns is made the replicas' mean as well.
+        accumulation.window["state"].add(current)
     # Replacing a metric asks for another function, and it is just made.
     model.test_function = function
     return logs

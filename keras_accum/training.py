@@ -22,6 +22,7 @@ from collections.abc import Callable
 from keras_accum import auto_size
 from keras_accum import boundary
 from keras_accum import building
+from keras_accum import discovery
 from keras_accum import each_microbatch
 from keras_accum import first_batch
 from keras_accum import loops
@@ -192,6 +193,7 @@ class Programs:
 
         def step(data):
             in_branches = place == positions.ON_DEVICE
+            discovery.find_optimizers(accumulation, data)
             building.build_for_resumed(accumulation, data, in_branches)
             is_first = place.is_first
             if is_first is None:
@@ -220,13 +222,13 @@ class Programs:
 
     def _start(self, place, data):
         """Starts a window."""
-        accumulation, model = self._accumulation, self._accumulation.model
+        accumulation = self._accumulation
         if place == positions.WHOLE:
             return self.first(args=(data,))
         if place == positions.ON_DEVICE:
-            strategy = model.distribute_strategy
+            strategy = accumulation.model.distribute_strategy
             size = accumulation.position.begin(
-                model.optimizer.iterations,
+                accumulation.window["gradients"].updates_so_far(),
                 lambda: rows.total_count(strategy, data),
                 strategy.num_replicas_in_sync,
             )

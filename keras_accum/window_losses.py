@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_accum import compat
 from keras_accum import replicas
 from keras_accum.loss_tracker import WindowLoss
+from keras_accum.microbatch import Microbatch
 from keras_accum.window import Part
 from keras_accum.window import if_applied
 
@@ -116,3 +117,28 @@ class WindowLosses(Part):
                 value = self._restored.pop(index)
                 strategy = self._model.distribute_strategy
                 replicas.assign_total(strategy, variable, value)
+
+
+def add_recorded(
+    tracker: WindowLoss, microbatch: Microbatch, weight: tf.Tensor | None
+) -> None:
+    """Adds the recorded loss of an output, as that of a micro-batch.
+
+    Args:
+        tracker: The output's metric.
+        microbatch: The micro-batch.
+        weight: The denominator of the loss; None if it is a sum.
+    """
+    recorded = microbatch.recorded_losses.pop(id(tracker), None)
+    if recorded is None:
+        return
+    loss, rows = recorded
+    if rows is None:
+        # Where the number of rows is not known while tracing, Keras counts
+        # each batch once, and so a window.
+        rows = tf.cast(microbatch.is_first, tf.int32)
+    else:
+        rows = microbatch.or_nothing(rows)
+    tracker.add(
+        microbatch.or_nothing(loss), microbatch.or_nothing(weight), rows
+    )

@@ -29,5 +29,24 @@ class CallersTest(tf.test.TestCase):
         self.assertRegex(lines[0], r"callers_test\.py:\d+: callbacks\.on_train")
 
 
+class PathTest(tf.test.TestCase):
+    def test_a_loop_is_one_place(self):
+        def place():
+            return callers.path_from(start)
+
+        def step():
+            looped = [place() for _ in range(2)]
+            return [*looped, place(), place()]
+
+        def start():
+            return step()
+
+        first, second, third, last = start()
+        self.assertEqual(first, second)
+        self.assertLen({first, third, last}, 3)
+        # And it is the same the next time.
+        self.assertEqual([first, second, third, last], start())
+
+
 if __name__ == "__main__":
     tf.test.main()

@@ -252,10 +252,16 @@ class KerasTest(tf.test.TestCase):
             optimizer.apply([tf.constant(1.0)], [variable])
 
         with mock.patch.object(keras.optimizers.Optimizer, "apply", patched):
-            with compat.before_updates(lambda _: calls.append("ours")):
+            with compat.before_updates(lambda *_: calls.append("ours")):
                 update()
             update()
         self.assertEqual(calls, ["ours", "patch", "patch"])
+        # Without variables, they are those that it was built for.
+        given, zeros = [], [tf.constant(0.0)]
+        with compat.before_updates(lambda _, some: given.extend(some)):
+            optimizer.apply(zeros)
+            optimizer.apply(zeros, trainable_variables=[variable])
+        self.assertEqual(list(map(id, given)), [id(variable)] * 2)
         self.assertNotIn("apply", vars(keras.optimizers.Optimizer))
         self.assertAllEqual(variable, 0.0)
 

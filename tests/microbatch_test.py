@@ -6,7 +6,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_accum import calls
 from keras_accum import microbatch
+
+
+def call_of(gradients, variables=None):
+    """A call of `accumulate`."""
+    return calls.Call(None, variables or [None] * len(gradients), gradients, 1)
 
 
 class CurrentTest(tf.test.TestCase):
@@ -31,17 +37,22 @@ class CountsTest(tf.test.TestCase):
         self.assertIsNone(step.counts)
         value = tf.constant(2.0)
         self.assertIs(step.or_nothing(value), value)
-        self.assertEqual(
-            step.gradients_or_nothing([value, None], [0, 1]), [value, None]
-        )
+        call = call_of([value, None])
+        self.assertIs(step.gradients_or_nothing(call), call.gradients)
 
     def test_without_rows_it_counts_for_nothing(self):
         step = microbatch.Microbatch(None, True, tf.constant(False))
         self.assertAllEqual(step.or_nothing(tf.constant(np.nan)), 0.0)
         self.assertAllEqual(step.value_or(np.nan, 3.0), 3.0)
         self.assertIsNone(step.or_nothing(None))
-        (gradient,) = step.gradients_or_nothing([tf.constant([np.nan])], [0])
-        self.assertAllEqual(gradient, [0.0])
+        variable = object()
+        step.gradients_without_rows = {id(variable): tf.constant([3.0])}
+        for _ in range(2):
+            step.record(call_of([tf.constant([np.nan])], [variable]), ())
+        regularized, other = map(step.gradients_or_nothing, step.calls)
+        # They belong to one call alone.
+        self.assertAllEqual(regularized, [[3.0]])
+        self.assertAllEqual(other, [[0.0]])
 
     def test_what_it_assigned_is_taken_back(self):
         variable = keras.Variable([1.0])
@@ -55,6 +66,28 @@ class CountsTest(tf.test.TestCase):
         self.assertAllEqual(variable, [1.0])
         self.assertEqual(list(step.assigned), [id(variable)])
 
+    def test_all_gradients_must_be_finite(self):
+        for found in ((True, False), (False, True)):
+            variable = keras.Variable([1.0])
+            step = microbatch.Microbatch(
+                None, True, nonfinite="skip_microbatch"
+            )
+            with step, step.watched(layers=True):
+                variable.assign([2.0])
+                step.find_finite(tf.constant(found[0]))
+                variable.assign([3.0])
+                step.find_finite(tf.constant(found[1]))
+                variable.assign([4.0])
+            self.assertAllEqual(variable, [1.0])
+            self.assertAllEqual(step.is_finite, False)
+
+    def test_gradients_are_looked_at_once(self):
+        step = microbatch.Microbatch(None, True)
+        some, other = tf.ones(1), tf.ones(1)
+        self.assertLen(step.not_looked_at([some, None]), 1)
+        (new,) = step.not_looked_at([some, other])
+        self.assertIs(new, other)
+
     def test_the_first_may_be_known_later(self):
         count = tf.Variable(0)
         step = microbatch.Microbatch(None, lambda: tf.equal(count, 0))
@@ -65,11 +98,11 @@ class CountsTest(tf.test.TestCase):
 
 class MeasureTest(tf.test.TestCase):
     def test_once_for_the_same_tensors(self):
-        step, calls = microbatch.Microbatch(None, True), []
+        step, measures = microbatch.Microbatch(None, True), []
 
         def measure():
-            calls.append(1)
-            return len(calls)
+            measures.append(1)
+            return len(measures)
 
         x, y = tf.ones(2), tf.ones(2)
         self.assertEqual(step.measured((x, {"a": y}), measure), 1)

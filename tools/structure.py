@@ -24,12 +24,12 @@ PATH = (
     ("training", "TrainFunction.__call__"),
     ("loops", "make_host_loop.loop"),
     ("training", "Programs.first_loop.look_and_step"),
-    ("training", "Programs.make_step.step"),
+    ("training", "Programs._make_step.step"),
     ("control_flow", "choose_if_there"),
     ("steps", "train_microbatch"),
-    ("mixin", "GradientAccumulationMixin.train_step"),
-    ("accumulate", "accumulate"),
-    ("accumulator", "GradientAccumulator.add"),
+    ("window", "Window.add"),
+    ("window_gradients", "Gradients.add"),
+    ("accumulator", "GradientAccumulator.add_microbatch"),
     ("gradients", "add"),
 )
 

@@ -38,6 +38,7 @@ from keras_accum.compat.layers import normalizing_by_moving_statistics
 from keras_accum.compat.layers import random_states
 from keras_accum.compat.layers import recording_moments
 from keras_accum.compat.layers import replacing_moments
+from keras_accum.compat.layers import stateful_layers
 from keras_accum.compat.layers import update_renorm_statistics
 from keras_accum.compat.losses import added_by
 from keras_accum.compat.losses import added_losses
@@ -63,6 +64,7 @@ from keras_accum.compat.replicas import concatenate_outputs
 from keras_accum.compat.replicas import local_variable
 from keras_accum.compat.replicas import sum_to
 from keras_accum.compat.replicas import without_communication
+from keras_accum.compat.tapes import recording_gradients
 from keras_accum.compat.trainer import FIRST_EPOCH
 from keras_accum.compat.trainer import SymbolicBuildMixin
 from keras_accum.compat.trainer import aggregate_loss

@@ -37,6 +37,16 @@ def normalizations(model) -> list[keras.layers.BatchNormalization]:
     ]
 
 
+def stateful_layers(model) -> list[keras.layers.Layer]:
+    """Returns the recurrent layers that go on from the batch before."""
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, (keras.layers.RNN, keras.layers.Bidirectional))
+        and layer.stateful
+    ]
+
+
 def global_seed_state() -> list[keras.Variable]:
     """Returns the random state that all layers without their own share.
 

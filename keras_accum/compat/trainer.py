@@ -118,8 +118,12 @@ def build_by(model, x) -> None:
 
 
 def symbolic_build(model, data_batch) -> None:
-    """Makes all variables that a batch needs, without running it."""
-    model._symbolic_build(data_batch=data_batch)
+    """Makes all variables that a batch needs, without running it.
+
+    A model without a `call`, such as a GAN, has made them by itself.
+    """
+    if type(model).call is not keras.Model.call:
+        model._symbolic_build(data_batch=data_batch)
 
 
 def ending_training_by(optimizer, function):
@@ -146,11 +150,18 @@ def before_updates(function) -> Iterator[None]:
     """Calls `function` before each update of an optimizer, in this thread.
 
     Args:
-        function: Called as `function(optimizer)`.
+        function: Called as `function(optimizer, variables)`.
     """
 
     def update(apply, optimizer, *args, **kwargs):
-        function(optimizer)
+        arguments = dict(
+            zip(("grads", "trainable_variables"), args, strict=False)
+        )
+        variables = (arguments | kwargs).get("trainable_variables")
+        if variables is None:
+            # Not there before the optimizer is built, and then Keras raises.
+            variables = getattr(optimizer, "_trainable_variables", [])
+        function(optimizer, variables)
         return apply(optimizer, *args, **kwargs)
 
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,91 @@
+"""What kind of loss each of those given to `compile` is, on some rows."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_accum import compat
+from keras_accum import coupling
+from keras_accum import replicas
+from keras_accum import weighting
+from keras_accum.coupling import Kind
+from keras_accum.findings import Findings
+from keras_accum.sample import Sample
+
+
+def of_compiled_losses(accumulation, sample: Sample) -> Findings:
+    """Measures each of the losses given to `compile`."""
+    model = accumulation.model
+    compiled = compat.compiled_loss(model)
+    if compiled is None:
+        return Findings()
+    entries = entries_of(compiled, sample)
+    # Losses may have variables of their own, such as random states.
+    with keras.StatelessScope():
+        kinds = [kind_of_entry(*entry) for entry in entries]
+        is_replicated = replicas.has_several(model.distribute_strategy)
+        undivided = [
+            is_replicated
+            and kind not in (None, Kind.SUM)
+            and not is_divided(*entry)
+            for kind, entry in zip(kinds, entries, strict=True)
+        ]
+        is_apart = not any(
+            kind is Kind.COUPLED and looks_at_variables(entry)
+            for kind, entry in zip(kinds, entries, strict=True)
+        )
+    return Findings(tuple(kinds), tuple(undivided), is_apart=is_apart)
+
+
+def entries_of(compiled, sample: Sample) -> list[tuple]:
+    """Returns the losses given to `compile`, each with what it sees."""
+    entries = []
+    batch = (sample.y, sample.y_pred, sample.sample_weight)
+    if not compat.is_built(compiled):
+        compat.build_compiled_losses(compiled, *batch)
+    compat.map_compiled_losses(
+        compiled, lambda *entry: entries.append(entry), *batch
+    )
+    return entries
+
+
+def kind_of_entry(loss, y, y_pred, sample_weight) -> Kind | None:
+    """Measures one of the losses given to `compile`."""
+
+    def denominator(part):
+        return weighting.loss_denominator(
+            loss, part.y, part.y_pred, part.sample_weight, part.rows
+        )
+
+    sample = Sample(None, y, y_pred, sample_weight)
+    try:
+        likely = denominator(sample)
+    except Exception:  # noqa: BLE001
+        # It cannot be computed of these rows alone.
+        likely = None
+    weights = {Kind.ROW_MEAN: lambda part: part.rows, Kind.SUM: lambda _: 1.0}
+    if likely is not None and likely.source is not weighting.GUESS:
+        mean = {Kind.MEAN: lambda part: denominator(part).value}
+        weights = mean | weights
+
+    return coupling.kind_of(
+        lambda part: loss(part.y, part.y_pred, part.sample_weight),
+        weights,
+        sample,
+    )
+
+
+def looks_at_variables(entry) -> bool:
+    """Returns whether a loss has gradients by more than its arguments."""
+    loss, *batch = entry
+    with tf.GradientTape() as tape:
+        loss(*batch)
+    return bool(tape.watched_variables())
+
+
+def is_divided(loss, y, y_pred, sample_weight) -> bool:
+    """Returns whether Keras divides a loss by the number of replicas."""
+    value = loss(y, y_pred, sample_weight)
+    with compat.as_on_one_replica():
+        undivided = loss(y, y_pred, sample_weight)
+    return not np.allclose(value, undivided, rtol=1e-3, atol=0)

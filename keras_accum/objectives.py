@@ -1,0 +1,212 @@
+"""The losses of a step: what each gathers in a window, and for whose update.
+
+As ordinary code, for a step with calls `j` of `accumulate`:
+
+```python
+for optimizer in optimizers:
+    gradient = sum(
+        sum(w[i][j] * g[i][j] for i in window) / sum(w[i][j] for i in window)
+        for j in losses_of(optimizer)
+    )
+    optimizer.apply(gradient)
+```
+
+so that each loss has a mean of its own, as it has in the large batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_accum import building
+from keras_accum import replicas
+from keras_accum.accumulator import GradientAccumulator
+from keras_accum.calls import Call
+from keras_accum.gradients import add_two
+
+# What a checkpoint calls the sums of an objective that is not the first.
+PREFIX = "objective_"
+
+# Optimizer and variables, by `id`, and which of the losses with the same two.
+Key = tuple[int, frozenset[int], int]
+
+
+class Objective:
+    """A loss whose gradients a step accumulates, and what a window has of it.
+
+    Args:
+        accumulator: What sums them, for its variables.
+
+    Attributes:
+        accumulator: As above.
+        is_called: Whether a step has ever accumulated any.
+        is_optional: Whether a step has ever accumulated none.
+    """
+
+    def __init__(self, accumulator: GradientAccumulator) -> None:
+        self.accumulator = accumulator
+        self.is_called = self.is_optional = False
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """The buffers so far."""
+        return [b for b in self.accumulator.buffers if b is not None]
+
+    def signature(self) -> int:
+        """Returns a number that grows where programs no longer fit."""
+        return len(self.variables) + self.is_called + self.is_optional
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What an optimizer does at the end of a window.
+
+    Attributes:
+        optimizer: The optimizer.
+        variables: What it updates.
+        gradients: Dense, one for each; None where no gradient came.
+        is_made: Whether there is any; a bool scalar, or None if there is for
+            certain. A step may leave out a network's loss, and then no
+            optimizer is called for it.
+    """
+
+    optimizer: keras.Optimizer
+    variables: list[keras.Variable]
+    gradients: list[tf.Tensor | None]
+    is_made: tf.Tensor | None
+
+    def joined(self, other: "Update") -> "Update":
+        """Returns one update of two of the same optimizer."""
+        variables, gradients = {}, {}
+        for each in (self, other):
+            pairs = zip(each.variables, each.gradients, strict=True)
+            for variable, gradient in pairs:
+                key = id(variable)
+                variables[key] = variable
+                gradients[key] = add_two(gradients.get(key), gradient)
+        is_made = None
+        if self.is_made is not None and other.is_made is not None:
+            is_made = tf.logical_or(self.is_made, other.is_made)
+        return Update(
+            self.optimizer,
+            list(variables.values()),
+            list(gradients.values()),
+            is_made,
+        )
+
+    def build_optimizer(self) -> None:
+        """Makes the optimizer's variables, unless they exist."""
+        building.build_optimizer(self.optimizer, self.variables)
+
+    def apply(self) -> None:
+        """Calls the optimizer."""
+        self.optimizer.apply_gradients(
+            zip(self.gradients, self.variables, strict=True)
+        )
+
+
+def update_of(
+    objective: Objective, optimizer: keras.Optimizer, sums, num_replicas: int
+) -> Update:
+    """Returns the update that an objective alone would make.
+
+    Args:
+        objective: The objective.
+        optimizer: Its optimizer.
+        sums: What the replicas' `sums` add up to.
+        num_replicas: The number by which Keras divided the losses.
+    """
+    weight, *buffers = sums
+    accumulator = objective.accumulator
+    return Update(
+        optimizer,
+        accumulator.variables,
+        accumulator.mean([weight / num_replicas, *buffers]),
+        weight > 0 if objective.is_optional else None,
+    )
+
+
+def joined(updates: Iterable[Update]) -> list[Update]:
+    """Returns one update for each optimizer."""
+    by_optimizer: dict[int, Update] = {}
+    for update in updates:
+        key = id(update.optimizer)
+        before = by_optimizer.get(key)
+        by_optimizer[key] = update if before is None else before.joined(update)
+    return list(by_optimizer.values())
+
+
+def by_loss(calls: Iterable[Call]) -> dict[Key, list[Call]]:
+    """Groups the calls of a step by the loss that they are of.
+
+    Losses are told apart by their optimizer, their variables, and the place in
+    the code. Of the place, only the order counts: a step that is traced again
+    may have other code objects.
+    """
+    places: dict[tuple, list[tuple]] = {}
+    groups: dict[Key, list[Call]] = {}
+    for call in calls:
+        whose = id(call.optimizer), frozenset(map(id, call.variables))
+        known = places.setdefault(whose, [])
+        if call.place not in known:
+            known.append(call.place)
+        key = *whose, known.index(call.place)
+        groups.setdefault(key, []).append(call)
+    return groups
+
+
+def build_optimizers(calls: Iterable[Call], strategy, own) -> None:
+    """Makes the variables of optimizers, where the update would be too late.
+
+    A replica can make none, and a `LossScaleOptimizer` scales without them by
+    a constant. A model's own is else left for Keras to build.
+
+    Args:
+        calls: The calls of a step.
+        strategy: The model's strategy.
+        own: The model's own optimizer.
+    """
+    late: dict[int, tuple[keras.Optimizer, dict]] = {}
+    for call in calls:
+        optimizer = call.optimizer
+        is_late = (
+            optimizer is not own
+            or replicas.has_copies(strategy)
+            or isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        )
+        if is_late and not optimizer.built:
+            _, variables = late.setdefault(id(optimizer), (optimizer, {}))
+            variables |= {id(variable): variable for variable in call.variables}
+    for optimizer, variables in late.values():
+        build = functools.partial(
+            building.build_optimizer, optimizer, list(variables.values())
+        )
+        replicas.on_each(strategy, build)
+
+
+def named_states(
+    states: Mapping[int, Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Returns the states of objectives, given by number, by name."""
+    return {
+        f"{PREFIX}{number}_{name}": value
+        for number, values in states.items()
+        for name, value in values.items()
+    }
+
+
+def states_of_others(
+    state: Mapping[str, np.ndarray],
+) -> dict[int, dict[str, np.ndarray]]:
+    """Returns what `named_states` was given."""
+    states = {}
+    for name, value in state.items():
+        if name.startswith(PREFIX):
+            number, _, rest = name.removeprefix(PREFIX).partition("_")
+            states.setdefault(int(number), {})[rest] = value
+    return states
