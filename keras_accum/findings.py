@@ -30,6 +30,7 @@ class Findings:
             weights alone: the same in each micro-batch.
         driven: Which of them are assigned what follows from the data, other
             than a BatchNormalization's.
+        mixes_rows: Whether outputs of a row depend on the rows with it.
     """
 
     compiled: tuple[Kind | None, ...] = ()
@@ -41,6 +42,7 @@ class Findings:
     added_by: tuple[str, ...] = ()
     repeated: tuple[int, ...] = ()
     driven: tuple[int, ...] = ()
+    mixes_rows: bool = False
 
     def codes(self) -> list[list[int]]:
         """Returns all but names as integers, for `from_codes`."""
@@ -51,6 +53,7 @@ class Findings:
                 _KINDS.index(self.compute_loss),
                 int(self.adds_losses),
                 int(self.is_apart),
+                int(self.mixes_rows),
             ],
             list(map(_KINDS.index, self.added)),
             list(self.repeated),
@@ -67,6 +70,7 @@ class Findings:
             compute_loss=_KINDS[total[0]],
             adds_losses=bool(total[1]),
             is_apart=bool(total[2]),
+            mixes_rows=bool(total[3]),
             added=tuple(_KINDS[code] for code in added),
             repeated=tuple(repeated),
             driven=tuple(driven),

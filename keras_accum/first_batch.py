@@ -46,6 +46,9 @@ def measure_losses(accumulation, data) -> None:
     accumulation.window["repeated"].begin_with(repeated)
     if found.coupled_layers():
         losses.warn_once(warned.coupled_layers(found.coupled_layers()))
+    # They may depend on each other by what was assigned.
+    if found.mixes_rows and not found.driven:
+        losses.warn_once(warned.MIXED_ROWS)
     if found.driven:
         losses.warn_once(warned.driven(found.driven_paths(model)))
 
@@ -106,19 +109,25 @@ def find_in(accumulation, data) -> Findings:
     size = FEW if accumulation.size.is_auto else accumulation.size.rows
     size = None if size is None else max(size, FEW)
 
-    def look(most):
-        sample, whole = some_rows(model, data, most, size)
+    def look(data):
+        sample, whole = some_rows(model, data, size)
         with trial.drawing_alike():
             return find_of(accumulation, sample), whole
 
     with trial.keeping_random_states():
         try:
-            found, whole = look(min(ROWS, rows))
+            some = row_counts.spread(data, ROWS)
+            found, whole = look(some)
         except Exception:  # noqa: BLE001
             # It may be written for as many rows as there are, and no less.
-            found, whole = look(rows)
+            some = data
+            found, whole = look(some)
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(some)
         try:
             found = inner.with_inner_state(found, model, x, whole)
+            found = dataclasses.replace(
+                found, mixes_rows=inner.mixes_rows(model, x, whole)
+            )
         except Exception as error:  # noqa: BLE001
             # It may take as many rows as there are, and no less.
             logging.debug("Nothing was found out of the layers: %s", error)
@@ -140,15 +149,12 @@ def can_be_sent(model, data) -> bool:
     )
 
 
-def some_rows(
-    model, data, most: int, size: int | None
-) -> tuple[Sample, trial.Trial]:
-    """Returns some rows of a batch and what the model makes of them.
+def some_rows(model, data, size: int | None) -> tuple[Sample, trial.Trial]:
+    """Returns some rows and what the model makes of them.
 
     Args:
         model: The model.
-        data: The batch.
-        most: How many rows.
+        data: The rows. Fewer are taken where outputs are large.
         size: Most rows to give to the model at once; None for all.
 
     Returns:
@@ -157,7 +163,7 @@ def some_rows(
     Raises:
         ValueError: If outputs have not the batch's rows along the first axis.
     """
-    trials, end = [], 0
+    trials, end, most = [], 0, rows_of(data)
     while end < most:
         start, end = end, min(most, end + (size or most))
         part = row_counts.take(data, start, end)

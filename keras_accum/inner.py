@@ -101,6 +101,52 @@ def with_inner_state(
     )
 
 
+def mixes_rows(model: keras.Model, x, whole: trial.Trial) -> bool:
+    """Returns whether outputs of a row depend on the rows that are with it.
+
+    Other than by BatchNormalization's moments, or in the axis of another row,
+    as in a matrix of similarities.
+
+    Args:
+        model: The model.
+        x: Inputs, which begin with those of `whole`.
+        whole: What came of a call of the model.
+    """
+    rows = int(row_counts.number_of_rows(whole.y_pred))
+    if rows < 2:
+        return False
+    cut = coupling.cuts(rows)[0]
+    x = row_counts.take(x, 0, rows)
+    part = trial.of_part(model, x, 0, cut, whole)
+    if not differ(part, whole, cut, rows):
+        return False
+    # What differs without a reason, such as by draws of its own, tells nothing.
+    again = trial.of_part(model, x, 0, rows, whole)
+    return not differ(again, whole, rows, rows)
+
+
+def differ(part: trial.Trial, whole: trial.Trial, cut: int, rows: int) -> bool:
+    """Returns whether outputs of the first rows are others than the whole's."""
+    outputs = (tf.nest.flatten(each.y_pred) for each in (part, whole))
+    for some, others in zip(*outputs, strict=True):
+        if not isinstance(some, tf.Tensor) or not some.dtype.is_floating:
+            continue
+        if some.shape[0] != cut or others.shape[0] != rows:
+            continue
+        axes = zip(some.shape[1:], others.shape[1:], strict=True)
+        if some.shape[1:] != others.shape[1:]:
+            # The longest of some sequences may not be that of all.
+            if cut != rows and (cut, rows) in axes:
+                return True
+            continue
+        some, others = (tf.cast(each, tf.float64) for each in (some, others))
+        scale = tf.reduce_max(tf.abs(others)) if tf.size(others) else 0.0
+        off = tf.abs(some - others[:cut])
+        if tf.reduce_any(off > HALF_TOLERANCE * scale):
+            return True
+    return False
+
+
 def states_of(model, whole: trial.Trial) -> dict[int, keras.Variable]:
     """Returns the variables that layers assign, by index.
 

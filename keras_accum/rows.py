@@ -186,6 +186,25 @@ def take(data, start, stop, size: int | None = None):
     return tf.nest.map_structure(take_from, data)
 
 
+def spread(data, count: int):
+    """Returns some rows from all over a batch, in their order.
+
+    Args:
+        data: A batch. Where a tensor of it is sparse, its first rows are taken.
+        count: How many rows; all if there are no more.
+    """
+    rows = int(check_count(data))
+    if rows <= count:
+        return data
+    leaves = tf.nest.flatten(data)
+    if any(isinstance(leaf, tf.SparseTensor) for leaf in leaves):
+        return take(data, 0, count, count)
+    places = [row * (rows - 1) // (count - 1) for row in range(count)]
+    return tf.nest.map_structure(
+        lambda leaf: None if leaf is None else tf.gather(leaf, places), data
+    )
+
+
 def as_tensors(structure):
     """Converts all leaves to what a loop of TensorFlow takes."""
     kept = (tf.SparseTensor, tf.RaggedTensor, tf.TensorArray, type(None))

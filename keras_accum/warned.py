@@ -13,6 +13,14 @@ REGULARIZERS = (
     "than once in this window."
 )
 
+MIXED_ROWS = (
+    "An output of the model depends, for each row, on the other rows of the "
+    "batch. A micro-batch has fewer, so that its outputs are not those of the "
+    "batch at once. Where a loss compares rows, let the model return what is "
+    "compared, one entry for each row, and let the loss compare: it is exact "
+    "with `microbatch_size`."
+)
+
 
 def coupled(names: Sequence[str]) -> str:
     """Returns what to say of losses that couple rows."""

@@ -227,6 +227,15 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
         found = model._accumulation.losses.findings
         self.assertEqual(found, Findings((Kind.MEAN,), (False,)))
 
+    def test_rows_sorted_by_label(self):
+        x, y = arrays(48)
+        # What the loss divides by differs late in the batch.
+        y = np.sort(y, axis=0)
+        model = linear(keras_accum.GradientAccumulationModel, accum_steps=2)
+        model.compile("sgd", masked_mean)
+        found = first_batch.find(model._accumulation, (tf.constant(x), y))
+        self.assertEqual(found.compiled, (Kind.COUPLED,))
+
     def test_rows_of(self):
         ragged = tf.ragged.constant([[1.0], [2.0, 3.0]])
         self.assertEqual(

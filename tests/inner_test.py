@@ -8,6 +8,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
+from keras_accum import first_batch
 from keras_accum.coupling import Kind
 from tests import test_utils
 
@@ -232,6 +233,68 @@ class StateTest(test_utils.TestCase, parameterized.TestCase):
         self.assertIn("center", said[0])
         # Two windows.
         self.assertEqual(int(layer.calls), 2)
+
+
+class Mixes(keras.layers.Layer):
+    """Rows that depend on each other, in the ways that models have."""
+
+    def __init__(self, how, **kwargs):
+        super().__init__(**kwargs)
+        self.how = how
+
+    def call(self, inputs):
+        if self.how == "matrix":
+            return keras.ops.matmul(inputs, keras.ops.transpose(inputs))
+        if self.how == "mean":
+            return inputs - keras.ops.mean(inputs, axis=0)
+        if self.how == "random":
+            noise = np.random.default_rng().normal(size=3)
+            return inputs + noise.astype("float32")
+        return inputs
+
+
+class MixedRowsTest(test_utils.TestCase, parameterized.TestCase):
+    def found(self, build, x, **kwargs):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input(x.shape[1:])
+        model = keras_accum.GradientAccumulationModel(
+            inputs, build(inputs), accum_steps=2, **kwargs
+        )
+        model.compile("sgd", "mse")
+        labels = np.ones((len(x), 1), "float32")
+        return first_batch.find(model._accumulation, (tf.constant(x), labels))
+
+    @parameterized.parameters(
+        ("matrix", True), ("mean", True), ("no", False), ("random", False)
+    )
+    def test_of_layers(self, how, expected):
+        x = np.random.default_rng(0).normal(size=(20, 5)).astype("float32")
+        found = self.found(lambda x: Mixes(how)(keras.layers.Dense(3)(x)), x)
+        self.assertEqual(found.mixes_rows, expected)
+
+    def test_keras_layers_are_no_false_alarm(self):
+        def build(x):
+            x = keras.layers.Conv1D(8, 3, padding="same")(x)
+            x = keras.layers.BatchNormalization()(x)
+            x = keras.layers.Dropout(0.5)(keras.layers.Activation("gelu")(x))
+            x = keras.layers.GaussianNoise(1.0)(x)
+            x = keras.layers.MultiHeadAttention(2, 4, dropout=0.3)(x, x)
+            x = keras.layers.GroupNormalization(2)(x)
+            x = keras.layers.Bidirectional(keras.layers.GRU(4))(x)
+            return keras.layers.Dense(1)(keras.layers.LayerNormalization()(x))
+
+        x = np.random.default_rng(0).normal(size=(20, 6, 5)).astype("float32")
+        self.assertFalse(self.found(build, x).mixes_rows)
+
+    def test_is_said_before_training(self):
+        x = keras.Input((5,))
+        model = keras_accum.GradientAccumulationModel(
+            x, Mixes("matrix")(x), microbatch_size=4
+        )
+        model.compile("sgd", "mse")
+        x = np.ones((4, 5), "float32") * np.arange(4.0)[:, None]
+        with self.assertWarnsRegex(UserWarning, "the other rows of the batch"):
+            model.fit(x, np.ones((4, 4)), verbose=0)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,22 @@ class CountTest(tf.test.TestCase):
         ):
             count(np.zeros((3, 2)), np.zeros(4))
 
+    def test_spread(self):
+        dense = np.arange(20).reshape(10, 2)
+        ragged = tf.ragged.constant([[i] * (i % 3) for i in range(10)])
+        some, lists, nothing = rows.spread(
+            (tf.constant(dense), ragged, None), 4
+        )
+        self.assertAllEqual(some[:, 0], [0, 6, 12, 18])
+        self.assertAllEqual(lists, [[], [], [], []])
+        self.assertIsNone(nothing)
+        sparse = tf.sparse.from_dense(dense)
+        some, first = rows.spread((tf.constant(dense), sparse), 4)
+        self.assertAllEqual(some, dense[:4])
+        self.assertAllEqual(tf.sparse.to_dense(first), dense[:4])
+        whole = tf.constant(dense)
+        self.assertIs(rows.spread(whole, 10), whole)
+
     def test_scalars(self):
         with self.assertRaisesRegex(ValueError, "cut along the first axis"):
             rows.check_count([tf.zeros((3, 2)), tf.zeros(())])
