@@ -69,8 +69,8 @@ def make_call(
     model: keras.Model,
     gradients: Iterable,
     weight: float | tf.Tensor | None,
-    optimizer: keras.Optimizer | None,
-    origins: Origins | None,
+    optimizer: keras.Optimizer | None = None,
+    origins: Origins | None = None,
 ) -> Call:
     """Returns what a model's `accumulate` was given, or raises an error.
 

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
@@ -25,11 +26,13 @@ class WindowLoss(keras.metrics.Mean):
     total += rows * (sum(weight * loss) / sum(weight))
     ```
 
-    Within a window, the micro-batches so far stand for the window.
+    Within a window, the micro-batches so far stand for the window. A loss may
+    come in parts, each with a weight of its own; the parts' means add up.
 
     Attributes:
-        window: The sums of `weight * loss`, `weight` and `rows` in this window;
-            a float vector. Each replica has its own.
+        windows: The sums of `weight * loss` and `weight` in this window, of
+            each part so far; of the first also those of `rows`. Float vectors.
+            Each replica has its own.
 
     Args:
         name: Name of the metric.
@@ -40,9 +43,8 @@ class WindowLoss(keras.metrics.Mean):
         super().__init__(name=name, dtype=dtype)
         # No variables of the metric: these would show in the model's state.
         with tf.init_scope():
-            self.window = replicas.sum_variable(
-                tf.zeros((3,), self.dtype), "window"
-            )
+            window = replicas.sum_variable(tf.zeros((3,), self.dtype), "window")
+        self.windows: list[tf.Variable] = [window]
 
     @contextlib.contextmanager
     def recording(self, recorded: dict[int, tuple]) -> Iterator[None]:
@@ -72,8 +74,9 @@ class WindowLoss(keras.metrics.Mean):
         weight: tf.Tensor | None,
         rows: tf.Tensor,
         is_weighted: bool = False,
+        index: int = 0,
     ) -> None:
-        """Adds one micro-batch to the window.
+        """Adds one micro-batch to the window, or a part of its loss.
 
         Args:
             loss: Its loss; a scalar, or one value per row where the loss's
@@ -81,7 +84,10 @@ class WindowLoss(keras.metrics.Mean):
             weight: The denominator of its loss; None if the loss is a sum.
             rows: Number of its rows.
             is_weighted: Whether `loss` is multiplied by `weight` already.
+            index: Which part of the loss it is, if there are several. The rows
+                are counted with the first.
         """
+        window = self.window_of(index)
         loss, rows = tf.cast(loss, self.dtype), tf.cast(rows, self.dtype)
         if loss.shape.rank != 0:
             # Keras also leaves it so where it knows that there are no rows.
@@ -89,22 +95,38 @@ class WindowLoss(keras.metrics.Mean):
             loss = tf.math.divide_no_nan(tf.reduce_sum(loss), entries)
             weight = rows
         if weight is None:
-            _, weight_so_far, _ = tf.unstack(self.window)
+            weight_so_far = tf.unstack(window)[1]
             summands = [loss, tf.ones_like(loss) - weight_so_far, rows]
         else:
             weight = tf.cast(weight, self.dtype)
             loss = loss if is_weighted else weight * loss
             summands = [loss, weight, rows]
-        self.window.assign_add(tf.stack(summands))
+        window.assign_add(tf.stack(summands[: window.shape[0]]))
 
-    def close(self, window: tf.Tensor | None = None, share=1.0) -> None:
+    def window_of(self, index: int) -> tf.Variable:
+        """Returns the sums of a part of the loss, and makes them if need be."""
+        strategy = replicas.strategy_of(self.windows)
+        while len(self.windows) <= index:
+            self.windows.append(
+                replicas.on_each(
+                    strategy,
+                    lambda: replicas.sum_variable(
+                        tf.zeros((2,), self.dtype), "window"
+                    ),
+                )
+            )
+        return self.windows[index]
+
+    def close(
+        self, windows: Sequence[tf.Tensor] | None = None, share=1.0
+    ) -> None:
         """Ends the window; what comes next belongs to another.
 
         Args:
-            window: The sum of all replicas' `window`, if there are several.
-            share: The share of it that this replica counts.
+            windows: The sums of all replicas' `windows`, if there are several.
+            share: The share of them that this replica counts.
         """
-        total, rows = window_total(self.window if window is None else window)
+        total, rows = window_total(windows or self.windows)
         self.total.assign_add(share * total)
         self.count.assign_add(share * rows)
         self._forget_window()
@@ -114,32 +136,33 @@ class WindowLoss(keras.metrics.Mean):
 
         For the host, which asks no other worker.
         """
-        for window, total, count in zip(
+        for total, count, *windows in zip(
             *(
                 replicas.copies(strategy, variable)
                 for variable in (
-                    self.window,
                     self.total.value,
                     self.count.value,
+                    *self.windows,
                 )
             ),
             strict=True,
         ):
-            summand, rows = window_total(window)
+            summand, rows = window_total(windows)
             total.assign_add(summand)
             count.assign_add(rows)
-            window.assign(tf.zeros_like(window))
+            for window in windows:
+                window.assign(tf.zeros_like(window))
 
     def add_window_to(
-        self, totals: dict[int, tf.Tensor], window: tf.Tensor
+        self, totals: dict[int, tf.Tensor], windows: Sequence[tf.Tensor]
     ) -> None:
         """Adds the window to values of the variables, as `close` to these.
 
         Args:
             totals: Values of the metric's variables, by the variables' `id`.
-            window: A value of `window`.
+            windows: Values of `windows`.
         """
-        total, rows = window_total(window)
+        total, rows = window_total(windows)
         totals[id(self.total)] += total
         totals[id(self.count)] += rows
 
@@ -150,14 +173,18 @@ class WindowLoss(keras.metrics.Mean):
 
     def result(self) -> tf.Tensor:
         """Returns the mean loss; a scalar."""
-        total, rows = window_total(self.window)
+        total, rows = window_total(self.windows)
         return tf.math.divide_no_nan(self.total + total, self.count + rows)
 
     def _forget_window(self):
-        self.window.assign(tf.zeros((3,), self.window.dtype))
+        for window in self.windows:
+            window.assign(tf.zeros_like(window))
 
 
-def window_total(window):
+def window_total(windows: Sequence) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns a window's loss times its rows, and its rows."""
-    loss, weight, rows = tf.unstack(window)
-    return rows * tf.math.divide_no_nan(loss, weight), rows
+    (total, weight, rows), *others = map(tf.unstack, windows)
+    loss = tf.math.divide_no_nan(total, weight)
+    for total, weight in others:
+        loss += tf.math.divide_no_nan(total, weight)
+    return rows * loss, rows

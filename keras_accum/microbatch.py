@@ -58,6 +58,7 @@ class Microbatch:
         moments: The `Moments` of its calls of layers that normalize over it.
         assigned: Keras's variables that it assigns, by `id`.
         recorded_losses: What the metrics of single outputs were given, by `id`.
+        terms: What its loss adds up, as `parts.Terms`, if it is taken apart.
         shown_losses: What `model.losses` is to be, instead of what it is.
         asked_for_losses: Then, whether it was asked for.
     """
@@ -84,6 +85,7 @@ class Microbatch:
         self.moments: list[Moments] = []
         self.assigned: dict[int, keras.Variable] = {}
         self.recorded_losses: dict[int, tuple] = {}
+        self.terms = None
         self.shown_losses: list[tf.Tensor] | None = None
         self.asked_for_losses = False
         self._first = first

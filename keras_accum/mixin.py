@@ -7,7 +7,6 @@ windows begin and end, and what Keras is told of it.
 """
 
 import functools
-import warnings
 from collections.abc import Iterable
 
 import keras
@@ -16,6 +15,7 @@ import tensorflow as tf
 from keras_accum import boundary
 from keras_accum import building
 from keras_accum import compat
+from keras_accum import default_steps
 from keras_accum import epochs
 from keras_accum import evaluation
 from keras_accum import functional
@@ -35,7 +35,6 @@ from keras_accum.options import takes_options
 from keras_accum.saving import SavingMixin
 from keras_accum.saving import arguments_of
 from keras_accum.saving import take_original
-from keras_accum.steps import forward
 
 
 class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
@@ -228,35 +227,10 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
             return super().train_step(data)
         if not in_window:
             with accumulation.microbatch(data) as current:
-                # Not that of a subclass, which has called this one.
-                logs = GradientAccumulationMixin.train_step(self, data)
+                logs = default_steps.train(accumulation, data)
                 accumulation.window.add(current)
                 return logs
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        with tf.GradientTape() as tape:
-            y_pred = forward(self, x, training=True)
-            batch = (x, y, y_pred, sample_weight)
-            loss = accumulation.losses.compute(*batch, training=True)
-            building.build_optimizer_early(
-                self, is_needed=self.nonfinite != "propagate"
-            )
-            scaled_loss = self.optimizer.scale_loss(loss)
-        gradients = []
-        if self.trainable_weights:
-            gradients = tape.gradient(scaled_loss, self.trainable_weights)
-            accumulation.window["nonfinite"].check(
-                microbatch.current(self), gradients
-            )
-        else:
-            warnings.warn(
-                "The model does not have any trainable weights.", stacklevel=2
-            )
-        weight = accumulation.losses.count(loss, *batch)
-        logs = self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-        # Last, so that a step that fails leaves the window as it was.
-        if gradients:
-            self.accumulate(gradients, weight)
-        return logs
+        return default_steps.train(accumulation, data)
 
     def test_step(self, data) -> dict[str, tf.Tensor]:
         """Evaluates one batch, or one of its micro-batches, as Keras does.
@@ -271,12 +245,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         is_whole = not self.microbatch_size or not microbatch.current(self)
         if is_whole or accumulation.is_custom("test_step"):
             return super().test_step(data)
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        y_pred = forward(self, x, training=False)
-        batch = (x, y, y_pred, sample_weight)
-        loss = accumulation.losses.compute(*batch, training=False)
-        accumulation.losses.count(loss, *batch)
-        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return default_steps.test(accumulation, data)
 
     def accumulate(
         self,
@@ -329,14 +298,12 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         divides by. Without such a loss it is the number of rows, which is right
         for a mean over the batch. Override it for a loss of your own.
 
-        There is one weight for all losses of a micro-batch. That is exact where
-        their denominators are proportional to each other, as they are without
-        masks. It is not exact for outputs whose masks, or whose kinds of
-        reduction, differ, nor for a masked loss together with `add_loss` or an
-        activity regularizer, which are means over the rows. The weight is then
-        the sum of the denominators, and a warning says so, once. With
-        `microbatch_size` the whole batch is known, each of these losses is
-        divided by its own denominator, and this method is not called.
+        There is one weight for all losses of a micro-batch. Where it fits not
+        all of them, as for outputs whose masks or kinds of reduction differ,
+        or a masked loss together with `add_loss`, each loss has gradients and
+        sums of its own, or, with `microbatch_size`, its window's denominator,
+        and this method is not called. It is called for an override of
+        `compute_loss`.
 
         Args:
             x: Inputs of the micro-batch.

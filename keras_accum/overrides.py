@@ -43,4 +43,5 @@ def is_own(step: Callable) -> bool:
 
 def is_default(step: Callable) -> bool:
     """Returns whether a step is ours: a class has not overridden it."""
-    return step.__module__.startswith(__package__ + ".")
+    # What `exec` makes may have no module.
+    return (step.__module__ or "").startswith(__package__ + ".")

@@ -85,12 +85,13 @@ def call_train_step(accumulation, microbatch: Microbatch, data) -> dict:
     return logs
 
 
-def accumulate(accumulation, call: Call) -> None:
+def accumulate(accumulation, call: Call, place: tuple | None = None) -> None:
     """Records a call of `accumulate` in its micro-batch, or makes it one.
 
     Args:
         accumulation: What the model accumulates in.
         call: The call.
+        place: What tells losses apart; None for its place in the code.
     """
     check_optimizer(call.optimizer)
     window = accumulation.window
@@ -113,7 +114,9 @@ def accumulate(accumulation, call: Call) -> None:
             "`tf.reduce_mean`, or give `weight=None` if the loss is a sum."
         )
     window["nonfinite"].check(microbatch, call.gradients)
-    microbatch.record(call, callers.path_from(call_train_step))
+    if place is None:
+        place = callers.path_from(call_train_step)
+    microbatch.record(call, place)
 
 
 def check_is_in_step(microbatch: Microbatch) -> None:

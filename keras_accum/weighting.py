@@ -75,7 +75,7 @@ def loss_denominator(
         rows: Number of rows of the micro-batch.
         kind: What the loss was measured to be; None if that is not known.
     """
-    by_rows = Denominator(as_weight(rows), ROWS)
+    by_rows = of_rows(rows)
     if kind is Kind.SUM:
         return None
     if kind in (Kind.ROW_MEAN, Kind.COUPLED):
@@ -116,6 +116,16 @@ def loss_denominator(
     repeats = tf.math.divide_no_nan(count(entries), count(mask))
     valid = tf.reduce_sum(as_weight(mask))
     return Denominator(valid * repeats, ("mask", *map(ById, masks)))
+
+
+def of_rows(rows) -> Denominator:
+    """Returns the denominator of a mean over rows."""
+    return Denominator(as_weight(rows), ROWS)
+
+
+def has_guess(denominators) -> bool:
+    """Returns whether one of the losses' `Denominator`s is not certain."""
+    return any(d is not None and d.source is GUESS for d in denominators)
 
 
 def total_weight(denominators):

@@ -26,6 +26,7 @@ from keras_accum import programs
 from keras_accum import replicas
 from keras_accum import rows as row_counts
 from keras_accum.microbatch import Microbatch
+from keras_accum.step_loss import StepLoss
 from keras_accum.steps import forward
 from keras_accum.whole_loss import all_logits
 from keras_accum.whole_loss import differentiable
@@ -145,7 +146,9 @@ class WholeBatch:
             tape.watch(leaves)
             # These are of micro-batches, in the second pass.
             microbatch.shown_losses = []
-            loss = losses.compute(x, y, y_pred, sample_weight, self._trains)
+            loss = StepLoss(
+                losses, x, y, y_pred, sample_weight, self._trains
+            ).value
         gradients = []
         if self._trains:
             gradients = tape.gradient(

@@ -1,5 +1,6 @@
 """The losses that `fit` reports, as a part of a window."""
 
+import itertools
 from collections.abc import Mapping
 
 import keras
@@ -24,7 +25,7 @@ class WindowLosses(Part):
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         # What a checkpoint had of a window, until it goes on.
-        self._restored: dict[int, np.ndarray] = {}
+        self._restored: dict[str, np.ndarray] = {}
 
     @property
     def trackers(self) -> list[WindowLoss]:
@@ -37,7 +38,7 @@ class WindowLosses(Part):
     @property
     def variables(self) -> list[tf.Variable]:
         """The variables that hold the sums of this window."""
-        return [tracker.window for tracker in self.trackers]
+        return [window for each in self.trackers for window in each.windows]
 
     @property
     def is_restored(self) -> bool:
@@ -75,8 +76,8 @@ class WindowLosses(Part):
         self._restored = {}
         num_replicas = self._model.distribute_strategy.num_replicas_in_sync
         totals = if_applied(totals, applies)
-        for tracker, total in zip(self.trackers, totals, strict=True):
-            tracker.close(total, 1 / num_replicas)
+        for tracker, windows in self._by_tracker(totals):
+            tracker.close(windows, 1 / num_replicas)
 
     def reset(self) -> None:
         """Ends the window as `close` does, on each replica by itself."""
@@ -87,19 +88,32 @@ class WindowLosses(Part):
 
     def add_to(self, values: dict[int, tf.Tensor], totals: list) -> None:
         """Adds the window to values of the metrics' variables, by `id`."""
-        for tracker, total in zip(self.trackers, totals, strict=True):
-            tracker.add_window_to(values, total)
+        for tracker, windows in self._by_tracker(totals):
+            tracker.add_window_to(values, windows)
+
+    def _by_tracker(self, totals):
+        """Yields each metric with what its windows add up to."""
+        totals = iter(totals)
+        for tracker in self.trackers:
+            yield tracker, list(itertools.islice(totals, len(tracker.windows)))
+
+    def _by_name(self):
+        """Returns the windows, by what a checkpoint calls them."""
+        return {
+            f"loss_{number}" + (f"_part_{index}" if index else ""): window
+            for number, tracker in enumerate(self.trackers)
+            for index, window in enumerate(tracker.windows)
+        }
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns the sums in this window."""
-        totals = dict(enumerate(map(replicas.total, self.variables)))
-        totals |= self._restored
-        return {f"loss_{index}": total for index, total in totals.items()}
+        totals = {k: replicas.total(v) for k, v in self._by_name().items()}
+        return totals | self._restored
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Keeps the sums that `state` returned for `resume`."""
         self._restored = {
-            int(name.removeprefix("loss_")): value
+            name: value
             for name, value in state.items()
             if name.startswith("loss_")
         }
@@ -112,9 +126,13 @@ class WindowLosses(Part):
         """
         if not self._restored:
             return
-        for index, variable in enumerate(self.variables):
-            if index in self._restored:
-                value = self._restored.pop(index)
+        for name in list(self._restored):
+            _, _, index = name.partition("_part_")
+            if index:
+                self.make_tracker().window_of(int(index))
+        for name, variable in self._by_name().items():
+            if name in self._restored:
+                value = self._restored.pop(name)
                 strategy = self._model.distribute_strategy
                 replicas.assign_total(strategy, variable, value)
 

@@ -415,12 +415,13 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
         )
 
     def test_inexact_weights_are_warned_of_once(self):
-        model = test_utils.accumulating(masked_and_not, accum_steps=2)
-        model.compile(
-            "sgd", loss=[test_utils.crossentropy(), test_utils.crossentropy()]
-        )
-        tokens = np.array([[1, 2, 0], [3, 0, 0]])
-        batch = (tokens, [tokens, tokens[:, 0]])
+        def scalar(y, y_pred):
+            return keras.ops.mean(keras.ops.square(y_pred - y))
+
+        model = test_utils.accumulating(test_utils.mlp, accum_steps=2)
+        model.compile("sgd", loss=scalar)
+        # Keras multiplies the mean by the mean of the weights.
+        batch = (np.ones((2, 6)), np.ones((2, 3)), np.array([1.0, 2.0]))
         with self.assertWarnsRegex(UserWarning, "One weight per micro-batch"):
             model.train_on_batch(*batch)
         model.compile("sgd", loss=model.loss)

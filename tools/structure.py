@@ -24,7 +24,7 @@ PATH = (
     ("training", "TrainFunction.__call__"),
     ("loops", "make_host_loop.loop"),
     ("training", "Programs.first_loop.look_and_step"),
-    ("training", "Programs._make_step.step"),
+    ("training", "Programs.make_step.step"),
     ("control_flow", "choose_if_there"),
     ("steps", "train_microbatch"),
     ("window", "Window.add"),

@@ -55,6 +55,7 @@ from keras_accum.compat.losses import map_compiled_losses
 from keras_accum.compat.losses import merge_mask
 from keras_accum.compat.losses import number_of_losses
 from keras_accum.compat.losses import output_metrics
+from keras_accum.compat.losses import recording_losses
 from keras_accum.compat.losses import replace_output_metrics
 from keras_accum.compat.losses import set_cached_logits
 from keras_accum.compat.losses import set_keras_mask
@@ -72,6 +73,7 @@ from keras_accum.compat.trainer import before_updates
 from keras_accum.compat.trainer import build_by
 from keras_accum.compat.trainer import compute_loss
 from keras_accum.compat.trainer import ending_training_by
+from keras_accum.compat.trainer import has_call
 from keras_accum.compat.trainer import has_custom_compute_loss
 from keras_accum.compat.trainer import has_custom_step
 from keras_accum.compat.trainer import has_local_strategy

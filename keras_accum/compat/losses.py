@@ -164,6 +164,23 @@ def dividing_losses(compiled, are_divided, divisor: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def recording_losses(compiled, record) -> Iterator[None]:
+    """Passes what losses of `compile` return through a function.
+
+    Args:
+        compiled: What `compiled_loss` returned, built.
+        record: Called as `record(value)` in the losses' order, before their
+            loss weights; returns what to go on with.
+    """
+    entries = [
+        entry._replace(loss=_Recorded(entry.loss, record))
+        for entry in compiled._flat_losses
+    ]
+    with attribute(compiled, "_flat_losses", entries):
+        yield
+
+
 def build_compiled_losses(compiled, y, y_pred, sample_weight) -> None:
     """Builds `compiled` and its metrics for a batch, without running it."""
 
@@ -218,6 +235,16 @@ class _Divided:
 
     def __call__(self, *args):
         return self._loss(*args) / self._divisor
+
+
+class _Recorded:
+    """Stands in for a loss in `recording_losses`."""
+
+    def __init__(self, loss, record):
+        self._loss, self._record = loss, record
+
+    def __call__(self, *args):
+        return self._record(self._loss(*args))
 
 
 class _Leaf:

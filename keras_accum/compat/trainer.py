@@ -122,8 +122,13 @@ def symbolic_build(model, data_batch) -> None:
 
     A model without a `call`, such as a GAN, has made them by itself.
     """
-    if type(model).call is not keras.Model.call:
+    if has_call(model):
         model._symbolic_build(data_batch=data_batch)
+
+
+def has_call(model) -> bool:
+    """Returns whether a model has a `call`, which makes its variables."""
+    return type(model).call is not keras.Model.call
 
 
 def ending_training_by(optimizer, function):
