@@ -22,9 +22,14 @@ DRIVEN = (
     "a layer assigns what follows from the data: {}",
     "assign it in an override of `update_step`",
 )
+MIXED_ROWS = (
+    "outputs of a row depend on the rows that are with it",
+    "return what is compared, one entry for each row, let the loss compare, "
+    "and use `microbatch_size`",
+)
 SEVERAL_WEIGHTS = (
     "the losses have denominators of their own",
-    "use `microbatch_size`",
+    "leave `compute_loss` and `microbatch_weight` to Keras",
 )
 OWN_WEIGHT = (
     "the `weight` that `train_step` gives to `accumulate`",
@@ -47,6 +52,8 @@ def cause_of(model, parts: Result) -> tuple[str, str]:
         quoted = ", ".join(f"`{name}`" for name in names)
         return text.format(quoted), way_out
 
+    if found.mixes_rows and not found.driven:
+        return MIXED_ROWS
     if found.couples_rows and uses_parts:
         return said(COUPLED, found.coupled_names(model))
     if found.coupled_layers():

@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_accum import compat
 from keras_accum import each_microbatch
 from keras_accum import first_batch
+from keras_accum import loss_tracker
 from keras_accum import programs
 from keras_accum import replicas
 from keras_accum import rows as row_counts
@@ -46,7 +47,7 @@ def unchanged(model) -> Iterator[None]:
     """Puts back all that steps change of a model."""
     accumulation, tracker = model._accumulation, compat.loss_tracker(model)
     strategy = model.distribute_strategy
-    if not model.built:
+    if compat.has_call(model) and not model.built:
         raise ValueError("`model` must be built. Call it on some rows first.")
     variables = [
         each.value
@@ -58,7 +59,7 @@ def unchanged(model) -> Iterator[None]:
         )
     ]
     trackers = accumulation.window["losses"].trackers
-    variables += [each.window for each in trackers]
+    variables += [each for tracker in trackers for each in tracker.windows]
     snapshot = replicas.Snapshot(strategy, variables)
     functions = (
         model.train_function,
@@ -168,8 +169,9 @@ def result_of(accumulation) -> Result:
         for name, mean in programs.running(model, end)().items()
     }
     tracker = compat.loss_tracker(model)
-    local = replicas.copies(strategy, tracker.window)[0]
-    total, weight, _ = np.asarray(local, "float64")
+    total, rows = loss_tracker.window_total(
+        [replicas.copies(strategy, each)[0] for each in tracker.windows]
+    )
     known = accumulation.losses
     findings = None if known.have_own_step() else known.findings
     skipped = {id(each) for each in compat.random_states(model)}
@@ -180,11 +182,11 @@ def result_of(accumulation) -> Result:
         and tf.as_dtype(variable.dtype).is_floating
     }
     return Result(
-        total / weight if weight else None,
+        float(total / rows) if rows else None,
         gradients,
         others,
         findings,
-        known.needs_denominators,
+        known.needs_denominators and not known.may_be_apart(),
     )
 
 

@@ -127,6 +127,8 @@ class EachMicrobatch:
 
     def _look_at_losses(self, data):
         """Traces a step on a micro-batch, which shows the losses' kinds."""
+        if self._losses.have_own_step():
+            return
         if self._model.run_eagerly:
             self._losses.measure(data)
         else:

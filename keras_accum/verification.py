@@ -118,10 +118,9 @@ def verify(model: keras.Model, x, y=None, sample_weight=None) -> Verification:
     print(keras_accum.verify(model, x[:16], y[:16]))
     ```
     """
+    # As `fit` gives it to `train_step`.
     data = row_counts.as_tensors(
-        tuple(keras.utils.pack_x_y_sample_weight(x, y, sample_weight))
-        if y is not None or sample_weight is not None
-        else (x,)
+        keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
     )
     rows = first_batch.rows_of(data)
     check(model, rows)

@@ -12,6 +12,8 @@ from absl.testing import parameterized
 
 import keras_accum
 from tests import inner_test
+from tests import own_steps_cases
+from tests import own_steps_test
 from tests import test_utils
 from tests import whole_batch_test
 
@@ -173,22 +175,37 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
                 )
             self.assertTrue(self.verify(model).exact)
 
+    @parameterized.parameters(
+        {"accum_steps": 4}, {"microbatch_size": 5, "accum_steps": 1}
+    )
+    def test_several_optimizers(self, **way):
+        model = own_steps_test.gan(**way)
+        initial = model.get_weights()
+        real, noise = own_steps_cases.gan_batches([16])[0]
+        found = keras_accum.verify(model, real, noise)
+        self.assertTrue(found.exact)
+        names = [each.name for each in found.differences]
+        self.assertLen(set(names), len(names))
+        self.assertAllEqual(model.get_weights()[0], initial[0])
+
     def test_the_page_prints_what_it_says(self):
         page = ROOT / "docs" / "exactness.md"
         blocks = re.findall(
             r"```(python)?\n(.*?)```", page.read_text("utf-8"), re.DOTALL
         )
-        (code, said) = (text for _, text in blocks)
-        # Keras numbers layers.
-        keras.utils.clear_session()
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(code, {})
+        texts = [text for _, text in blocks]
+        self.assertLen(texts, 4)
         digits = re.compile(r"\d\.\de-\d\d")
-        self.assertEqual(
-            sorted(digits.sub("", printed.getvalue()).splitlines()),
-            sorted(digits.sub("", said).splitlines()),
-        )
+        for code, said in zip(texts[::2], texts[1::2], strict=True):
+            # Keras numbers layers.
+            keras.utils.clear_session()
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(code, {})
+            self.assertEqual(
+                sorted(digits.sub("", printed.getvalue()).splitlines()),
+                sorted(digits.sub("", said).splitlines()),
+            )
 
     def test_refuses_what_it_cannot_verify(self):
         x, y = whole_batch_test.arrays()
