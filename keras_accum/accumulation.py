@@ -1,7 +1,6 @@
 """What a model owns that accumulates gradients, and its life between fits."""
 
 import contextlib
-from collections.abc import Callable
 from collections.abc import Iterator
 
 import keras
@@ -20,6 +19,7 @@ from keras_accum.moments import WindowMoments
 from keras_accum.nonfinite import SkipCounts
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
+from keras_accum.overrides import Overrides
 from keras_accum.position import Position
 from keras_accum.repeated_state import RepeatedState
 from keras_accum.window import LayerState
@@ -35,12 +35,12 @@ class Accumulation:
     Args:
         model: The model. It may not be constructed yet.
         options: Its options.
-        is_custom: Returns whether a method of the model, by name, is not ours.
+        overrides: Which of the model's methods are a user's own.
 
     Attributes:
         model: As above.
         options: As above; see `change`.
-        is_custom: As above.
+        overrides: As above.
         is_active: Whether gradients are gathered; if not, the model is a
             `keras.Model`.
         is_restored: Whether the window comes from a checkpoint, and `fit` goes
@@ -56,11 +56,11 @@ class Accumulation:
         self,
         model: keras.Model,
         options: Options,
-        is_custom: Callable[[str], bool],
+        overrides: Overrides,
     ) -> None:
-        self.model, self.options, self.is_custom = model, options, is_custom
+        self.model, self.options, self.overrides = model, options, overrides
         # One of the user's own is called for windows of one micro-batch, too.
-        self.is_active = options.accumulates or is_custom("update_step")
+        self.is_active = options.accumulates or overrides.has("update_step")
         if self.is_active:
             replicas.check_strategy()
         self.is_restored = False
@@ -79,7 +79,7 @@ class Accumulation:
                 "nonfinite": SkipCounts(model, options.nonfinite),
             }
         )
-        self.losses = Losses(model, window_losses, is_custom)
+        self.losses = Losses(model, window_losses, overrides)
         self._update = None
 
     def change(self, **changes) -> None:

@@ -16,14 +16,21 @@ from keras_accum.steps import forward
 def train(accumulation, data) -> dict:
     """Records the gradients of a micro-batch, and what `fit` reports.
 
+    Called by hand, it makes the micro-batch, and adds it to the window.
+
     Args:
         accumulation: What the model accumulates in.
-        data: The micro-batch, which is the current one.
+        data: The micro-batch, which is the current one if there is any.
 
     Returns:
         The logs.
     """
     model, losses = accumulation.model, accumulation.losses
+    if microbatches.current(model) is None:
+        with accumulation.microbatch(data) as microbatch:
+            logs = train(accumulation, data)
+            accumulation.window.add(microbatch)
+        return logs
     nonfinite = accumulation.window["nonfinite"]
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     with step_loss.tape_for(losses) as tape:

@@ -42,7 +42,7 @@ def find_optimizers(accumulation, data) -> None:
 def is_needed(accumulation) -> bool:
     """Returns whether a step's optimizers must be known before it is traced."""
     model = accumulation.model
-    if not accumulation.is_custom("train_step", in_front=True):
+    if accumulation.overrides.step("train_step") is None:
         return False
     if accumulation.window["gradients"].has_optimizers:
         return False

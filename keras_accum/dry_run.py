@@ -93,11 +93,11 @@ def run(
     """
     strategy, options = model.distribute_strategy, model._accumulation.options
     options = options.replace(nonfinite="propagate")
-    is_custom = model._accumulation.is_custom
+    overrides = model._accumulation.overrides
     variables = [*model.variables, *compat.existing_seed_state()]
     snapshot = replicas.Snapshot(strategy, [each.value for each in variables])
     with strategy.scope():
-        accumulation = Accumulation(model, options, is_custom)
+        accumulation = Accumulation(model, options, overrides)
     with compat.attribute(model, "_accumulation", accumulation):
         tracker = accumulation.window["losses"].make_tracker()
         tracker.reset_state()

@@ -98,7 +98,7 @@ def find_in(accumulation, data) -> Findings:
     if rows is None or keras.config.floatx() not in ("float32", "float64"):
         return Findings()
     find_of = compiled_kinds.of_compiled_losses
-    if compat.has_custom_compute_loss(model) or accumulation.is_custom(
+    if compat.has_custom_compute_loss(model) or accumulation.overrides.has(
         "microbatch_weight"
     ):
         find_of = total_kind.of_total

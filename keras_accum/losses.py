@@ -8,7 +8,6 @@ denominator instead, before there are gradients.
 
 import dataclasses
 import warnings
-from collections.abc import Callable
 from collections.abc import Sequence
 
 import keras
@@ -17,13 +16,13 @@ import tensorflow as tf
 from keras_accum import added_losses
 from keras_accum import compat
 from keras_accum import microbatch as microbatches
-from keras_accum import overrides
 from keras_accum import warned
 from keras_accum import weighting
 from keras_accum.coupling import Kind
 from keras_accum.findings import Findings
 from keras_accum.loss_tracker import WindowLoss
 from keras_accum.microbatch import Microbatch
+from keras_accum.overrides import Overrides
 from keras_accum.rows import number_of_rows
 from keras_accum.steps import forward
 from keras_accum.window_losses import WindowLosses
@@ -57,7 +56,7 @@ class Losses:
     Args:
         model: The model.
         window_losses: The metrics.
-        is_custom: Returns whether a method of the model, by name, is not ours.
+        overrides: Which of the model's methods are a user's own.
 
     Attributes:
         model: As above.
@@ -70,9 +69,9 @@ class Losses:
         self,
         model: keras.Model,
         window_losses: WindowLosses,
-        is_custom: Callable[[str], bool],
+        overrides: Overrides,
     ) -> None:
-        self.model, self._is_custom = model, is_custom
+        self.model, self._overrides = model, overrides
         self._window_losses = window_losses
         self._warnings: set[str] = set()
         self.forget()
@@ -144,19 +143,13 @@ class Losses:
         An override of `train_step` may take data of any form, which is not what
         to make variables from.
         """
-        return (
-            self.findings is None
-            and not self._is_custom("train_step")
-            and (
-                self.model.built
-                or overrides.is_default(type(self.model).train_step)
-            )
+        return self.findings is None and (
+            self.model.built or self._overrides.step("train_step") is None
         )
 
     def have_own_step(self) -> bool:
         """Returns whether a user's `train_step` computes the loss."""
-        is_own = overrides.is_own(type(self.model).train_step)
-        return is_own or self._is_custom("train_step")
+        return self._overrides.replaces("train_step")
 
     def use_whole_batch(self, trains: bool = True) -> bool:
         """Returns whether the loss is computed of the batch as a whole.
@@ -171,8 +164,7 @@ class Losses:
             self.found.couples_rows
             and self.found.is_apart
             and self.model.microbatch_size is not None
-            and overrides.is_default(getattr(type(self.model), name))
-            and not self._is_custom(name)
+            and self._overrides.step(name) is None
         )
 
     def uses_denominators(self) -> bool:
@@ -187,7 +179,7 @@ class Losses:
             and model.microbatch_size is not None
             and not self.have_own_step()
             and not compat.has_custom_compute_loss(model)
-            and not self._is_custom("microbatch_weight")
+            and not self._overrides.has("microbatch_weight")
         )
 
     def may_be_apart(self) -> bool:
@@ -201,7 +193,7 @@ class Losses:
         if (
             model.microbatch_size is not None
             or compat.has_custom_compute_loss(model)
-            or self._is_custom("microbatch_weight")
+            or self._overrides.has("microbatch_weight")
         ):
             return False
         # Where steps run eagerly, a tape that is asked twice takes more memory.

@@ -21,7 +21,6 @@ from keras_accum import evaluation
 from keras_accum import functional
 from keras_accum import iterators
 from keras_accum import microbatch
-from keras_accum import overrides
 from keras_accum import sharing
 from keras_accum import steps
 from keras_accum.accumulation import Accumulation
@@ -32,6 +31,7 @@ from keras_accum.options import AccumSteps
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
 from keras_accum.options import takes_options
+from keras_accum.overrides import Overrides
 from keras_accum.saving import SavingMixin
 from keras_accum.saving import arguments_of
 from keras_accum.saving import take_original
@@ -68,9 +68,8 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         super().__init__(*args, **kwargs)
 
     def _start_accumulation(self, options):
-        ours = GradientAccumulationMixin
-        is_custom = functools.partial(overrides.is_custom, self, ours)
-        accumulation = Accumulation(self, options, is_custom)
+        overrides = Overrides(self, GradientAccumulationMixin)
+        accumulation = Accumulation(self, options, overrides)
         compat.set_untracked(self, "_accumulation", accumulation)
         checkpoint = WindowCheckpoint(accumulation)
         compat.set_untracked(self, "_accum_checkpoint", checkpoint)
@@ -221,16 +220,13 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
             The logs: a dict of scalars.
         """
         accumulation = self._accumulation
-        in_window = microbatch.current(self) is not None
-        is_ours = accumulation.is_active or in_window
-        if not is_ours or accumulation.is_custom("train_step"):
+        if not accumulation.is_active and microbatch.current(self) is None:
             return super().train_step(data)
-        if not in_window:
-            with accumulation.microbatch(data) as current:
-                logs = default_steps.train(accumulation, data)
-                accumulation.window.add(current)
-                return logs
-        return default_steps.train(accumulation, data)
+        train = functools.partial(default_steps.train, accumulation)
+        if not accumulation.overrides.is_behind("train_step"):
+            return train(data)
+        with compat.instead_of_keras(self, "train_step", train):
+            return super().train_step(data)
 
     def test_step(self, data) -> dict[str, tf.Tensor]:
         """Evaluates one batch, or one of its micro-batches, as Keras does.
@@ -243,9 +239,13 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         """
         accumulation = self._accumulation
         is_whole = not self.microbatch_size or not microbatch.current(self)
-        if is_whole or accumulation.is_custom("test_step"):
+        if is_whole:
             return super().test_step(data)
-        return default_steps.test(accumulation, data)
+        test = functools.partial(default_steps.test, accumulation)
+        if not accumulation.overrides.is_behind("test_step"):
+            return test(data)
+        with compat.instead_of_keras(self, "test_step", test):
+            return super().test_step(data)
 
     def accumulate(
         self,

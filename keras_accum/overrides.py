@@ -8,40 +8,56 @@ import keras
 from keras_accum import compat
 
 
-def is_custom(
-    model: keras.Model, ours: type, name: str, in_front: bool = False
-) -> bool:
-    """Returns whether a method of a model is not ours, nor Keras's.
+class Overrides:
+    """What a user's classes override, in front of the mixin and behind it.
 
     Args:
         model: The model.
-        ours: The mixin.
-        name: "train_step" or "test_step"; or a method that Keras has not.
-        in_front: Whether to look in front of the mixin too, and not only at
-            the steps of the class behind it.
+        mixin: The class that is ours.
     """
-    is_replaced = getattr(type(model), name) is not getattr(ours, name)
-    if not name.endswith(("train_step", "test_step")):
-        return is_replaced
-    if in_front and is_replaced:
-        return True
-    return compat.has_custom_step(model, ours, name)
 
+    def __init__(self, model: keras.Model, mixin: type) -> None:
+        self._model, self._mixin = model, mixin
 
-def is_own(step: Callable) -> bool:
-    """Returns whether a step is a user's that does not call ours.
+    def has(self, name: str) -> bool:
+        """Returns whether a method of ours, which Keras has not, is replaced.
 
-    Args:
-        step: A `train_step`, as a class has it.
-    """
-    if is_default(step):
-        return False
-    code = getattr(inspect.unwrap(step), "__code__", None)
-    # What calls `super()` has its class at hand.
-    return code is None or "__class__" not in code.co_freevars
+        Args:
+            name: "microbatch_weight" or "update_step".
+        """
+        return getattr(type(self._model), name) is not getattr(
+            self._mixin, name
+        )
 
+    def is_behind(self, name: str) -> bool:
+        """Returns whether a class behind the mixin has a step of its own.
 
-def is_default(step: Callable) -> bool:
-    """Returns whether a step is ours: a class has not overridden it."""
-    # What `exec` makes may have no module.
-    return (step.__module__ or "").startswith(__package__ + ".")
+        Args:
+            name: "train_step" or "test_step".
+        """
+        return compat.has_custom_step(self._model, self._mixin, name)
+
+    def step(self, name: str) -> Callable | None:
+        """Returns a user's own step, or None if there is none.
+
+        Args:
+            name: "train_step" or "test_step".
+        """
+        if self.has(name):
+            return getattr(type(self._model), name)
+        if self.is_behind(name):
+            return getattr(super(self._mixin, self._model), name).__func__
+        return None
+
+    def replaces(self, name: str) -> bool:
+        """Returns whether a user's own step does not call the one behind it.
+
+        Args:
+            name: "train_step" or "test_step".
+        """
+        step = self.step(name)
+        if step is None:
+            return False
+        code = getattr(inspect.unwrap(step), "__code__", None)
+        # What calls `super()` has its class at hand.
+        return code is None or "__class__" not in code.co_freevars

@@ -70,7 +70,7 @@ def call_train_step(accumulation, microbatch: Microbatch, data) -> dict:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(compat.before_updates(refuse))
-        if accumulation.is_custom("train_step", in_front=True):
+        if accumulation.overrides.step("train_step") is not None:
             record = microbatch.origins.record
             stack.enter_context(compat.recording_gradients(record))
         logs = model.train_step(data)

@@ -32,7 +32,7 @@ def of_total(accumulation, sample: Sample) -> Findings:
         asked |= looks
         return value
 
-    is_ours = not accumulation.is_custom("microbatch_weight")
+    is_ours = not accumulation.overrides.has("microbatch_weight")
 
     def weight(part):
         if not is_ours:

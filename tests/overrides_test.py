@@ -4,39 +4,55 @@ import keras
 import tensorflow as tf
 
 import keras_accum
+from keras_accum import overrides
 from tests import test_utils
 
+NAMES = ("train_step", "test_step")
 
-class CustomTest(test_utils.TestCase):
-    def test_steps_behind_the_mixin_and_weights(self):
-        class Theirs(keras.Model):
-            def train_step(self, data):
-                return {}
 
-        class Mine(keras_accum.GradientAccumulationMixin, Theirs):
-            def microbatch_weight(self, x, y, y_pred, sample_weight=None):
-                return 1.0
+class Theirs(keras.Model):
+    def train_step(self, data):
+        return {}
 
-        class InFront(keras_accum.GradientAccumulationModel):
-            def train_step(self, data):
-                return {}
 
-        for model, behind, anywhere in (
-            (test_utils.accumulating(), [], []),
-            (
-                Mine(accum_steps=2),
-                ["train_step", "microbatch_weight"],
-                ["train_step", "microbatch_weight"],
-            ),
-            (InFront(accum_steps=2), [], ["train_step"]),
+class Adding(keras.Model):
+    def train_step(self, data):
+        return super().train_step(data) | {"more": 1.0}
+
+
+class Mine(keras_accum.GradientAccumulationMixin, Theirs):
+    def microbatch_weight(self, x, y, y_pred, sample_weight=None):
+        return 1.0
+
+
+class InFront(keras_accum.GradientAccumulationModel):
+    def train_step(self, data):
+        return {}
+
+    def test_step(self, data):
+        return super().test_step(data)
+
+
+class Behind(keras_accum.GradientAccumulationMixin, Adding):
+    pass
+
+
+class OverridesTest(test_utils.TestCase):
+    def test_steps_and_weights(self):
+        for cls, behind, replaced, steps in (
+            (keras_accum.GradientAccumulationModel, [], [], []),
+            (Mine, ["train_step"], ["train_step"], ["train_step"]),
+            (InFront, [], ["train_step"], ["train_step", "test_step"]),
+            (Behind, ["train_step"], [], ["train_step"]),
         ):
-            for in_front, expected in ((False, behind), (True, anywhere)):
-                custom = [
-                    name
-                    for name in ("train_step", "test_step", "microbatch_weight")
-                    if model._accumulation.is_custom(name, in_front=in_front)
-                ]
-                self.assertEqual(custom, expected)
+            found = overrides.Overrides(
+                cls(accum_steps=2), keras_accum.GradientAccumulationMixin
+            )
+            self.assertEqual(list(filter(found.is_behind, NAMES)), behind)
+            self.assertEqual(list(filter(found.replaces, NAMES)), replaced)
+            self.assertEqual(list(filter(found.step, NAMES)), steps)
+            self.assertEqual(found.has("microbatch_weight"), cls is Mine)
+            self.assertFalse(found.has("update_step"))
 
 
 if __name__ == "__main__":

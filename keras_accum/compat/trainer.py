@@ -20,6 +20,9 @@ _updates = [
     Hook(cls, "apply")
     for cls in (keras.Optimizer, keras.optimizers.LossScaleOptimizer)
 ]
+_steps = {
+    name: Hook(TensorFlowTrainer, name) for name in ("train_step", "test_step")
+}
 
 
 def compute_loss(model, x, y, y_pred, sample_weight, training):
@@ -52,6 +55,29 @@ def has_custom_step(model, mixin, name) -> bool:
     """
     behind = getattr(super(mixin, model), name)
     return behind.__func__ is not getattr(TensorFlowTrainer, name)
+
+
+def instead_of_keras(model, name, function):
+    """Calls `function(data)` where a model comes to Keras's own step.
+
+    What a class behind our mixin calls by `super()` is then as if ours were the
+    class that it is derived from.
+
+    Args:
+        model: The model.
+        name: "train_step" or "test_step".
+        function: What stands in.
+
+    Returns:
+        A context manager, for this thread.
+    """
+
+    def step(method, instance, *args, **kwargs):
+        if instance is not model:
+            return method(instance, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return _steps[name].calling(step)
 
 
 def takes_training_argument(model) -> bool:
