@@ -32,8 +32,8 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from keras_accum import boundary
-from keras_accum import building
 from keras_accum import compat
+from keras_accum import discovery
 from keras_accum import each_microbatch
 from keras_accum import memory
 from keras_accum import programs
@@ -66,7 +66,7 @@ class Attempts:
         """
         (data,), accumulation = args, self._accumulation
         if not self._is_built:
-            building.build_for(accumulation, data)
+            discovery.build_for(accumulation, data)
             self._is_built = True
         strategy = accumulation.model.distribute_strategy
         # A worker may get no rows, of a last batch that is short.

@@ -1,7 +1,6 @@
 """Variables that are made before they are needed."""
 
 import keras
-import tensorflow as tf
 
 from keras_accum import compat
 from keras_accum import replicas
@@ -36,48 +35,6 @@ def build_optimizer_early(model: keras.Model, is_needed: bool) -> None:
             strategy,
             lambda: build_optimizer(optimizer, model.trainable_weights),
         )
-
-
-def build_for(accumulation, data) -> None:
-    """Makes all variables that a training batch needs, without running it.
-
-    Args:
-        accumulation: What the model accumulates in.
-        data: The batch, in cross-replica context.
-    """
-    model, window_losses = accumulation.model, accumulation.window["losses"]
-    strategy = model.distribute_strategy
-    compiled = compat.compiled_loss(model)
-    local = replicas.first_local(strategy, data)
-    with strategy.scope():
-        if model.built:
-            build_optimizer(model.optimizer, model.trainable_weights)
-        compat.symbolic_build(model, local)
-    if compiled is not None and compat.output_metrics(compiled):
-        window_losses.make_output_trackers()
-    window_losses.resume()
-
-
-def build_for_resumed(accumulation, data, in_branches: bool) -> None:
-    """Makes the variables of metrics, for a window from a checkpoint.
-
-    Keras makes them while it traces. In branches their initial values would be
-    those of the branch that starts a window, which is not run. Metrics of
-    single outputs are made in any case: the checkpoint may have their sums.
-
-    Args:
-        accumulation: What the model accumulates in.
-        data: The batch, in cross-replica context.
-        in_branches: Whether the step's kinds of micro-batch are branches.
-    """
-
-    def build():
-        if accumulation.position.read()[0]:
-            build_for(accumulation, data)
-
-    is_traced = in_branches and tf.inside_function()
-    if is_traced or accumulation.window["losses"].is_restored:
-        replicas.outside_of_tracing(build)
 
 
 def build_from(model: keras.Model, iterator, data_batch) -> None:

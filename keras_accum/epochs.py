@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
-from keras_accum import building
 from keras_accum import compat
+from keras_accum import discovery
 
 
 @dataclasses.dataclass
@@ -82,7 +82,7 @@ def skip_batches(accumulation, iterator) -> dict:
     for _ in range(min(num_steps, progress.to_skip)):
         data = next(iterator)
     # If nothing is left of the epoch, its end asks for metrics.
-    building.build_for(accumulation, data)
+    discovery.build_for(accumulation, data)
     progress.to_skip = max(0, progress.to_skip - num_steps)
     return {}
 

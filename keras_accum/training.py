@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 from keras_accum import auto_size
 from keras_accum import boundary
-from keras_accum import building
 from keras_accum import discovery
 from keras_accum import each_microbatch
 from keras_accum import first_batch
@@ -194,7 +193,7 @@ class Programs:
         def step(data):
             in_branches = place == positions.ON_DEVICE
             discovery.find_optimizers(accumulation, data)
-            building.build_for_resumed(accumulation, data, in_branches)
+            discovery.build_for_resumed(accumulation, data, in_branches)
             is_first = place.is_first
             if is_first is None:
                 is_first = position.is_first()

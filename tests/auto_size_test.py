@@ -17,7 +17,7 @@ from absl.testing import parameterized
 
 import keras_accum
 from keras_accum import auto_size
-from keras_accum import building
+from keras_accum import discovery
 from keras_accum import memory
 from tests import equivalence_test
 from tests import microbatching_test
@@ -188,7 +188,7 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
         model = compiled("auto", constraint=constraint)
         (data,) = batches([4], [1])
         train_function = model.make_train_function()
-        building.build_for(
+        discovery.build_for(
             model._accumulation, tf.nest.map_structure(tf.constant, data)
         )
         before = state_of(model)
