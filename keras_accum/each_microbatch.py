@@ -59,14 +59,17 @@ class EachMicrobatch:
             size: Most rows of a micro-batch.
 
         Returns:
-            The logs of the last step, on the first replica.
+            The logs of the last step: on the first replica, or, of an
+            evaluation, the mean.
         """
         (data,), strategy = args, self._model.distribute_strategy
         num_microbatches = row_counts.num_microbatches(strategy, data, size)
         logs = self._fold(data, size, num_microbatches)
         if not replicas.has_several(strategy):
             return logs
-        return programs.first_replica(strategy, logs)
+        if self._trains:
+            return programs.first_replica(strategy, logs)
+        return programs.mean_of_replicas(strategy, logs)
 
     def _fold_local(self, data, size, num_microbatches):
         data = as_tensors(data)

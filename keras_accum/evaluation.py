@@ -32,7 +32,7 @@ def make_test_function(accumulation) -> Callable:
         for is_first in (True, False)
     )
     if size is None:
-        run = programs.on_first_replica(model, first)
+        run = programs.merging(model, first, programs.mean_of_replicas)
 
         def step(data):
             return run(args=(data,))

@@ -13,6 +13,7 @@ import keras
 
 from keras_accum import compat
 from keras_accum.options import Options
+from keras_accum.warned import did_you_mean
 
 
 def is_functional_call(args, kwargs) -> bool:
@@ -37,7 +38,24 @@ def check_functional_call(kwargs) -> None:
         raise TypeError(
             "A functional model takes `inputs`, `outputs`, `name`, "
             "`trainable`, and the arguments of `GradientAccumulationModel`. "
-            f"Received: {received}"
+            f"Received: {received}."
+            f"{did_you_mean(unknown, Options.names())}"
+        )
+
+
+def check_positional(args) -> None:
+    """Raises a `TypeError` for what other classes take by position."""
+    if len(args) == 1 and isinstance(args[0], (list, tuple)):
+        raise TypeError(
+            "A list of layers makes a `keras.Sequential`. Write "
+            "`GradientAccumulationModel.from_model(keras.Sequential(layers), "
+            f"accum_steps=8)`. Received: a list of {len(args[0])}"
+        )
+    if len(args) > 2:
+        raise TypeError(
+            "What comes after inputs and outputs is given by name, as in "
+            "`GradientAccumulationModel(inputs, outputs, accum_steps=8)`. "
+            f"Received: {args[2]!r}"
         )
 
 

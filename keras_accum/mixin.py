@@ -35,6 +35,7 @@ from keras_accum.overrides import Overrides
 from keras_accum.saving import SavingMixin
 from keras_accum.saving import arguments_of
 from keras_accum.saving import take_original
+from keras_accum.warned import did_you_mean
 
 
 class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
@@ -65,7 +66,25 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
                 options = Options(**arguments_of(original))
         # First, since a model may compile itself in its constructor.
         self._start_accumulation(options)
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            unknown = [name for name in kwargs if repr(name) in str(error)]
+            hint = did_you_mean(unknown, Options.names())
+            if not hint:
+                raise
+            raise type(error)(f"{error}.{hint}") from error
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        behind = cls.__mro__[cls.__mro__.index(GradientAccumulationMixin) :]
+        if issubclass(cls, keras.Model) and keras.Model not in behind:
+            bases = ", ".join(base.__name__ for base in cls.__bases__)
+            raise TypeError(
+                "`GradientAccumulationMixin` must stand in front of the model "
+                f"class: `class {cls.__name__}(GradientAccumulationMixin, "
+                f"Theirs)`. Received: ({bases})"
+            )
 
     def _start_accumulation(self, options):
         overrides = Overrides(self, GradientAccumulationMixin)
@@ -75,7 +94,9 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         compat.set_untracked(self, "_accum_checkpoint", checkpoint)
 
     @classmethod
-    def from_model(cls, model: keras.Model, **arguments) -> keras.Model:
+    def from_model(
+        cls, model: keras.Model, *others, **arguments
+    ) -> keras.Model:
         """Makes a model that accumulates from one that exists already.
 
         It shares all with `model`: layers and variables, methods, names, and,
@@ -87,6 +108,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         Args:
             model: Functional, `Sequential`, or of any other class; built or
                 not, compiled or not. It stays what it is.
+            *others: Nothing: what follows is given by name.
             **arguments: Those of `GradientAccumulationModel`, from
                 `accum_steps` on, by name.
 
@@ -95,7 +117,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
 
         Raises:
             TypeError: If `model` is no `keras.Model`, or an argument is
-                unknown.
+                unknown or not given by name.
             ValueError: As `GradientAccumulationModel`.
 
         Example:
@@ -110,6 +132,11 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         if not isinstance(model, keras.Model):
             raise TypeError(
                 f"`model` must be a `keras.Model`. Received: model={model!r}"
+            )
+        if others:
+            raise TypeError(
+                "What comes after the model is given by name, as in "
+                f"`from_model(model, accum_steps=8)`. Received: {others[0]!r}"
             )
         options = Options.by_name(arguments)
         made = sharing.sharing_all(
@@ -347,6 +374,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         try:
             with (
                 iterators.ending(),
+                compat.showing_graph(sharing.seen_as),
                 epochs.keeping_weights_without_update(
                     getattr(self, "optimizer", None)
                 ),

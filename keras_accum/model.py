@@ -100,6 +100,8 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
 
     @takes_options
     def __init__(self, *args, **kwargs) -> None:
+        if type(self) is GradientAccumulationModel:
+            functional.check_positional(args)
         if functional.is_functional_call(args, kwargs):
             functional.check_functional_call(kwargs)
         super().__init__(*args, **kwargs)

@@ -10,6 +10,8 @@ from typing import Self
 import numpy as np
 import tensorflow as tf
 
+from keras_accum.warned import did_you_mean
+
 # An int, or a function from the number of updates so far to an int.
 AccumSteps = int | Callable[[int], int]
 
@@ -79,7 +81,8 @@ class Options:
             names = ", ".join(f"`{name}`" for name in cls.names())
             raise TypeError(
                 f"`from_model` takes {names} besides the model. "
-                f"Received: {', '.join(sorted(unknown))}"
+                f"Received: {', '.join(sorted(unknown))}."
+                f"{did_you_mean(unknown, cls.names())}"
             )
         return cls(**arguments)
 

@@ -49,11 +49,22 @@ def on_replicas(model: keras.Model, step: Callable) -> Callable:
 
 def on_first_replica(model: keras.Model, step: Callable) -> Callable:
     """Returns what `on_replicas` does, for the first replica's result alone."""
+    return merging(model, step, first_replica)
+
+
+def merging(model: keras.Model, step: Callable, merge: Callable) -> Callable:
+    """Returns what `on_replicas` does, with the replicas' results merged.
+
+    Args:
+        model: A `GradientAccumulationModel`.
+        step: A function of nested tensors.
+        merge: `first_replica` or `mean_of_replicas`.
+    """
     run = on_replicas(model, step)
     strategy = model.distribute_strategy
     if not replicas.has_several(strategy):
         return run
-    return lambda args: first_replica(strategy, run(args=args))
+    return lambda args: merge(strategy, run(args=args))
 
 
 def first_replica(strategy: tf.distribute.Strategy, values):
@@ -71,6 +82,21 @@ def first_replica(strategy: tf.distribute.Strategy, values):
     firsts = keras.tree.map_structure(first, values)
     with tf.control_dependencies(done):
         return keras.tree.map_structure(tf.identity, firsts)
+
+
+def mean_of_replicas(strategy: tf.distribute.Strategy, values):
+    """Returns the mean of what this worker's replicas returned, as Keras does.
+
+    On TPUs Keras takes the first replica's.
+    """
+    if replicas.on_tpu(strategy):
+        return first_replica(strategy, values)
+    return keras.tree.map_structure(
+        lambda value: tf.reduce_mean(
+            tf.stack(strategy.experimental_local_results(value)), axis=0
+        ),
+        values,
+    )
 
 
 def in_loop(model: keras.Model, step: Callable) -> Callable:

@@ -102,6 +102,8 @@ def strategy_of(variables) -> tf.distribute.Strategy:
     return tf.distribute.get_strategy()
 
 
+# What a user's `tf.function` calls, AutoGraph converts, and warns of threads.
+@tf.autograph.experimental.do_not_convert
 def outside_of_tracing(make: Callable[[], T]) -> T:
     """Returns `make()`, called where no function is being traced.
 

@@ -1,5 +1,7 @@
 """What is said of losses and layers that are not exact, and what is refused."""
 
+import difflib
+from collections.abc import Iterable
 from collections.abc import Sequence
 
 ONE_WEIGHT = (
@@ -66,3 +68,15 @@ def check_policy_of_share(nonfinite: str) -> None:
             "reductions. They are known before the gradients are, and would "
             'count what is skipped. Use "skip_window", or `accum_steps`.'
         )
+
+
+def did_you_mean(names: Iterable[str], known: Sequence[str]) -> str:
+    """Returns a sentence on names that are nearly known, or "" if none is.
+
+    Args:
+        names: Names of arguments that nobody knows.
+        known: Those that there are.
+    """
+    similar = (difflib.get_close_matches(name, known, 1) for name in names)
+    meant = ", ".join(f"`{name}`" for match in similar for name in match)
+    return f" Did you mean {meant}?" if meant else ""

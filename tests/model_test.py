@@ -76,9 +76,30 @@ class ErrorTest(test_utils.TestCase, parameterized.TestCase):
         ):
             model.accumulate([tf.constant(1.0)], 1.0)
 
-    def test_unknown_argument(self):
-        with self.assertRaisesRegex((TypeError, ValueError), "acum_steps"):
-            test_utils.mlp(keras_accum.GradientAccumulationModel, acum_steps=8)
+    def test_what_to_write_instead(self):
+        class Mine(keras_accum.GradientAccumulationModel):
+            pass
+
+        def behind():
+            class Behind(keras.Model, keras_accum.GradientAccumulationMixin):
+                pass
+
+        cls = keras_accum.GradientAccumulationModel
+        x = keras.Input((3,))
+        for call, said in (
+            (lambda: test_utils.mlp(cls, acum_steps=8), "mean `accum_steps`"),
+            (lambda: Mine(microbatchsize=8), "mean `microbatch_size`"),
+            (
+                lambda: cls.from_model(test_utils.mlp(), acum_steps=8),
+                "mean `accum_steps`",
+            ),
+            (lambda: cls.from_model(test_utils.mlp(), 8), "by name"),
+            (lambda: cls(x, x, 8), "by name"),
+            (lambda: cls([keras.layers.Dense(1)]), r"Sequential\(layers\)"),
+            (behind, "in front of the model class: `class Behind"),
+        ):
+            with self.assertRaisesRegex((TypeError, ValueError), said):
+                call()
 
     def test_another_backend(self):
         code = (

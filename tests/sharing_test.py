@@ -1,6 +1,8 @@
 """Models that exist already, made to accumulate by `from_model`."""
 
+import pathlib
 import pickle
+import tempfile
 
 import keras
 import keras_hub
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl.testing import parameterized
+from tensorflow.core.util import event_pb2
 
 import keras_accum
 from keras_accum import saving
@@ -44,6 +47,32 @@ class Subclassed(keras.Model):
 
     def twice(self, inputs):
         return 2 * self(inputs)
+
+
+class CallsSuper(keras.Model):
+    """A model whose methods all add to those that they override."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(2)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+    def train_step(self, data):
+        x, y = data
+        logs = super().train_step((2.0 * x, y))
+        return logs | {"rate": self.optimizer.learning_rate}
+
+    def test_step(self, data):
+        x, y = data
+        return super().test_step((2.0 * x, y)) | {"more": 1.0}
+
+    def compute_loss(self, *args, **kwargs):
+        return 3 * super().compute_loss(*args, **kwargs)
+
+    def compute_metrics(self, *args, **kwargs):
+        return super().compute_metrics(*args, **kwargs) | {"four": 4.0}
 
 
 def without_norm():
@@ -424,6 +453,81 @@ class CloneTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertEqual(clone.accum_steps, 2)
         self.assertEqual(clone.layers[1].accum_steps, 3)
+
+
+class CallsSuperTest(test_utils.TestCase, parameterized.TestCase):
+    """It is what subclassing is, and what the batch at once gives."""
+
+    @parameterized.product(
+        way=({"accum_steps": 4}, {"microbatch_size": 3}),
+        run_eagerly=(False, True),
+        on_replicas=(False, True),
+    )
+    @test_utils.first_command(0, 3)
+    def test_steps_losses_and_metrics(self, way, run_eagerly, on_replicas):
+        if on_replicas and run_eagerly:
+            self.skipTest("Slow, and the same.")
+        strategy = tf.distribute.get_strategy()
+        if on_replicas:
+            strategy, _ = test_utils.chosen_strategy()
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(ROWS, 3)).astype("float32")
+        y = rng.normal(size=(ROWS, 2)).astype("float32")
+
+        class Derived(keras_accum.GradientAccumulationMixin, CallsSuper):
+            pass
+
+        found = []
+        for make in (
+            CallsSuper,
+            lambda: GA.from_model(CallsSuper(), **way),
+            lambda: Derived(**way),
+        ):
+            keras.utils.set_random_seed(0)
+            is_plain = make is CallsSuper
+            chosen = tf.distribute.get_strategy() if is_plain else strategy
+            with chosen.scope():
+                model = make()
+                model(x[:1])
+                initial = model.get_weights()
+                model.compile("sgd", "mse", run_eagerly=run_eagerly)
+            steps = 1 if is_plain else way.get("accum_steps", 1)
+            model.fit(x, y, ROWS // steps, shuffle=False, verbose=0)
+            logs = model.evaluate(x, y, ROWS, verbose=0, return_dict=True)
+            found.append((model.get_weights(), logs))
+        for weights, logs in found[1:]:
+            self.assertSameWeights(weights, found[0][0], initial)
+            self.assertEqual(logs.keys(), found[0][1].keys())
+            self.assertAllClose(logs["loss"], found[0][1]["loss"])
+
+
+class TensorBoardTest(test_utils.TestCase):
+    def tags(self, model):
+        model.compile("sgd", "mse")
+        callback = keras.callbacks.TensorBoard(
+            tempfile.mkdtemp(dir=self.get_temp_dir())
+        )
+        x = np.ones((4, 3), "float32")
+        model.fit(x, x[:, :2], 2, verbose=0, callbacks=[callback])
+        folder = pathlib.Path(callback.log_dir)
+        return {
+            value.tag
+            for file in folder.rglob("events*")
+            for record in tf.data.TFRecordDataset(str(file))
+            for value in event_pb2.Event.FromString(
+                record.numpy()
+            ).summary.value
+        }
+
+    def test_shows_the_graph_of_layers(self):
+        inputs = keras.Input((3,))
+        outputs = keras.layers.Dense(2)(inputs)
+        for model in (
+            keras.Model(inputs, outputs),
+            GA(inputs, outputs, accum_steps=2),
+            GA.from_model(sequential(), accum_steps=2),
+        ):
+            self.assertIn("keras", self.tags(model))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ from keras_accum.compat.replicas import local_variable
 from keras_accum.compat.replicas import sum_to
 from keras_accum.compat.replicas import without_communication
 from keras_accum.compat.tapes import recording_gradients
+from keras_accum.compat.tensorboard import showing_graph
 from keras_accum.compat.trainer import FIRST_EPOCH
 from keras_accum.compat.trainer import SymbolicBuildMixin
 from keras_accum.compat.trainer import aggregate_loss
