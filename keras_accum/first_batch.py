@@ -97,11 +97,6 @@ def find_in(accumulation, data) -> Findings:
     # In half precision, rounding would be taken for a difference.
     if rows is None or keras.config.floatx() not in ("float32", "float64"):
         return Findings()
-    find_of = compiled_kinds.of_compiled_losses
-    if compat.has_custom_compute_loss(model) or accumulation.overrides.has(
-        "microbatch_weight"
-    ):
-        find_of = total_kind.of_total
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     if not model.built:
         compat.build_by(model, x)
@@ -112,7 +107,7 @@ def find_in(accumulation, data) -> Findings:
     def look(data):
         sample, whole = some_rows(model, data, size)
         with trial.drawing_alike():
-            return find_of(accumulation, sample), whole
+            return of_losses(accumulation, sample), whole
 
     with trial.keeping_random_states():
         try:
@@ -134,6 +129,23 @@ def find_in(accumulation, data) -> Findings:
     if found.couples_rows and not can_be_sent(model, data):
         found = dataclasses.replace(found, is_apart=False)
     return found
+
+
+def of_losses(accumulation, sample: Sample) -> Findings:
+    """Measures the losses given to `compile`, or what overrides make of them.
+
+    Args:
+        accumulation: What the model accumulates in.
+        sample: Some rows.
+    """
+    if compat.has_custom_compute_loss(accumulation.model):
+        return total_kind.of_total(accumulation, sample)
+    found = compiled_kinds.of_compiled_losses(accumulation, sample)
+    if not accumulation.overrides.has("microbatch_weight"):
+        return found
+    total = total_kind.of_total(accumulation, sample)
+    # By what Keras has divided them is not for the override to say.
+    return dataclasses.replace(total, undivided=found.undivided)
 
 
 def can_be_sent(model, data) -> bool:

@@ -12,6 +12,7 @@ import types
 import keras
 
 from keras_accum import compat
+from keras_accum import sharing
 from keras_accum.options import Options
 from keras_accum.warned import did_you_mean
 
@@ -68,6 +69,21 @@ def functional_subclass(cls: type[keras.Model]) -> type[keras.Model]:
     return subclass_of_both(cls, compat.functional_class())
 
 
+def class_of_clone(cls: type[keras.Model]) -> type[keras.Model]:
+    """Returns the class of models of inputs and outputs, for one of `cls`.
+
+    `keras.models.clone_model` makes of a class that has another constructor
+    what it is built of.
+
+    Args:
+        cls: A class that may have been made by `subclass_of_both`.
+    """
+    other = other_class(cls)
+    if other is not None and not compat.takes_inputs_and_outputs(other):
+        cls = named_class(cls)
+    return functional_subclass(cls)
+
+
 def subclass_of_both(
     cls: type[keras.Model], other: type[keras.Model]
 ) -> type[keras.Model]:
@@ -95,6 +111,11 @@ def subclass_of_both(
             "__doc__": cls.__doc__,
             "_stands_for": cls,
         }
+        if hasattr(other, "save_to_preset"):
+            namespace |= {
+                "save_to_preset": save_to_preset,
+                "from_preset": classmethod(from_preset),
+            }
         made[other] = types.new_class(
             cls.__name__,
             (cls, other),
@@ -119,6 +140,21 @@ def other_class(cls: type[keras.Model]) -> type[keras.Model] | None:
         return None
     _, other = cls.__bases__
     return None if other is compat.functional_class() else other
+
+
+def save_to_preset(self: keras.Model, *args, **kwargs) -> None:
+    """Saves a preset of KerasHub, as the class that it has without ours."""
+    view = sharing.seen_as(self, other_class(type(self)))
+    view.save_to_preset(*args, **kwargs)
+
+
+def from_preset(cls: type[keras.Model], *args, **kwargs) -> keras.Model:
+    """Loads a preset of KerasHub; takes our arguments as well, by name."""
+    options = {
+        name: kwargs.pop(name) for name in Options.names() if name in kwargs
+    }
+    model = other_class(cls).from_preset(*args, **kwargs)
+    return named_class(cls).from_model(model, **options)
 
 
 def register_as(subclass, cls):

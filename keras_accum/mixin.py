@@ -59,7 +59,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
     def __init__(self, *args, **kwargs) -> None:
         options = Options.take_from(kwargs)
         if functional.is_functional_call(args, kwargs):
-            self.__class__ = functional.functional_subclass(type(self))
+            self.__class__ = functional.class_of_clone(type(self))
             # `keras.models.clone_model` gives inputs and outputs, and no more.
             original = take_original((args, kwargs))
             if original is not None and options == Options():

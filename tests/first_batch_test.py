@@ -81,6 +81,20 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
 
         self.check(build, masked_mean, "accum_steps")
 
+    def test_of_microbatch_weight_on_replicas(self):
+        class Rows:
+            def microbatch_weight(self, x, y, y_pred, sample_weight=None):
+                return keras.ops.cast(keras.ops.shape(y)[0], "float32")
+
+        def build(cls=keras.Model, **kwargs):
+            class Model(Rows, cls):
+                pass
+
+            return linear(Model, **kwargs)
+
+        strategy = test_utils.chosen_strategy()[0]
+        self.check(build, scalar_mean, "accum_steps", strategy)
+
     def check(self, build, loss, way, strategy=None):
         way = {way: 3 if way == "microbatch_size" else 2}
         self.assertFitsAlike(build, loss, way, arrays(ROWS), 0.02, strategy)

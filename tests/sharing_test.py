@@ -393,6 +393,28 @@ class KerasHubTest(test_utils.TestCase, parameterized.TestCase):
             loaded.predict(SENTENCES, verbose=0), predicted, rtol=1e-5
         )
 
+    def test_presets_and_clones(self):
+        plain = text_classifier()
+        model = GA.from_model(plain, accum_steps=3)
+        expected = plain.predict(SENTENCES, verbose=0)
+        folder = f"{self.get_temp_dir()}/preset"
+        model.save_to_preset(folder)
+        # By the task's own class, which knows nothing of ours; and through it.
+        task = keras_hub.models.BertTextClassifier.from_preset(folder)
+        self.assertIs(type(task), keras_hub.models.BertTextClassifier)
+        again = type(model).from_preset(folder, accum_steps=5)
+        self.assertEqual(again.accum_steps, 5)
+        for loaded in (task, again):
+            self.assertAllClose(
+                loaded.predict(SENTENCES, verbose=0), expected, rtol=1e-5
+            )
+        clone = keras.models.clone_model(model)
+        self.assertEqual(clone.accum_steps, 3)
+        self.assertEqual(
+            [each.shape for each in clone.weights],
+            [each.shape for each in keras.models.clone_model(plain).weights],
+        )
+
     def test_mixin_in_front_of_a_task(self):
         class Mine(
             keras_accum.GradientAccumulationMixin,

@@ -13,6 +13,7 @@ from keras_accum.compat.classes import attributes_to_share
 from keras_accum.compat.classes import functional_class
 from keras_accum.compat.classes import keeps_automatic_config
 from keras_accum.compat.classes import set_untracked
+from keras_accum.compat.classes import takes_inputs_and_outputs
 from keras_accum.compat.draws import drawing_through
 from keras_accum.compat.graphs import compute_anyway
 from keras_accum.compat.graphs import current_graph

@@ -4,6 +4,7 @@ import copy
 
 import keras
 from keras.src.models.functional import Functional
+from keras.src.models.functional import functional_like_constructor
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import python_utils
 
@@ -14,6 +15,11 @@ def functional_class() -> type[keras.Model]:
     `keras.Model(inputs, outputs)` returns one; it has no public name.
     """
     return Functional
+
+
+def takes_inputs_and_outputs(cls) -> bool:
+    """Returns whether a class is constructed as a functional model is."""
+    return functional_like_constructor(cls)
 
 
 class Saveable(KerasSaveable):
