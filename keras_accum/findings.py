@@ -44,9 +44,9 @@ class Findings:
     driven: tuple[int, ...] = ()
     mixes_rows: bool = False
 
-    def codes(self) -> list[list[int]]:
+    def codes(self) -> list[int]:
         """Returns all but names as integers, for `from_codes`."""
-        return [
+        lists = [
             list(map(_KINDS.index, self.compiled)),
             list(map(int, self.undivided)),
             [
@@ -59,11 +59,15 @@ class Findings:
             list(self.repeated),
             list(self.driven),
         ]
+        return [code for each in lists for code in (len(each), *each)]
 
     @classmethod
-    def from_codes(cls, codes: Sequence[Sequence[int]]) -> Self:
+    def from_codes(cls, codes: Sequence[int]) -> Self:
         """Returns what has these `codes`."""
-        compiled, undivided, total, added, repeated, driven = codes
+        rest, lists = iter(codes), []
+        for length in rest:
+            lists.append([next(rest) for _ in range(length)])
+        compiled, undivided, total, added, repeated, driven = lists
         return cls(
             compiled=tuple(_KINDS[code] for code in compiled),
             undivided=tuple(map(bool, undivided)),

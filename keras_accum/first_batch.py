@@ -84,7 +84,7 @@ def find(accumulation, data) -> Findings:
 def of_first_worker(strategy, findings: Findings) -> Findings:
     """Returns what the first worker found, so that all do the same."""
     found = Findings.from_codes(
-        [replicas.list_of_first(strategy, codes) for codes in findings.codes()]
+        replicas.list_of_first(strategy, findings.codes())
     )
     return dataclasses.replace(found, added_by=findings.added_by)
 

@@ -343,8 +343,15 @@ def values_of_all(strategy: tf.distribute.Strategy, value: int) -> list[int]:
 
     All workers have to call it, in cross-replica context.
     """
+    return [row[0] for row in lists_of_all(strategy, [value])]
+
+
+def lists_of_all(
+    strategy: tf.distribute.Strategy, values: Sequence[int]
+) -> list[list[int]]:
+    """Returns what all replicas have, as `values_of_all`: as many integers."""
     local = strategy.experimental_distribute_values_from_function(
-        lambda replica: tf.constant([value], tf.int64)
+        lambda replica: tf.constant([values], tf.int64)
     )
     return strategy.gather(local, axis=0).numpy().tolist()
 
@@ -358,7 +365,7 @@ def list_of_first(
     """
     count = values_of_all(strategy, len(values))[0]
     padded = [*values, *[0] * count][:count]
-    return [values_of_all(strategy, value)[0] for value in padded]
+    return lists_of_all(strategy, padded)[0]
 
 
 def first_local(strategy: tf.distribute.Strategy, data):
