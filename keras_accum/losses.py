@@ -197,11 +197,10 @@ class Losses:
         ):
             return False
         # Where steps run eagerly, a tape that is asked twice takes more memory.
-        return tf.inside_function() or (
-            compiled is not None
-            and compat.is_built(compiled)
-            and compat.number_of_losses(compiled) + len(self.found.added) > 1
-        )
+        count = len(self.found.added)
+        if compiled is not None and compat.is_built(compiled):
+            count += compat.number_of_losses(compiled)
+        return tf.inside_function() or count > 1
 
     def are_apart(self, denominators, kinds) -> bool:
         """Returns whether losses are to have gradients and sums of their own.

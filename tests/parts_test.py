@@ -145,7 +145,8 @@ class ExactnessTest(test_utils.TestCase, parameterized.TestCase):
 
         self.check(build, reductions)
 
-    def test_added_losses_alone(self):
+    @parameterized.parameters(False, True)
+    def test_added_losses_alone(self, run_eagerly):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(3)
             x = keras.Input((5,), dtype="int32")
@@ -157,7 +158,7 @@ class ExactnessTest(test_utils.TestCase, parameterized.TestCase):
         actual = build(keras_accum.GradientAccumulationModel, accum_steps=4)
         initial, reported = expected.get_weights(), []
         for model, size in ((expected, 16), (actual, 4)):
-            model.compile(keras.optimizers.SGD(0.2))
+            model.compile(keras.optimizers.SGD(0.2), run_eagerly=run_eagerly)
             x = np.concatenate([x for x, _ in batches()])
             history = model.fit(x, batch_size=size, shuffle=False, verbose=0)
             reported.append(history.history["loss"])
