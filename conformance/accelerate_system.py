@@ -32,8 +32,8 @@ class AcceleratedTraining(Training):
         self.accelerator = Accelerator(
             cpu=True, gradient_accumulation_steps=problem.accum_steps
         )
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(
-            self.network, self.optimizer, self.schedule
+        self.model, *self.optimizers, self.schedule = self.accelerator.prepare(
+            self.network, *self.optimizers, self.schedule
         )
 
     def update(self) -> None:
@@ -46,9 +46,11 @@ class AcceleratedTraining(Training):
                 accelerator.clip_grad_value_(
                     self.parameters, problem.clip_value
                 )
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.schedule.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         if accelerator.sync_gradients:
             self.after_update()
 
@@ -84,6 +86,7 @@ def train(problem, rank):
             data = [
                 torch_systems.tensors(batch, problem, rank) for batch in window
             ]
+            data = torch_systems.in_parts(problem, data)
             steps = problem.steps_of(epoch, update)
             update += 1
             # `accumulate` goes by a count of its own, and would divide by k.
@@ -91,7 +94,7 @@ def train(problem, rank):
             add = add_microbatches
             if is_short or differs(problem):
                 add = add_of_guide
-            training.accelerator.gradient_accumulation_steps = len(window)
+            training.accelerator.gradient_accumulation_steps = len(data)
             stop = problem.resume_after
             if stop is not None and seen < stop < seen + len(window):
                 add(training, data[: stop - seen])
@@ -106,6 +109,8 @@ def train(problem, rank):
 
 def differs(problem) -> bool:
     """Returns whether micro-batches divide their losses by other numbers."""
+    if problem.step == "two_parts":
+        return True
     found = set()
     for batch in problem.microbatches():
         _, y, weight = torch_systems.tensors(batch, problem)
@@ -121,13 +126,15 @@ def add_microbatches(training, data) -> None:
     problem, accelerator = training.problem, training.accelerator
     for each in data:
         with accelerator.accumulate(training.model):
-            loss = torch_systems.loss_of(
-                problem, training.model, training.network, each
+            losses = torch_systems.losses_of(problem, training.model, each)
+            losses[0] = losses[0] + torch_systems.penalty(
+                problem, training.network
             )
             if problem.reduction == "sum":
                 # It divides, and a sum is not divided.
-                loss = loss * accelerator.gradient_accumulation_steps
-            accelerator.backward(loss)
+                steps = accelerator.gradient_accumulation_steps
+                losses = [loss * steps for loss in losses]
+            training.backward(losses, accelerator.backward)
             training.update()
 
 
@@ -142,17 +149,17 @@ def add_of_guide(training, data) -> None:
     local = torch.tensor([*torch.tensor(denominators).sum(0).tolist(), rows])
     *bottoms, rows = accelerator.reduce(local, "sum").tolist()
     scale = steps * accelerator.num_processes
-    for index, (x, y, weight) in enumerate(data):
+    for index, each in enumerate(data):
         context = contextlib.nullcontext()
         if index < len(data) - 1 and accelerator.num_processes > 1:
             context = training.model.no_sync()
         with context:
-            outputs, activity = training.model(x)
-            loss = problem.activity_l2 * activity / rows
-            tops = torch_systems.numerators(outputs, y, weight)
-            for top, bottom in zip(tops, bottoms, strict=True):
-                loss = loss + top / bottom
-            accelerator.backward(loss * scale)
+            losses = torch_systems.losses_of(
+                problem, training.model, each, bottoms, rows
+            )
+            training.backward(
+                [loss * scale for loss in losses], accelerator.backward
+            )
     training.update()
 
 

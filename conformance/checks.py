@@ -86,6 +86,25 @@ def averages(system: System, problem: Problem) -> float:
     return relative(system.accumulated(problem).averages, expected, initial)
 
 
+def weights_of_dense(system: System, problem: Problem) -> float:
+    """Measures as `weights` does, but the large batch looks nothing up.
+
+    Its embedding is multiplied with one-hot vectors. A row that occurs several
+    times then has one gradient, whose square is what the formulas of Adam and
+    its kin mean. Keras's optimizers square the gradients of lookups one by one.
+    """
+    initial = problems.initial_weights(problem.model)
+    dense = dataclasses.replace(problem, lookup=False)
+    expected = system.plain(dense).weights
+    return relative(system.accumulated(problem).weights, expected, initial)
+
+
+def power_vector(system: System, problem: Problem) -> float:
+    """Returns the distance of the vectors of power iterations, of norm 1."""
+    expected = system.plain(problem).power_vector
+    return norm([system.accumulated(problem).power_vector - expected])
+
+
 def moving_mean(system: System, problem: Problem) -> float:
     """Returns the distance of the moving means, over that from 0."""
     expected = system.plain(problem).moving_mean
@@ -162,6 +181,7 @@ def all_checks() -> list[Check]:
     equal = Problem(problems.vectors(8, 8, 8, 8))
     uneven = Problem(problems.vectors(9, 9, 9, 1))
     tagger = {"model": "tagger", "learning_rate": 1.0}
+    tokens = Problem(problems.sequences(12, 12, 12, 12), **tagger)
     masked = Problem(problems.sequences(12, 3, 2, 1), **tagger)
     weighted = Problem(problems.weighted(problems.vectors(4, 4, 4, 4)))
     seven = Problem(problems.vectors(*[8] * 7, epochs=2))
@@ -173,6 +193,13 @@ def all_checks() -> list[Check]:
         masked,
         epochs=problems.with_row_labels(masked.epochs),
         model="two_losses",
+    )
+    pair = replace(
+        equal,
+        model="pair",
+        step="two_optimizers",
+        optimizer="adam",
+        learning_rate=0.01,
     )
     dropped = Problem(problems.ones(1, 4), model="dropout", learning_rate=1.0)
     two = replace(equal, replicas=2)
@@ -207,6 +234,32 @@ def all_checks() -> list[Check]:
             (
                 "Two losses: a mean over rows, one over tokens that count",
                 rows_and_tokens,
+            ),
+            (
+                "A function of the batch: the mean over tokens that count",
+                Problem(
+                    problems.sequences(2, 12, 1, 6),
+                    is_scalar_function=True,
+                    **tagger,
+                ),
+            ),
+            (
+                "A contrastive loss between the rows of the batch",
+                replace(equal, model="towers"),
+            ),
+        ],
+        "Added losses": [
+            (
+                "A layer adds a mean over the rows, over uneven sizes",
+                replace(uneven, added="row_mean", added_scale=0.5),
+            ),
+            (
+                "A layer adds a value per row: a sum, beside a mean",
+                replace(uneven, added="per_row", added_scale=0.05),
+            ),
+            (
+                "A layer adds a loss that balances: it couples rows",
+                replace(equal, added="balance", added_scale=2.0),
             ),
         ],
         "Regularizers": [
@@ -303,7 +356,13 @@ def all_checks() -> list[Check]:
         "Layers": [
             (
                 "An embedding's gradient, rows repeated",
-                Problem(problems.sequences(12, 12, 12, 12), **tagger),
+                tokens,
+            ),
+            (
+                "An embedding with Adam, rows repeated: as a dense gradient",
+                replace(tokens, optimizer="adam", learning_rate=0.01),
+                ROUNDING,
+                weights_of_dense,
             ),
             (
                 "Batch normalization: moving mean of the window's rows",
@@ -318,6 +377,12 @@ def all_checks() -> list[Check]:
                 moving_variance,
             ),
             (
+                "Spectral normalization: one power iteration per update",
+                replace(equal, model="spectral"),
+                ROUNDING,
+                power_vector,
+            ),
+            (
                 "Dropout differs between micro-batches",
                 dropped,
                 0.25,
@@ -328,6 +393,23 @@ def all_checks() -> list[Check]:
                 dropped,
                 0,
                 bits_of_repeated,
+            ),
+        ],
+        "Steps of one's own": [
+            (
+                "Two losses in two backward passes, each with its denominator",
+                replace(rows_and_tokens, step="two_calls"),
+            ),
+            (
+                "The loss of 8 rows in two parts, of 2 and 6 rows",
+                replace(equal, step="two_parts"),
+            ),
+            ("Two networks, each with its loss and its optimizer", pair),
+            (
+                "A moving average by hand, once per update",
+                replace(six, average=0.9, average_by_hand=True),
+                ROUNDING,
+                averages,
             ),
         ],
         "Replicas": [

@@ -14,7 +14,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from conformance import keras_steps
 from conformance import problems
+from conformance.keras_steps import AddsLoss
+from conformance.keras_steps import OneHotEmbedding
+from conformance.keras_steps import contrastive
+from conformance.keras_steps import masked_mean
 from conformance.problems import Batch
 from conformance.problems import Problem
 from conformance.system import DoesNotApply
@@ -52,22 +57,50 @@ def tensors(problem: Problem):
         inputs = keras.Input((problems.DROPPED,))
         kept = keras.layers.Dropout(0.5)(inputs)
         return inputs, dense(1, use_bias=False, name="output")(kept)
-    if problem.model in ("linear", "normalized"):
+    if problem.model in ("tagger", "two_losses"):
+        inputs = keras.Input((problems.LENGTH,), dtype="int32")
+        cls = keras.layers.Embedding if problem.lookup else OneHotEmbedding
+        hidden = cls(
+            problems.TOKENS,
+            problems.UNITS,
+            mask_zero=not problem.is_scalar_function,
+            name="embedding",
+        )(inputs)
+    else:
         inputs = hidden = keras.Input((problems.FEATURES,))
+    if problem.model == "towers":
+        both = [
+            dense(problems.UNITS, name=name)(inputs)
+            for name in ("query", "key")
+        ]
+        return inputs, keras.layers.Concatenate()(both)
+    if problem.model in ("linear", "normalized"):
         if problem.model == "normalized":
             hidden = keras.layers.BatchNormalization(
                 momentum=0.9, epsilon=1e-3, name="normalized"
             )(inputs)
         return inputs, dense(problems.CLASSES, name="output")(hidden)
-    if problem.model == "classifier":
-        inputs = hidden = keras.Input((problems.FEATURES,))
-    else:
-        inputs = keras.Input((problems.LENGTH,), dtype="int32")
-        hidden = keras.layers.Embedding(
-            problems.TOKENS, problems.UNITS, mask_zero=True, name="embedding"
-        )(inputs)
+    first = hidden_layer(problem)
+    last = dense(
+        1 if problem.model == "pair" else problems.CLASSES, name="output"
+    )
+    if problem.model == "pair":
+        made = dense(problems.FEATURES, activation="tanh", name="generator")
+        return inputs, [last(first(inputs)), last(first(made(inputs)))]
+    hidden = first(hidden)
+    if problem.added is not None:
+        hidden = AddsLoss(problem.added, problem.added_scale)(hidden)
+    outputs = last(hidden)
+    if problem.model == "two_losses":
+        row = dense(problems.CLASSES, name="row")(hidden[:, 0])
+        outputs = [row, outputs]
+    return inputs, outputs
+
+
+def hidden_layer(problem: Problem) -> keras.layers.Layer:
+    """Returns the layer of the hidden units."""
     l2 = keras.regularizers.L2
-    hidden = dense(
+    layer = keras.layers.Dense(
         problems.UNITS,
         activation="tanh",
         kernel_regularizer=l2(problem.l2) if problem.l2 else None,
@@ -78,19 +111,19 @@ def tensors(problem: Problem):
             keras.constraints.NonNeg() if problem.nonnegative else None
         ),
         name="hidden",
-    )(hidden)
-    outputs = dense(problems.CLASSES, name="output")(hidden)
-    if problem.model == "two_losses":
-        row = dense(problems.CLASSES, name="row")(hidden[:, 0])
-        outputs = [row, outputs]
-    return inputs, outputs
+    )
+    if problem.model == "spectral":
+        return keras.layers.SpectralNormalization(layer, name="spectral")
+    return layer
 
 
 def variables(model: keras.Model) -> dict:
     """Returns the trainable variables by the names of `initial_weights`."""
     layers = {layer.name: layer for layer in model.layers}
+    if "spectral" in layers:
+        layers["hidden"] = layers["spectral"].layer
     named = {}
-    for name in ("hidden", "output", "row"):
+    for name in ("hidden", "output", "row", "query", "key", "generator"):
         if name in layers:
             named[f"{name}_kernel"] = layers[name].kernel
             if layers[name].use_bias:
@@ -117,6 +150,10 @@ def make_loss(problem: Problem):
     }[problem.reduction]
     if reduction == "mean_with_sample_weight" and not IS_KERAS_3:
         raise DoesNotApply("Keras 2 has no such reduction.")
+    if problem.model == "towers":
+        return contrastive
+    if problem.is_scalar_function:
+        return masked_mean
     if problem.model == "dropout":
         return keras.losses.MeanSquaredError(reduction=reduction)
     loss = keras.losses.SparseCategoricalCrossentropy(
@@ -135,7 +172,7 @@ def make_optimizer(problem: Problem, **kwargs) -> keras.optimizers.Optimizer:
         "global_clipnorm": problem.clip_norm,
         "clipvalue": problem.clip_value,
     }
-    if problem.average is not None:
+    if problem.average is not None and not problem.average_by_hand:
         kwargs |= {"use_ema": True, "ema_momentum": problem.average}
     if problem.optimizer == "momentum":
         return keras.optimizers.SGD(momentum=0.9, **kwargs)
@@ -145,23 +182,26 @@ def make_optimizer(problem: Problem, **kwargs) -> keras.optimizers.Optimizer:
     return cls[problem.optimizer](**kwargs)
 
 
-def structure(batch: Batch) -> tuple:
+def structure(problem: Problem, batch: Batch) -> tuple:
     """Returns a batch as `fit` wants it."""
-    arrays = (batch.x, batch.y, batch.weight)
+    y = batch.y
+    if problem.is_scalar_function:
+        y = np.where(batch.x == 0, problems.IGNORED, y).astype(y.dtype)
+    arrays = (batch.x, y, batch.weight)
     return arrays if batch.weight is not None else arrays[:2]
 
 
-def dataset(batches: list[Batch]) -> tf.data.Dataset:
+def dataset(problem: Problem, batches: list[Batch]) -> tf.data.Dataset:
     """Returns the batches, in order, of a length that TensorFlow knows."""
     signature = tf.nest.map_structure(
         lambda value: tf.TensorSpec((None, *value.shape[1:]), value.dtype),
-        structure(batches[0]),
+        structure(problem, batches[0]),
     )
 
     def generate():
         for batch in batches:
             # TensorFlow writes into arrays that it was given.
-            yield tf.nest.map_structure(np.copy, structure(batch))
+            yield tf.nest.map_structure(np.copy, structure(problem, batch))
 
     made = tf.data.Dataset.from_generator(generate, output_signature=signature)
     return made.apply(tf.data.experimental.assert_cardinality(len(batches)))
@@ -173,6 +213,16 @@ class KerasSystem(System):
     model_class: type[keras.Model] = keras.Model
     # Whether `fit` is given windows, and not micro-batches.
     takes_windows = False
+    # What a user writes, by `Problem.step`.
+    steps = {
+        "two_calls": keras_steps.AppliesTwoLosses,
+        "two_parts": keras_steps.AppliesTwoParts,
+        "two_optimizers": keras_steps.AppliesForTwo,
+    }
+
+    def bases(self, problem: Problem) -> tuple[type, ...]:
+        """Returns what a user's model class inherits, beside the system's."""
+        return (self.steps[problem.step],) if problem.step in self.steps else ()
 
     def model_arguments(self, problem: Problem) -> dict:
         """Returns what the model's class is told of accumulation."""
@@ -190,8 +240,11 @@ class KerasSystem(System):
         """Raises if the system cannot do what the problem says."""
 
     def plain(self, problem: Problem) -> Outcome:
+        cls = keras.Model
+        if problem.step == "two_optimizers":
+            cls = inheriting(keras_steps.AppliesForTwo, cls)
         with self._dtype(problem):
-            model = self._build(problem, keras.Model, {}, {})
+            model = self._build(problem, cls, {}, {})
             return self._fit(problem, model, problem.large_batches())
 
     def accumulated(self, problem: Problem) -> Outcome:
@@ -199,7 +252,7 @@ class KerasSystem(System):
         with self._dtype(problem), strategy_of(problem.replicas).scope():
             model = self._build(
                 problem,
-                self.model_class,
+                inheriting(*self.bases(problem), self.model_class),
                 self.model_arguments(problem),
                 self.optimizer_arguments(problem),
             )
@@ -224,45 +277,70 @@ class KerasSystem(System):
         initial = problems.initial_weights(problem.model)
         for name, variable in variables(model).items():
             variable.assign(initial[name])
+        if problem.model == "spectral":
+            vector = model.get_layer("spectral").vector_u
+            vector.assign(problems.initial_vector(problems.UNITS)[None])
         optimizer = make_optimizer(problem, **optimizer_arguments)
+        if problem.step == "two_optimizers":
+            model.generator_optimizer = make_optimizer(
+                problem, **optimizer_arguments
+            )
         model.compile(optimizer, make_loss(problem), jit_compile=problem.xla)
         return model
 
     def _fit(self, problem, model, epochs, steps_by_epoch=None):
+        averaging, callbacks = None, []
+        if problem.average_by_hand:
+            averaging = self.averaging(problem, model)
+            if isinstance(averaging, keras.callbacks.Callback):
+                callbacks.append(averaging)
         lengths = {len(batches) for batches in epochs}
         if len(lengths) == 1 and steps_by_epoch is None:
             batches = [batch for batches in epochs for batch in batches]
             history = model.fit(
-                dataset(batches),
+                dataset(problem, batches),
                 epochs=len(epochs),
                 steps_per_epoch=lengths.pop(),
+                callbacks=callbacks,
                 verbose=0,
             )
-            return outcome(problem, model, history.history["loss"])
+            losses = history.history["loss"]
+            return outcome(problem, model, losses, averaging)
         losses = []
         for epoch, batches in enumerate(epochs):
             if steps_by_epoch is not None:
                 self.begin_epoch(model, steps_by_epoch[epoch])
             if batches:
-                history = model.fit(dataset(batches), verbose=0)
+                history = model.fit(
+                    dataset(problem, batches), callbacks=callbacks, verbose=0
+                )
                 losses += history.history["loss"]
-        return outcome(problem, model, losses)
+        return outcome(problem, model, losses, averaging)
+
+    def averaging(self, problem: Problem, model: keras.Model):
+        """Returns what averages the weights by hand: it has `averages`."""
+        return keras_steps.AveragesInCallback(model, problem.average)
 
     def _resume(self, problem, model):
         batches = list(problem.microbatches())
         for batch in batches[: problem.resume_after]:
-            model.train_on_batch(*structure(batch))
+            model.train_on_batch(*structure(problem, batch))
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "model" + (".keras" * IS_KERAS_3))
             model.save(path)
             model = keras.models.load_model(path)
         for batch in batches[problem.resume_after :]:
-            model.train_on_batch(*structure(batch))
+            model.train_on_batch(*structure(problem, batch))
         return outcome(problem, model)
 
 
-def outcome(problem, model, losses=None) -> Outcome:
-    """Returns what a trained model holds."""
+def inheriting(*bases: type) -> type:
+    """Returns a class of these bases."""
+    return bases[0] if len(bases) == 1 else type("Own", bases, {})
+
+
+def outcome(problem, model, losses=None, averaging=None) -> Outcome:
+    """Returns what a trained model holds, and what averaged by hand."""
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     named = variables(model)
     result = Outcome(
@@ -274,7 +352,11 @@ def outcome(problem, model, losses=None) -> Outcome:
         averages = dict(
             zip(
                 [id(variable) for variable in model.trainable_variables],
-                optimizer._model_variables_moving_average,
+                (
+                    optimizer._model_variables_moving_average
+                    if averaging is None
+                    else averaging.averages
+                ),
                 strict=True,
             )
         )
@@ -286,6 +368,8 @@ def outcome(problem, model, losses=None) -> Outcome:
         layer = model.get_layer("normalized")
         result.moving_mean = array(layer.moving_mean)
         result.moving_variance = array(layer.moving_variance)
+    if problem.model == "spectral":
+        result.power_vector = array(model.get_layer("spectral").vector_u)
     return result
 
 
@@ -300,6 +384,8 @@ class KerasOwn(KerasSystem):
 
     def optimizer_arguments(self, problem):
         steps = (problem.steps_by_epoch or (problem.accum_steps,))[0]
+        if problem.step == "two_parts":
+            steps *= 2
         # It takes integers of at least 2.
         return {"gradient_accumulation_steps": steps if steps > 1 else None}
 
@@ -311,6 +397,27 @@ class KerasOwn(KerasSystem):
 
 class KerasAccum(KerasSystem):
     """`GradientAccumulationModel(accum_steps=k)`."""
+
+    steps = {
+        "two_calls": keras_steps.AccumulatesTwoLosses,
+        "two_parts": keras_steps.AccumulatesTwoParts,
+        "two_optimizers": keras_steps.AccumulatesForTwo,
+    }
+
+    def bases(self, problem):
+        bases = super().bases(problem)
+        if problem.is_scalar_function and not self.takes_windows:
+            bases += (keras_steps.CountsTokens,)
+        if problem.average_by_hand:
+            bases += (keras_steps.AveragesInUpdateStep,)
+        return bases
+
+    def averaging(self, problem, model):
+        if not hasattr(model, "average"):
+            # The reference.
+            return super().averaging(problem, model)
+        model.average(problem.average)
+        return model
 
     @property
     def model_class(self):
@@ -364,6 +471,8 @@ class GradientAccumulatorPackage(KerasSystem):
             raise NoOption("A NaN reaches the weights.")
         if problem.steps_by_update is not None:
             raise NoOption("`accum_steps` is an integer.")
+        if problem.step != "whole":
+            raise NoOption("It accumulates in a `train_step` of its own.")
 
     def model_arguments(self, problem):
         return {

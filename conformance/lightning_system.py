@@ -1,4 +1,9 @@
-"""Lightning: `Trainer(accumulate_grad_batches=k)`."""
+"""Lightning: `Trainer(accumulate_grad_batches=k)`.
+
+Steps with several backward passes or optimizers are what its documentation
+calls manual optimization, with which the trainer does not accumulate: it has a
+loop for that.
+"""
 
 import logging
 import tempfile
@@ -55,6 +60,39 @@ class Module(lightning.LightningModule):
     def on_train_epoch_end(self):
         """Keeps the loss that is reported."""
         self.losses.append(float(self.trainer.callback_metrics["loss"]))
+
+
+class ManualModule(Module):
+    """A module of manual optimization, with the loop for accumulation."""
+
+    def __init__(self, problem) -> None:
+        super().__init__(problem)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        """Makes backward passes, and with each k-th batch the updates."""
+        problem, training = self.problem, self.training_of
+        parts = torch_systems.in_parts(problem, [batch])
+        steps = problem.accum_steps * len(parts)
+        for part in parts:
+            losses = torch_systems.losses_of(problem, self.network, part)
+            training.backward(
+                [loss / steps for loss in losses], self.manual_backward
+            )
+        if (index + 1) % problem.accum_steps == 0:
+            optimizers = self.optimizers()
+            for each in (
+                optimizers if isinstance(optimizers, list) else [optimizers]
+            ):
+                each.step()
+                each.zero_grad()
+
+    def configure_optimizers(self):
+        """Returns the optimizers."""
+        return self.training_of.optimizers
+
+    def on_train_epoch_end(self):
+        """Keeps no loss."""
 
 
 class Loader:
@@ -136,8 +174,9 @@ def train(problem, rank):
 
 def fit(problem, rank, callbacks, path=None):
     """Trains with these callbacks, from a checkpoint if there is a path."""
-    module = Module(problem)
-    steps = problem.accum_steps
+    is_manual = problem.step != "whole"
+    module = ManualModule(problem) if is_manual else Module(problem)
+    steps = 1 if is_manual else problem.accum_steps
     if problem.steps_by_epoch is not None:
         steps = 1
         scheduling = dict(enumerate(problem.steps_by_epoch))

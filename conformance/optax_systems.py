@@ -32,36 +32,51 @@ from conformance.system import System
 
 
 def apply(problem: Problem, parameters, x, key):
-    """Returns logits, a pair for "two_losses", and the squares of each row."""
+    """Returns logits, or two of them, and the hidden units or None."""
 
     def dense(name, x):
         y = x @ parameters[f"{name}_kernel"]
         bias = parameters.get(f"{name}_bias")
         return y if bias is None else y + bias
 
-    if "embedding" in parameters:
+    if "embedding" in parameters and problem.lookup:
         x = parameters["embedding"][x]
+    elif "embedding" in parameters:
+        x = jax.nn.one_hot(x, problems.TOKENS) @ parameters["embedding"]
     else:
         x = x.astype(jax.tree.leaves(parameters)[0].dtype)
+    if problem.model == "towers":
+        return (dense("query", x), dense("key", x)), None
     if problem.model == "dropout":
         x = x * jax.random.bernoulli(key, 0.5, x.shape) * 2
-    squares = jnp.zeros(len(x))
+    hidden = None
     if "hidden_kernel" in parameters:
-        x = jnp.tanh(dense("hidden", x))
-        squares = jnp.square(x).sum(tuple(range(1, x.ndim)))
+        x = hidden = jnp.tanh(dense("hidden", x))
     outputs = dense("output", x)
     if "row_kernel" in parameters:
         outputs = (dense("row", x[:, 0]), outputs)
-    return outputs, squares
+    return outputs, hidden
 
 
 def sums(problem: Problem, parameters, data, key):
     """Returns the sum of each loss's numerators, and a mean's denominator.
 
-    The last is the penalty on activations, over the rows.
+    That of a loss that is no mean is 0. The last is what comes of the hidden
+    units: the penalty on activations, and an added loss.
     """
     x, y, weight, counts = data["x"], data["y"], data["weight"], data["counts"]
-    outputs, squares = apply(problem, parameters, x, key)
+    if problem.model == "pair":
+        return [
+            ((each * counts).sum(), counts.sum())
+            for each in losses_of_pair(problem, parameters, x, key)
+        ]
+    outputs, hidden = apply(problem, parameters, x, key)
+    if problem.model == "towers":
+        query, key = outputs
+        entries = optax.softmax_cross_entropy_with_integer_labels(
+            query @ key.T, jnp.arange(len(query))
+        )
+        return [((entries * counts).sum(), counts.sum())]
     has_two_losses = isinstance(outputs, tuple)
     result = []
     for output, label in zip(
@@ -84,8 +99,49 @@ def sums(problem: Problem, parameters, data, key):
         if problem.reduction == "weighted_mean":
             bottom = weights.sum()
         result.append(((entries * weights).sum(), bottom))
-    of_rows = problem.activity_l2 * (squares * counts).sum()
-    return (*result, (of_rows, counts.sum()))
+    if hidden is not None:
+        result += extras(problem, hidden, counts)
+    return result
+
+
+def extras(problem: Problem, hidden, counts):
+    """Returns the sums of losses of the hidden units, and denominators."""
+    squares = jnp.square(hidden).sum(tuple(range(1, hidden.ndim))) * counts
+    rows = counts.sum()
+    result = [(problem.activity_l2 * squares.sum(), rows)]
+    added = problem.added_scale * squares.sum() / problems.UNITS
+    if problem.added == "row_mean":
+        result.append((added, rows))
+    elif problem.added == "per_row":
+        result.append((added, 0.0 * rows))
+    elif problem.added == "balance":
+        shares = jax.nn.softmax(hidden).mean(0)
+        balance = problems.UNITS * jnp.square(shares).sum()
+        # It has no sum over rows; as if it were a mean over them.
+        result.append((problem.added_scale * balance * rows, rows))
+    return result
+
+
+def losses_of_pair(problem: Problem, parameters, x, key):
+    """Returns the losses of each row: the discriminator's, the generator's.
+
+    Each has no gradient of the other's weights.
+    """
+    stopped = jax.tree.map(jax.lax.stop_gradient, parameters)
+
+    def score(parameters, x):
+        logits, _ = apply(problem, parameters, x, key)
+        return logits[:, 0]
+
+    def made(parameters):
+        kernel = parameters["generator_kernel"]
+        return jnp.tanh(x @ kernel + parameters["generator_bias"])
+
+    # `apply` also finds the generator's weights, and leaves them alone.
+    real, fake = score(parameters, x), score(parameters, made(stopped))
+    called_real = -score(stopped, made(parameters))
+    softplus = jax.nn.softplus
+    return softplus(-real) + softplus(fake), softplus(called_real)
 
 
 def penalty(problem: Problem, parameters):
@@ -98,26 +154,33 @@ def penalty(problem: Problem, parameters):
 def mean_loss(problem: Problem, parameters, data, key):
     """Returns the loss, as it would be written without accumulation."""
     loss = penalty(problem, parameters)
-    *losses, (activity, rows) = sums(problem, parameters, data, key)
-    for top, bottom in losses:
-        if problem.reduction == "sum":
+    losses = sums(problem, parameters, data, key)
+    for index, (top, bottom) in enumerate(losses):
+        if problem.reduction == "sum" and index == 0:
             bottom = 1.0
-        # A mean over nothing: who has such batches says 0.
+        # A sum; or a mean over nothing: who has such batches says 0.
         loss = loss + top / jnp.where(bottom == 0, 1, bottom)
-    return loss + activity / rows
+    return loss
 
 
 def arrays(problem: Problem, batch: Batch, sharding=None):
     """Returns a batch as the functions above want it."""
-    has_two_losses = isinstance(batch.y, tuple)
     ones = np.ones(batch.rows, wide(problem))
     data = {
         "x": batch.x,
-        "y": batch.y if has_two_losses else (batch.y,),
+        "y": batch.y if isinstance(batch.y, tuple) else (batch.y,),
         "weight": ones if batch.weight is None else batch.weight,
         "counts": ones,
     }
     return jax.device_put(data, sharding)
+
+
+def parts(problem: Problem, data) -> list:
+    """Returns the parts of a batch that have a gradient each."""
+    if problem.step != "two_parts":
+        return [data]
+    first = jax.tree.map(lambda leaf: problems.parts(leaf)[0], data)
+    return [first, jax.tree.map(lambda leaf: problems.parts(leaf)[1], data)]
 
 
 def wide(problem: Problem) -> str:
@@ -134,7 +197,26 @@ def first_parameters(problem: Problem):
 
 
 def make_optimizer(problem: Problem) -> optax.GradientTransformation:
-    """Returns the optimizer, without accumulation."""
+    """Returns the optimizer, without accumulation.
+
+    Where there are two, `optax.partition` joins them to one transformation.
+    """
+    if problem.step == "two_optimizers":
+        single = dataclasses.replace(problem, step="whole")
+        return optax.partition(
+            {
+                "generator": make_optimizer(single),
+                "discriminator": make_optimizer(single),
+            },
+            lambda tree: {
+                name: (
+                    "generator"
+                    if name.startswith("generator")
+                    else "discriminator"
+                )
+                for name in tree
+            },
+        )
     transformations = []
     if problem.clip_norm is not None:
         transformations.append(optax.clip_by_global_norm(problem.clip_norm))
@@ -164,7 +246,7 @@ def make_optimizer(problem: Problem) -> optax.GradientTransformation:
 
 def refuse(problem: Problem) -> None:
     """Raises for what optax has no part in."""
-    if problem.model == "normalized":
+    if problem.model in ("normalized", "spectral"):
         raise DoesNotApply("optax has no layers.")
     if problem.dtype == "mixed_float16":
         raise DoesNotApply("optax has no loss scale.")
@@ -301,12 +383,10 @@ class MultiSteps(Optax):
                 )
                 run = Run(problem, optimizer)
                 run.parameters, run.state = pickle.loads(saved)
-            run.parameters, run.state = step(
-                run.parameters,
-                run.state,
-                arrays(problem, batch, sharding),
-                run.next_key(),
-            )
+            for data in parts(problem, arrays(problem, batch, sharding)):
+                run.parameters, run.state = step(
+                    run.parameters, run.state, data, run.next_key()
+                )
             if optimizer.has_updated(run.state):
                 run.after_update()
         return run.outcome(int(run.state.gradient_step))
@@ -320,7 +400,7 @@ def every_k(problem: Problem):
             len(window) for windows in problem.windows() for window in windows
         ]
     if by_update is None:
-        return problem.accum_steps
+        return problem.accum_steps * (1 + (problem.step == "two_parts"))
     sizes = jnp.asarray(by_update)
     return lambda update: sizes[jnp.minimum(update, len(sizes) - 1)]
 
@@ -364,16 +444,23 @@ def divided_gradient(problem, parameters, data, key):
     keys = jax.random.split(key, len(data["counts"]))
 
     def of_microbatch(parameters, data, keys):
-        def tops(parameters):
+        def tops(parameters, data):
             pairs = sums(problem, parameters, data, keys[0])
-            return jnp.stack([top for top, _ in pairs]), pairs
+            bottoms = jnp.stack([bottom for _, bottom in pairs])
+            return jnp.stack([top for top, _ in pairs]), bottoms
 
-        gradients, pairs = jax.jacrev(tops, has_aux=True)(parameters)
+        gradients, bottoms = jax.tree.map(
+            lambda *leaves: sum(leaves),
+            *(
+                jax.jacrev(tops, has_aux=True)(parameters, part)
+                for part in parts(problem, data)
+            ),
+        )
         # They are added up in the dtype that they have.
         gradients = jax.tree.map(
             lambda leaf: leaf.astype(wide(problem)), gradients
         )
-        return gradients, jnp.stack([bottom for _, bottom in pairs])
+        return gradients, bottoms
 
     gradients, bottoms = microbatching.microbatch(
         of_microbatch,
@@ -383,6 +470,8 @@ def divided_gradient(problem, parameters, data, key):
     )(parameters, data, keys)
     if problem.reduction == "sum":
         bottoms = jnp.ones_like(bottoms)
+    # Of a sum it is 0.
+    bottoms = jnp.where(bottoms == 0, 1, bottoms)
     regularizer = jax.grad(
         lambda p: jnp.asarray(penalty(problem, p), wide(problem))
     )(parameters)

@@ -79,8 +79,26 @@ class Problem:
         l2: Times the square of the hidden kernel's norm, added to the loss.
         activity_l2: Times the squares of the hidden units, summed over units,
             averaged over the rows, added to the loss.
+        added: A loss of the hidden units that a layer adds, with h_i the mean
+            of the squares of row i: "row_mean", the mean of h over the rows;
+            "per_row", a value for each, h_i, which add up; "balance", as of a
+            mixture of experts, `UNITS` times the sum of the squares of the
+            means over the rows of softmax(units). Or None.
+        added_scale: Times this.
+        is_scalar_function: Whether the loss, a mean over the tokens that count,
+            is a function of all labels and outputs that returns a scalar. The
+            labels of tokens that do not count are then `IGNORED`.
+        step: "whole"; "two_calls", two losses with a backward pass each;
+            "two_parts", the loss of each of the batch's `parts` with a backward
+            pass each; "two_optimizers", as two calls, each for other weights,
+            with an optimizer of its own. The reference is never in parts.
+        lookup: Whether an embedding's rows are looked up. Else they are the
+            product of one-hot vectors and the embedding, whose gradient is
+            dense.
         average: Decay of an exponential moving average of the weights, which
             starts at the first weights; or None.
+        average_by_hand: Whether it is the user's own code that averages, once
+            per update, and not the optimizer.
         nonnegative: Whether the hidden kernel's entries below 0 become 0 after
             an update.
         dtype: "float32", "float64", "bfloat16", all of these of weights and
@@ -107,7 +125,13 @@ class Problem:
     clip_value: float | None = None
     l2: float = 0.0
     activity_l2: float = 0.0
+    added: str | None = None
+    added_scale: float = 1.0
+    is_scalar_function: bool = False
+    step: str = "whole"
+    lookup: bool = True
     average: float | None = None
+    average_by_hand: bool = False
     nonnegative: bool = False
     dtype: str = "float32"
     nonfinite: str = "propagate"
@@ -191,6 +215,16 @@ def initial_weights(model: str) -> dict[str, np.ndarray]:
       1e-3, scale and offset), dense (`CLASSES` logits).
     * "linear": dense (`CLASSES` logits).
     * "dropout": dropout of one half, dense (1 output).
+    * "towers": two dense layers, "query" and "key" (`UNITS` each). The loss is
+      contrastive: the crossentropy of each row's products of its query and all
+      keys of the batch, of which its own is the right one; and the mean.
+    * "pair": "generator", dense (`FEATURES`, tanh), and a discriminator, dense
+      (`UNITS`, tanh), dense (1 logit), of the rows, which are real, and of what
+      the generator makes of them. The discriminator's loss is the crossentropy
+      of telling them apart; the generator's, that its rows are called real.
+    * "spectral": "classifier", whose hidden kernel is divided by its largest
+      singular value, of which each step in training makes one power iteration.
+      It begins with `initial_vector`.
 
     Kernels are of shape (inputs, outputs).
     """
@@ -200,7 +234,7 @@ def initial_weights(model: str) -> dict[str, np.ndarray]:
         kernel = rng.normal(size=(inputs, outputs)) / np.sqrt(inputs)
         return {f"{name}_kernel": kernel, f"{name}_bias": np.zeros(outputs)}
 
-    if model == "classifier":
+    if model in ("classifier", "spectral"):
         weights = dense("hidden", FEATURES, UNITS)
         weights |= dense("output", UNITS, CLASSES)
     elif model in ("tagger", "two_losses"):
@@ -217,11 +251,34 @@ def initial_weights(model: str) -> dict[str, np.ndarray]:
             "output_kernel": np.zeros((FEATURES, CLASSES)),
             "output_bias": np.zeros(CLASSES),
         }
+    elif model == "towers":
+        weights = dense("query", FEATURES, UNITS)
+        weights |= dense("key", FEATURES, UNITS)
+    elif model == "pair":
+        weights = dense("generator", FEATURES, FEATURES)
+        weights |= dense("hidden", FEATURES, UNITS)
+        weights |= dense("output", UNITS, 1)
     elif model == "dropout":
         weights = {"output_kernel": np.zeros((DROPPED, 1))}
     else:
         raise ValueError(f"There is no model {model!r}.")
     return {name: value.astype("float32") for name, value in weights.items()}
+
+
+def initial_vector(size: int) -> np.ndarray:
+    """Returns the vector with which power iterations begin, of norm 1."""
+    vector = np.random.default_rng(3).normal(size=size)
+    return (vector / np.linalg.norm(vector)).astype("float32")
+
+
+def parts(rows):
+    """Returns a batch's rows in two parts: the first quarter, and the others.
+
+    Args:
+        rows: An array, of any framework.
+    """
+    cut = len(rows) // 4
+    return rows[:cut], rows[cut:]
 
 
 def vectors(*sizes: int, epochs: int = 3) -> tuple[tuple[Batch, ...], ...]:

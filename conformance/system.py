@@ -29,6 +29,7 @@ class Outcome:
         averages: Moving averages of the weights, as `weights`; or None.
         moving_mean: Of batch normalization; or None.
         moving_variance: Of batch normalization; or None.
+        power_vector: Of spectral normalization; or None.
     """
 
     weights: dict[str, np.ndarray]
@@ -37,6 +38,7 @@ class Outcome:
     averages: dict[str, np.ndarray] | None = None
     moving_mean: np.ndarray | None = None
     moving_variance: np.ndarray | None = None
+    power_vector: np.ndarray | None = None
 
 
 class System(abc.ABC):

@@ -35,18 +35,14 @@ DTYPES = {
 
 
 class Network(nn.Module):
-    """The models of `problems.initial_weights`.
-
-    Attributes:
-        activity: Squares of the hidden units of the last call, summed.
-    """
+    """The models of `problems.initial_weights`."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
-        self.model = problem.model
+        self.model, self.lookup = problem.model, problem.lookup
         initial = problems.initial_weights(problem.model)
         layers = {}
-        for name in ("hidden", "output", "row"):
+        for name in ("hidden", "output", "row", "query", "key", "generator"):
             if f"{name}_kernel" in initial:
                 kernel = torch.from_numpy(initial[f"{name}_kernel"].T.copy())
                 layer = nn.Linear(
@@ -67,27 +63,43 @@ class Network(nn.Module):
             layers["normalized"] = nn.BatchNorm1d(
                 problems.FEATURES, eps=1e-3, momentum=0.1
             )
+        if problem.model == "spectral":
+            layer = nn.utils.parametrizations.spectral_norm(layers["hidden"])
+            vector = problems.initial_vector(problems.FEATURES)
+            layer.parametrizations.weight[0]._v = torch.from_numpy(vector)
         self.layers = nn.ModuleDict(layers)
         self.dropout = nn.Dropout(0.5)
         self.to(DTYPES[problem.dtype])
 
     def forward(self, x):
-        """Returns logits, or two of them, and the squares of hidden units."""
+        """Returns logits, or two of them, and the hidden units or None."""
         layers = self.layers
-        if "embedding" in layers:
+        if "query" in layers:
+            return (layers["query"](x), layers["key"](x)), None
+        if "generator" in layers:
+            made = torch.tanh(layers["generator"](x))
+            return (self.score(x), self.score(made)), None
+        if "embedding" in layers and self.lookup:
             x = layers["embedding"](x)
+        elif "embedding" in layers:
+            table = layers["embedding"].weight
+            x = functional.one_hot(x.long(), len(table)).to(table.dtype) @ table
         if "normalized" in layers:
             x = layers["normalized"](x)
         if self.model == "dropout":
             x = self.dropout(x)
-        activity = x.new_zeros(())
+        hidden = None
         if "hidden" in layers:
-            x = torch.tanh(layers["hidden"](x))
-            activity = x.square().sum()
+            x = hidden = torch.tanh(layers["hidden"](x))
         outputs = layers["output"](x)
         if "row" in layers:
             outputs = (layers["row"](x[:, 0]), outputs)
-        return outputs, activity
+        return outputs, hidden
+
+    def score(self, x):
+        """Returns the logits of the discriminator of "pair"."""
+        hidden = torch.tanh(self.layers["hidden"](x))
+        return self.layers["output"](hidden)
 
     def named(self) -> dict[str, torch.Tensor]:
         """Returns the parameters by the names of `problems.initial_weights`."""
@@ -98,7 +110,13 @@ class Network(nn.Module):
             elif name == "normalized":
                 found |= {"scale": layer.weight, "offset": layer.bias}
             else:
-                found[f"{name}_kernel"] = layer.weight.T
+                # Spectral normalization iterates wherever `weight` is read.
+                weight = (
+                    layer.parametrizations.weight.original
+                    if hasattr(layer, "parametrizations")
+                    else layer.weight
+                )
+                found[f"{name}_kernel"] = weight.T
                 if layer.bias is not None:
                     found[f"{name}_bias"] = layer.bias
         return found
@@ -145,8 +163,16 @@ def pairs(outputs, labels):
     return [(outputs, labels)]
 
 
-def numerators(outputs, labels, weight) -> list[torch.Tensor]:
+def numerators(problem: Problem, outputs, labels, weight) -> list[torch.Tensor]:
     """Returns each loss, summed."""
+    if problem.model == "towers":
+        query, key = outputs
+        own = torch.arange(len(query))
+        return [functional.cross_entropy(query @ key.T, own, reduction="sum")]
+    if problem.model == "pair":
+        real, fake = map(functional.softplus, (-outputs[0], outputs[1]))
+        called_real = functional.softplus(-outputs[1])
+        return [(real + fake).sum(), called_real.sum()]
     sums = []
     for output, label in pairs(outputs, labels):
         if label.is_floating_point():
@@ -167,6 +193,8 @@ def numerators(outputs, labels, weight) -> list[torch.Tensor]:
 def denominators(problem: Problem, labels, weight) -> list[float]:
     """Returns what each loss is divided by, in a mean."""
     every = labels if isinstance(labels, tuple) else (labels,)
+    if problem.model == "pair":
+        every *= 2
     if problem.reduction == "sum":
         return [1.0] * len(every)
     if problem.reduction == "weighted_mean":
@@ -181,36 +209,90 @@ def penalty(problem: Problem, network: Network) -> torch.Tensor:
     return problem.l2 * network.layers["hidden"].weight.square().sum()
 
 
-def loss_of(problem: Problem, network, inner: Network, data) -> torch.Tensor:
-    """Returns the loss of a batch, as it is written without accumulation."""
-    x, y, weight = data
-    outputs, activity = network(x)
-    loss = penalty(problem, inner)
-    loss = loss + problem.activity_l2 * activity / len(x)
-    for top, bottom in zip(
-        numerators(outputs, y, weight),
-        denominators(problem, y, weight),
-        strict=True,
-    ):
-        # A mean over nothing is NaN in PyTorch; who has such batches says 0.
-        loss = loss + top / max(bottom, 1.0 if top == 0 else bottom)
+def extras(problem: Problem, hidden, rows: float) -> torch.Tensor:
+    """Returns the penalty on hidden units, and the loss that is added.
+
+    Args:
+        problem: The problem.
+        hidden: The hidden units, or None.
+        rows: Of all that means are taken over.
+    """
+    if hidden is None:
+        return torch.zeros(())
+    loss = problem.activity_l2 * hidden.square().sum() / rows
+    if problem.added == "balance":
+        shares = hidden.softmax(-1).mean(0)
+        balance = problems.UNITS * shares.square().sum()
+        # It has no sum over rows; as if it were a mean over them.
+        return loss + problem.added_scale * balance * (len(hidden) / rows)
+    if problem.added is not None:
+        added = problem.added_scale * hidden.square().mean(-1).sum()
+        loss = loss + (added / rows if problem.added == "row_mean" else added)
     return loss
 
 
+def losses_of(problem: Problem, model, data, bottoms=None, rows=None):
+    """Returns the losses of a batch that have a backward pass each.
+
+    Args:
+        problem: The problem.
+        model: The network, or what wraps it.
+        data: The batch.
+        bottoms: What each loss is divided by; else, its own denominator.
+        rows: The rows that means over rows are taken over; else, its own.
+    """
+    x, y, weight = data
+    outputs, hidden = model(x)
+    if bottoms is None:
+        bottoms = denominators(problem, y, weight)
+    means = [
+        # A mean over nothing is NaN in PyTorch; who has such batches says 0.
+        top / max(bottom, 1.0 if top == 0 else bottom)
+        for top, bottom in zip(
+            numerators(problem, outputs, y, weight), bottoms, strict=True
+        )
+    ]
+    if problem.step in ("two_calls", "two_optimizers"):
+        return means
+    return [extras(problem, hidden, rows or len(x)) + sum(means)]
+
+
+def loss_of(problem: Problem, network, inner: Network, data) -> torch.Tensor:
+    """Returns the loss of a batch, as it is written without accumulation."""
+    return penalty(problem, inner) + sum(losses_of(problem, network, data))
+
+
 class Training:
-    """A network, its optimizer, and what follows each of its steps."""
+    """A network, its optimizers, and what follows each of their steps.
+
+    Attributes:
+        groups: The parameters of each optimizer.
+    """
 
     def __init__(self, problem: Problem) -> None:
         torch.manual_seed(0)
         self.problem = problem
         self.network = Network(problem)
         self.parameters = list(self.network.parameters())
-        self.optimizer = make_optimizer(problem, self.parameters)
+        self.groups = [self.parameters]
+        if problem.step == "two_optimizers":
+            generator = list(self.network.layers["generator"].parameters())
+            others = [
+                parameter
+                for name in ("hidden", "output")
+                for parameter in self.network.layers[name].parameters()
+            ]
+            self.groups = [others, generator]
+        self.optimizers = [
+            make_optimizer(problem, group) for group in self.groups
+        ]
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(
             self.optimizer, 0.5 if problem.halving else 1.0
         )
-        self.average = None
-        if problem.average is not None:
+        self.average = self.average_by_hand = None
+        if problem.average_by_hand:
+            self.average_by_hand = [p.detach().clone() for p in self.parameters]
+        elif problem.average is not None:
             self.average = torch.optim.swa_utils.AveragedModel(
                 self.network,
                 multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(
@@ -226,6 +308,27 @@ class Training:
             enabled=problem.dtype == "mixed_float16",
         )
 
+    @property
+    def optimizer(self):
+        """The first optimizer, or the only one."""
+        return self.optimizers[0]
+
+    def backward(self, losses, backward=torch.Tensor.backward) -> None:
+        """Makes a backward pass of each loss.
+
+        Args:
+            losses: One for each optimizer, if there are several.
+            backward: What makes a pass.
+        """
+        for index, loss in enumerate(losses):
+            kwargs = {}
+            if index < len(losses) - 1:
+                kwargs["retain_graph"] = True
+            if len(self.groups) > 1:
+                # What it has to say to the other network does not count.
+                kwargs["inputs"] = self.groups[index]
+            backward(loss, **kwargs)
+
     def autocast(self):
         """Returns the context of the forward pass."""
         if self.problem.dtype != "mixed_float16":
@@ -240,9 +343,11 @@ class Training:
             nn.utils.clip_grad_norm_(self.parameters, problem.clip_norm)
         if problem.clip_value is not None:
             nn.utils.clip_grad_value_(self.parameters, problem.clip_value)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.schedule.step()
         self.after_update()
 
@@ -253,6 +358,12 @@ class Training:
                 self.network.layers["hidden"].weight.clamp_(min=0)
         if self.average is not None:
             self.average.update_parameters(self.network)
+        if self.average_by_hand is not None:
+            with torch.no_grad():
+                for average, parameter in zip(
+                    self.average_by_hand, self.parameters, strict=True
+                ):
+                    average.lerp_(parameter, 1 - self.problem.average)
 
     def outcome(self) -> Outcome:
         """Returns what it left behind."""
@@ -262,10 +373,26 @@ class Training:
             result.updates = int(states[0]["step"])
         if self.average is not None:
             result.averages = self.average.module.arrays()
+        if self.average_by_hand is not None:
+            network = Network(self.problem)
+            network.load_state_dict(
+                dict(
+                    zip(
+                        dict(self.network.named_parameters()),
+                        self.average_by_hand,
+                        strict=True,
+                    )
+                )
+            )
+            result.averages = network.arrays()
         if "normalized" in self.network.layers:
             layer = self.network.layers["normalized"]
             result.moving_mean = layer.running_mean.double().numpy()
             result.moving_variance = layer.running_var.double().numpy()
+        if self.problem.model == "spectral":
+            hidden = self.network.layers["hidden"]
+            vector = hidden.parametrizations.weight[0]._v
+            result.power_vector = vector.double().numpy()
         return result
 
 
@@ -283,22 +410,21 @@ def make_optimizer(problem: Problem, parameters) -> torch.optim.Optimizer:
 def plain(problem: Problem) -> Outcome:
     """Trains on the large batches, in one process."""
     problem = dataclasses.replace(problem, replicas=1)
-    training, losses = Training(problem), []
+    training, reported = Training(problem), []
     for batches in problem.large_batches():
         sums = []
         for batch in batches:
             data = tensors(batch, problem)
             with training.autocast():
-                loss = loss_of(
-                    problem, training.network, training.network, data
-                )
-            training.scaler.scale(loss).backward()
+                losses = losses_of(problem, training.network, data)
+                losses[0] = losses[0] + penalty(problem, training.network)
+            training.backward([training.scaler.scale(each) for each in losses])
             training.update()
-            sums.append((float(loss), batch.rows))
+            sums.append((float(sum(losses)), batch.rows))
         rows = sum(each for _, each in sums)
-        losses.append(sum(loss * each for loss, each in sums) / max(rows, 1))
+        reported.append(sum(loss * each for loss, each in sums) / max(rows, 1))
     outcome = training.outcome()
-    outcome.losses = losses
+    outcome.losses = reported
     return outcome
 
 
@@ -377,18 +503,31 @@ def train_in_loop(problem, rank, add) -> Outcome:
     for windows in problem.windows():
         for window in windows:
             data = [tensors(batch, problem, rank) for batch in window]
+            data = in_parts(problem, data)
+            steps = len(data)
             stop = problem.resume_after
             if stop is not None and seen < stop < seen + len(window):
-                add(training, model, data[: stop - seen], len(data))
+                add(training, model, data[: stop - seen], steps)
                 training = resumed(training)
                 model = training.network
                 data = data[stop - seen :]
-            add(training, model, data, len(window))
+            add(training, model, data, steps)
             training.update()
             seen += len(window)
     if problem.replicas > 1:
         torch.distributed.destroy_process_group()
     return training.outcome()
+
+
+def in_parts(problem: Problem, data: list[tuple]) -> list[tuple]:
+    """Returns the micro-batches, or, of "two_parts", all of their parts."""
+    if problem.step != "two_parts":
+        return data
+    return [
+        (*part, weight)
+        for x, y, weight in data
+        for part in zip(problems.parts(x), problems.parts(y), strict=True)
+    ]
 
 
 def resumed(training: Training) -> Training:
@@ -424,8 +563,11 @@ def add_microbatches(training, model, data, steps) -> None:
     for index, each in enumerate(data):
         with synchronized(model, index == len(data) - 1):
             with training.autocast():
-                loss = loss_of(problem, model, training.network, each)
-            training.scaler.scale(loss / divisor).backward()
+                losses = losses_of(problem, model, each)
+                losses[0] = losses[0] + penalty(problem, training.network)
+            training.backward(
+                [training.scaler.scale(loss / divisor) for loss in losses]
+            )
 
 
 def add_sums(training, model, data, steps) -> None:
@@ -444,15 +586,16 @@ def add_sums(training, model, data, steps) -> None:
         torch.distributed.all_reduce(rows)
     # DistributedDataParallel takes the mean over the processes.
     scale = problem.replicas
-    for index, (x, y, weight) in enumerate(data):
+    for index, each in enumerate(data):
         is_last = index == len(data) - 1
         with synchronized(model, is_last):
             with training.autocast():
-                outputs, activity = model(x)
-                loss = scale * problem.activity_l2 * activity / float(rows)
-                tops = numerators(outputs, y, weight)
-                for top, bottom in zip(tops, bottoms, strict=True):
-                    loss = loss + scale * top / float(bottom)
+                losses = [
+                    scale * loss
+                    for loss in losses_of(
+                        problem, model, each, bottoms.tolist(), float(rows)
+                    )
+                ]
                 if is_last:
-                    loss = loss + penalty(problem, network)
-            training.scaler.scale(loss).backward()
+                    losses[0] = losses[0] + penalty(problem, network)
+            training.backward([training.scaler.scale(loss) for loss in losses])
