@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from conformance import problems
 
+IS_KERAS_3 = hasattr(keras, "ops")
+
 
 class OneHotEmbedding(keras.layers.Embedding):
     """An embedding that looks nothing up, and has a dense gradient."""
@@ -41,6 +43,9 @@ class AddsLoss(keras.layers.Layer):
             loss = tf.reduce_mean(tf.square(inputs), axis=-1)
         if self.kind == "row_mean":
             loss = tf.reduce_mean(loss)
+        if not IS_KERAS_3:
+            # It adds up no values by itself.
+            loss = tf.reduce_sum(loss)
         self.add_loss(self.scale * loss)
         return inputs
 

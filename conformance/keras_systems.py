@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from conformance import keras_steps
 from conformance import problems
+from conformance.keras_steps import IS_KERAS_3
 from conformance.keras_steps import AddsLoss
 from conformance.keras_steps import OneHotEmbedding
 from conformance.keras_steps import contrastive
@@ -26,8 +27,6 @@ from conformance.system import DoesNotApply
 from conformance.system import NoOption
 from conformance.system import Outcome
 from conformance.system import System
-
-IS_KERAS_3 = hasattr(keras, "ops")
 
 CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(
@@ -89,7 +88,8 @@ def tensors(problem: Problem):
         return inputs, [last(first(inputs)), last(first(made(inputs)))]
     hidden = first(hidden)
     if problem.added is not None:
-        hidden = AddsLoss(problem.added, problem.added_scale)(hidden)
+        adds = AddsLoss(problem.added, problem.added_scale, name="adds")
+        hidden = adds(hidden)
     outputs = last(hidden)
     if problem.model == "two_losses":
         row = dense(problems.CLASSES, name="row")(hidden[:, 0])
@@ -285,7 +285,13 @@ class KerasSystem(System):
             model.generator_optimizer = make_optimizer(
                 problem, **optimizer_arguments
             )
-        model.compile(optimizer, make_loss(problem), jit_compile=problem.xla)
+        model.compile(
+            optimizer,
+            make_loss(problem),
+            jit_compile=problem.xla,
+            # The layer of Keras 2 cannot be compiled.
+            run_eagerly=problem.model == "spectral" and not IS_KERAS_3,
+        )
         return model
 
     def _fit(self, problem, model, epochs, steps_by_epoch=None):

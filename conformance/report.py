@@ -48,6 +48,7 @@ themselves only: differences between frameworks do not count.
 A figure within the row's bound is a pass; a figure **in bold** is not. "no
 option" says that the system cannot be told to do it, which is no pass, and
 "raises" that it fails with an error; "–" says that the claim does not apply.
+A figure in bold with "warns" is no pass either, but the system says so itself.
 The reasons are below the tables.
 
 `python -m conformance.report` wrote this page: it makes an environment for each
@@ -130,7 +131,12 @@ def cell(result: dict, notes: Notes) -> str:
     """Returns what the table says of a result."""
     if "figure" in result:
         text = short(result["figure"])
-        return text if passes(result) else f"**{text}**"
+        if passes(result):
+            return text
+        if "warning" not in result:
+            return f"**{text}**"
+        number = notes.number(escaped(result["warning"]))
+        return f"**{text}** warns [{number}]"
     for key, text in (
         ("does_not_apply", "–"),
         ("no_option", "**no option**"),

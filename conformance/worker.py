@@ -3,34 +3,73 @@
     python -m conformance.worker --system=keras
 
 It prints a line of JSON for each check: its claim, and the figure that was
-measured, or why there is none. `conformance.report` runs it, and makes the
-environments.
+measured, or why there is none; and what the system warned of.
+`conformance.report` runs it, and makes the environments.
 """
 
 import argparse
 import importlib
 import json
 import sys
+import warnings
 
 from conformance import checks
 from conformance import systems
 from conformance.system import DoesNotApply
 from conformance.system import NoOption
+from conformance.system import System
 
 
-def result(check: checks.Check, system) -> dict:
+class Listening(System):
+    """A system, and what it warns of where it accumulates and not else.
+
+    Args:
+        system: The system.
+    """
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self._heard: dict[str, list[str]] = {"plain": [], "accumulated": []}
+
+    def plain(self, problem):
+        """Trains on the large batches."""
+        return self._listen("plain", problem)
+
+    def accumulated(self, problem):
+        """Trains on the micro-batches."""
+        return self._listen("accumulated", problem)
+
+    def warnings(self) -> list[str]:
+        """Returns the warnings, in order."""
+        known = self._heard["plain"]
+        return [
+            text for text in self._heard["accumulated"] if text not in known
+        ]
+
+    def _listen(self, name, problem):
+        with warnings.catch_warnings(record=True) as caught:
+            outcome = getattr(self._system, name)(problem)
+        self._heard[name] += [str(each.message) for each in caught]
+        return outcome
+
+
+def result(check: checks.Check, system: System) -> dict:
     """Returns what came of a check: a figure, or a reason by another name."""
+    listening = Listening(system)
     try:
-        return {"figure": check.figure(system)}
+        found = {"figure": check.figure(listening)}
     except DoesNotApply as reason:
         return {"does_not_apply": str(reason)}
     except NoOption as reason:
         return {"no_option": str(reason)}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {first_line(error)}"}
+    if listening.warnings():
+        found["warning"] = first_line(listening.warnings()[0])
+    return found
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     """Returns the first line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next(filter(None, lines), "")

@@ -15,11 +15,15 @@ from conformance import systems
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 
-# Of `accum_steps`: what is to come of a window is not known, and so not what
-# each of two losses will be divided by.
+# What couples the rows of a batch needs all of them: `accum_steps` never has
+# them, and a layer that adds a loss is not called with them. It warns of both.
+BALANCES = "A layer adds a loss that balances: it couples rows"
 FAILING = {
-    "accum_steps": {"Two losses: a mean over rows, one over tokens that count"},
-    "microbatch_size": set(),
+    "accum_steps": {
+        BALANCES,
+        "A contrastive loss between the rows of the batch",
+    },
+    "microbatch_size": {BALANCES},
 }
 
 
@@ -45,6 +49,8 @@ class ChecksTest(tf.test.TestCase, parameterized.TestCase):
             if report.applies(result) and not report.passes(result)
         }
         self.assertEqual(failing, FAILING[system], results)
+        for claim in failing:
+            self.assertIn("warning", results[claim], claim)
 
     def test_claims_are_about_different_things(self):
         claims = [check.claim for check in checks.all_checks()]
@@ -87,6 +93,8 @@ class ReportTest(tf.test.TestCase):
             for result in (
                 {"bound": 1e-4, "figure": 2e-7},
                 {"bound": 1e-4, "figure": 0.5},
+                {"bound": 1e-4, "figure": 0.5, "warning": "It is not so."},
+                {"bound": 1e-4, "figure": 2e-7, "warning": "It is so."},
                 {"bound": 1e-4, "figure": float("inf")},
                 {"bound": 1e-4, "error": "ValueError: it * failed"},
                 {"bound": 1e-4, "does_not_apply": "It has no layers."},
@@ -98,15 +106,21 @@ class ReportTest(tf.test.TestCase):
             [
                 "2e-07",
                 "**0.5**",
+                "**0.5** warns [1]",
+                "2e-07",
                 "**not finite**",
-                "**raises** [1]",
-                "– [2]",
-                "**raises** [1]",
+                "**raises** [2]",
+                "– [3]",
+                "**raises** [2]",
             ],
         )
         self.assertEqual(
             notes.lines(),
-            [r"1. ValueError: it \* failed", "2. It has no layers."],
+            [
+                "1. It is not so.",
+                r"2. ValueError: it \* failed",
+                "3. It has no layers.",
+            ],
         )
 
     def test_names_no_path_of_the_machine(self):
