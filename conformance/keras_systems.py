@@ -150,6 +150,9 @@ def make_loss(problem: Problem):
     }[problem.reduction]
     if reduction == "mean_with_sample_weight" and not IS_KERAS_3:
         raise DoesNotApply("Keras 2 has no such reduction.")
+    if problem.model == "pair":
+        # The step has its own.
+        return None
     if problem.model == "towers":
         return contrastive
     if problem.is_scalar_function:

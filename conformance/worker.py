@@ -23,13 +23,15 @@ from conformance.system import System
 class Listening(System):
     """A system, and what it warns of where it accumulates and not else.
 
+    Where a check has no reference that tells them apart, nothing is known.
+
     Args:
         system: The system.
     """
 
     def __init__(self, system: System) -> None:
         self._system = system
-        self._heard: dict[str, list[str]] = {"plain": [], "accumulated": []}
+        self._heard: dict[str, list[str]] = {}
 
     def plain(self, problem):
         """Trains on the large batches."""
@@ -41,15 +43,20 @@ class Listening(System):
 
     def warnings(self) -> list[str]:
         """Returns the warnings, in order."""
+        if "plain" not in self._heard:
+            return []
         known = self._heard["plain"]
         return [
-            text for text in self._heard["accumulated"] if text not in known
+            text
+            for text in self._heard.get("accumulated", [])
+            if text not in known
         ]
 
     def _listen(self, name, problem):
         with warnings.catch_warnings(record=True) as caught:
             outcome = getattr(self._system, name)(problem)
-        self._heard[name] += [str(each.message) for each in caught]
+        heard = self._heard.setdefault(name, [])
+        heard += [str(each.message) for each in caught]
         return outcome
 
 
