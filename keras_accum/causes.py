@@ -16,7 +16,8 @@ COUPLED = (
 )
 COUPLED_LAYER = (
     "a layer adds a loss that couples rows: {}",
-    "add a mean over the rows, or a sum",
+    "add a mean over the rows, or a sum; or make what it is computed of an "
+    "output, give the loss to `compile`, and use `microbatch_size`",
 )
 DRIVEN = (
     "a layer assigns what follows from the data: {}",
