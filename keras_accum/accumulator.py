@@ -137,12 +137,15 @@ class GradientAccumulator:
         self,
         parts: Sequence[tuple[Sequence[Gradient], float | tf.Tensor | None]],
         first: bool | tf.Tensor = False,
+        total: tf.Tensor | None = None,
     ) -> None:
         """Adds the gradients of one micro-batch, which came in parts.
 
         Args:
             parts: Any number of gradients and their weight, each as for `add`.
             first: As for `add`; also without any part, it starts the buffers.
+            total: What the parts are divided by; None for the sum of their
+                weights.
 
         Raises:
             ValueError: As `add`.
@@ -172,9 +175,11 @@ class GradientAccumulator:
                 clear(self._weight, starts)
                 if weight is None:
                     self._weight.assign(tf.ones_like(self._weight))
-                else:
+                elif total is None:
                     self._weight.assign_add(tf.cast(weight, self._weight.dtype))
                 starts = False
+            if total is not None:
+                self._weight.assign_add(tf.cast(total, self._weight.dtype))
             clear(self._count, first)
             self._count.assign_add(1)
 

@@ -51,6 +51,8 @@ class Microbatch:
             window when the step is over, and there is no doubt that it counts.
         origins: What the gradients of its tapes are of.
         graph: The graph that its step is traced in, if any.
+        rows: How many it has, in a step of the user's own; None if that is not
+            known.
         row_share: If `is_share`, how much a mean over the rows counts.
         loss_without_rows: The loss if there are no rows, or none count.
         gradients_without_rows: Its gradients, by the `id` of the variable,
@@ -78,6 +80,7 @@ class Microbatch:
         self.denominators, self.whole = denominators, whole
         self.is_finite = None
         self.calls: list[Call] = []
+        self.rows: tf.Tensor | None = None
         self.origins = Origins()
         self.row_share = None
         self.loss_without_rows = tf.zeros(())

@@ -160,6 +160,39 @@ def by_loss(calls: Iterable[Call]) -> dict[Key, list[Call]]:
     return groups
 
 
+def weights_of(
+    calls: Mapping[Objective, list[Call]], rows: tf.Tensor | None
+) -> dict[Objective, tf.Tensor]:
+    """Returns what losses count by, where it is not the sum of their weights.
+
+    Calls from different lines are of different losses, unless what they weigh
+    adds up to the rows of the micro-batch, as two halves of it do: these are
+    parts of one loss, and each is divided by the sum over all.
+
+    Args:
+        calls: Those of a micro-batch, by the loss that they are of.
+        rows: How many the micro-batch has; None if that is not known.
+    """
+    alike: dict[tuple, list[Objective]] = {}
+    for objective, group in calls.items():
+        key = id(group[0].optimizer), frozenset(map(id, group[0].variables))
+        alike.setdefault(key, []).append(objective)
+    found = {}
+    for some in alike.values():
+        weights = [[call.weight for call in calls[each]] for each in some]
+        if len(some) == 1 or rows is None or None in sum(weights, []):
+            continue
+        sums = [
+            tf.add_n([tf.cast(each, tf.float32) for each in group])
+            for group in weights
+        ]
+        total = tf.add_n(sums)
+        are_parts = tf.equal(total, tf.cast(rows, total.dtype))
+        for objective, own in zip(some, sums, strict=True):
+            found[objective] = tf.where(are_parts, total, own)
+    return found
+
+
 def build_optimizers(calls: Iterable[Call], strategy, own) -> None:
     """Makes the variables of optimizers, where the update would be too late.
 

@@ -45,6 +45,18 @@ def has_rows(data) -> tf.Tensor | None:
     return None if static_count is not None and static_count > 0 else count > 0
 
 
+def common_count(data) -> tf.Tensor | None:
+    """Returns the rows that all tensors of a batch have; an int32 scalar.
+
+    It is -1 if they differ, and None if there are none with a first axis.
+    """
+    leaves = list(filter(has_first_axis, tf.nest.flatten(data)))
+    if not leaves:
+        return None
+    counts = tf.stack(list(map(count_of, leaves)))
+    return tf.where(tf.reduce_all(counts == counts[0]), counts[0], -1)
+
+
 def has_first_axis(leaf) -> bool:
     """Returns whether a leaf of a batch has a first axis."""
     shape = getattr(leaf, "shape", None)

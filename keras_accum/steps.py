@@ -7,6 +7,7 @@ import keras
 from keras_accum import callers
 from keras_accum import compat
 from keras_accum import microbatch as microbatches
+from keras_accum import rows
 from keras_accum.calls import Call
 from keras_accum.microbatch import Microbatch
 from keras_accum.options import check_optimizer
@@ -73,6 +74,8 @@ def call_train_step(accumulation, microbatch: Microbatch, data) -> dict:
         if accumulation.overrides.step("train_step") is not None:
             record = microbatch.origins.record
             stack.enter_context(compat.recording_gradients(record))
+        if accumulation.overrides.replaces("train_step"):
+            microbatch.rows = rows.common_count(data)
         logs = model.train_step(data)
     if model.trainable_weights and not microbatch.calls:
         raise RuntimeError(

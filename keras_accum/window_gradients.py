@@ -113,6 +113,7 @@ class Gradients(Part):
         # All or none: also what needs no gradient, such as the count of
         # micro-batches, needs the batch.
         waits = len(self._objectives) > 1
+        weights = objectives.weights_of(calls, microbatch.rows)
         values = [value for call in microbatch.calls for value in call.values()]
         with tf.control_dependencies(after_all_ops(values) if waits else []):
             for objective in self._objectives:
@@ -124,7 +125,9 @@ class Gradients(Part):
                     )
                     for call in calls.get(objective, [])
                 ]
-                objective.accumulator.add_microbatch(parts, first)
+                objective.accumulator.add_microbatch(
+                    parts, first, microbatch.or_nothing(weights.get(objective))
+                )
 
     def find(self, microbatch: Microbatch) -> dict[Objective, list[Call]]:
         """Returns the calls to add to each objective, and makes new ones."""

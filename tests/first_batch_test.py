@@ -53,10 +53,12 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.product(
         loss=(scalar_mean, scalar_sum), way=("accum_steps", "microbatch_size")
     )
+    @test_utils.first_command(0, 3)
     def test_functions_that_return_a_scalar(self, loss, way):
         self.check(linear, loss, way)
 
     @parameterized.parameters("accum_steps", "microbatch_size")
+    @test_utils.first_command(0)
     def test_on_replicas(self, way):
         for loss in (scalar_mean, scalar_sum):
             self.check(

@@ -110,10 +110,12 @@ class ExactTest(test_utils.TestCase, parameterized.TestCase):
         ),
         way=({"accum_steps": 4}, {"microbatch_size": 3}),
     )
+    @test_utils.first_command(0, 3)
     def test_of_one_kind(self, reductions, loss, way):
         self.check(reductions, loss, way)
 
     @parameterized.parameters(None, "mse")
+    @test_utils.first_command(1)
     def test_of_several_kinds(self, loss):
         way = {"microbatch_size": 3}
         self.check((of_rows, mean, total), loss, way)
@@ -163,6 +165,7 @@ class StateTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.product(
         way=("accum_steps", "microbatch_size"), jit_compile=(False, True)
     )
+    @test_utils.first_command(0, 3)
     def test_spectral_normalization_advances_once(self, way, jit_compile):
         def normalized(cls=keras.Model, **kwargs):
             keras.utils.set_random_seed(3)

@@ -636,5 +636,62 @@ class RefusedTest(test_utils.TestCase, parameterized.TestCase):
                 model.train_on_batch(*batch)
 
 
+class LinesTest(test_utils.TestCase, parameterized.TestCase):
+    """Calls from different lines: what their weights say they are."""
+
+    def model(self, of_halves):
+        def loss_of(model, x, y):
+            return tf.reduce_mean(tf.square(model(x) - y))
+
+        class Mine(keras_accum.GradientAccumulationModel):
+            def train_step(self, data):
+                x, y = data
+                weights, half = self.trainable_weights, tf.shape(x)[0] // 3
+                one, other = (x[:half], y[:half]), (x[half:], y[half:])
+                if not of_halves:
+                    one, other = (x, y), (x, 2.0 * y)
+                with tf.GradientTape(persistent=True) as tape:
+                    losses = loss_of(self, *one), loss_of(self, *other)
+                rows = tf.shape(one[0])[0]
+                self.accumulate(tape.gradient(losses[0], weights), rows)
+                rows = tf.shape(other[0])[0]
+                self.accumulate(tape.gradient(losses[1], weights), rows)
+                return {}
+
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((3,))
+        model = Mine(inputs, keras.layers.Dense(1)(inputs), accum_steps=3)
+        model.compile(keras.optimizers.SGD(0.1))
+        return model
+
+    @parameterized.product(of_halves=(True, False), jit_compile=(True, False))
+    @test_utils.first_command(0, 2)
+    def test_parts_and_losses(self, of_halves, jit_compile):
+        model = self.model(of_halves)
+        initial = model.get_weights()
+        model.jit_compile = jit_compile
+        rng = np.random.default_rng(0)
+        batches = [
+            (
+                rng.normal(size=(rows, 3)).astype("float32"),
+                rng.normal(size=(rows, 1)).astype("float32"),
+            )
+            for rows in (4, 7, 5)
+        ]
+        model.fit(test_utils.dataset(batches), verbose=0)
+        x, y = map(tf.constant, test_utils.concatenate(batches))
+        kernel, bias = (tf.Variable(each) for each in initial)
+        with tf.GradientTape() as tape:
+            outputs = tf.matmul(x, kernel) + bias
+            loss = tf.reduce_mean(tf.square(outputs - y))
+            if not of_halves:
+                loss += tf.reduce_mean(tf.square(outputs - 2.0 * y))
+        gradients = tape.gradient(loss, [kernel, bias])
+        for actual, before, gradient in zip(
+            model.get_weights(), initial, gradients, strict=True
+        ):
+            self.assertAllClose(actual, before - 0.1 * gradient)
+
+
 if __name__ == "__main__":
     tf.test.main()

@@ -5,6 +5,7 @@ import warnings
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -124,12 +125,14 @@ class ExactnessTest(test_utils.TestCase, parameterized.TestCase):
         {"run_eagerly": True},
         {"steps_per_execution": 3, "jit_compile": False},
     )
+    @test_utils.first_command(0, 2)
     def test_masks_that_differ(self, **how):
         self.check(**how)
 
     @parameterized.parameters(
         {"tags": "sum"}, {"label": "sum"}, {"label": "mean_with_sample_weight"}
     )
+    @test_utils.first_command(0)
     def test_reductions_that_differ(self, **reductions):
         self.check(reductions=reductions)
 
@@ -139,6 +142,7 @@ class ExactnessTest(test_utils.TestCase, parameterized.TestCase):
         (["sum", "mean"], {}),
         (["mean"], {"tags": "sum", "label": "sum"}),
     )
+    @test_utils.first_command(0)
     def test_added_losses(self, added, reductions):
         def build(cls, **kwargs):
             return tagger(cls, added, "l2", **kwargs)
@@ -146,6 +150,7 @@ class ExactnessTest(test_utils.TestCase, parameterized.TestCase):
         self.check(build, reductions)
 
     @parameterized.parameters(False, True)
+    @test_utils.first_command(0)
     def test_added_losses_alone(self, run_eagerly):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(3)
@@ -168,17 +173,20 @@ class ExactnessTest(test_utils.TestCase, parameterized.TestCase):
         self.assertAllClose(*reported)
 
     @parameterized.parameters(False, True)
+    @test_utils.first_command(0)
     def test_on_replicas(self, jit_compile):
         self.check(
             strategy=test_utils.chosen_strategy()[0], jit_compile=jit_compile
         )
 
+    @pytest.mark.thorough
     def test_added_sums_on_replicas(self):
         def build(cls, **kwargs):
             return tagger(cls, ["sum"], **kwargs)
 
         self.check(build, strategy=test_utils.chosen_strategy()[0])
 
+    @pytest.mark.thorough
     def test_in_mixed_precision(self):
         self.addCleanup(
             keras.config.set_dtype_policy, keras.config.dtype_policy()

@@ -20,6 +20,12 @@ class CountTest(tf.test.TestCase):
         ):
             count(np.zeros((3, 2)), np.zeros(4))
 
+    def test_common_count(self):
+        self.assertIsNone(rows.common_count((tf.constant(1.0), None)))
+        for sizes, expected in (((3, 3), 3), ((3, 2), -1)):
+            data = [tf.zeros((size, 2)) for size in sizes]
+            self.assertAllEqual(rows.common_count((data, None)), expected)
+
     def test_spread(self):
         dense = np.arange(20).reshape(10, 2)
         ragged = tf.ragged.constant([[i] * (i % 3) for i in range(10)])

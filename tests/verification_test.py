@@ -7,6 +7,7 @@ import re
 import warnings
 
 import keras
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -82,6 +83,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
             (keras.losses.Dice(), False, True),
         ),
     )
+    @test_utils.first_command(1, 2)
     def test_compiled_losses(self, way, case):
         loss, with_accum_steps, with_microbatch_size = case
         cls = keras_accum.GradientAccumulationModel
@@ -164,6 +166,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
                 ]
                 self.assertLess(max(each.distance for each in gradients), 1e-4)
 
+    @pytest.mark.thorough
     def test_of_a_model_that_exists_on_replicas(self):
         strategy, _ = test_utils.chosen_strategy()
         for way in (ACCUM_STEPS, MICROBATCH_SIZE):
@@ -178,6 +181,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         {"accum_steps": 4}, {"microbatch_size": 5, "accum_steps": 1}
     )
+    @test_utils.first_command(0)
     def test_several_optimizers(self, **way):
         model = own_steps_test.gan(**way)
         initial = model.get_weights()

@@ -4,6 +4,7 @@ import warnings
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -110,6 +111,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         ),
         jit_compile=(False, True),
     )
+    @test_utils.first_command(0, 3)
     def test_is_that_of_one_tape(self, loss, build, jit_compile):
         self.check(build, loss, jit_compile=jit_compile)
 
@@ -120,6 +122,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         weights = np.linspace(0.0, 2.0, ROWS)
         self.check(one_output, keras.losses.Dice, sample_weight=weights)
 
+    @pytest.mark.thorough
     def test_in_mixed_precision(self):
         def build(cls=keras.Model, **kwargs):
             return one_output(cls, dtype="mixed_float16", **kwargs)
@@ -328,6 +331,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
                 jit_compile=jit_compile,
             )
 
+    @pytest.mark.thorough
     def test_with_a_size_to_find(self):
         self.assert_as_keras(
             two_outputs, {"a": masked_mean, "b": "mse"}, size="auto"
