@@ -77,10 +77,12 @@ class Program:
         lines: list[str] = []
         for line in self.text.splitlines():
             replaces, adds = _REPLACES.match(line), _ADDS.match(line)
-            if replaces:
-                lines.pop()
             if replaces or adds:
                 indent, code = (replaces or adds).groups()
+                if replaces:
+                    # A comment below a `class` belongs to its body.
+                    before = lines.pop()
+                    indent = before[: len(before) - len(before.lstrip())]
                 line = indent + code.replace("**ways", arguments)
             lines.append(line)
         return "\n".join(lines) + "\n"
