@@ -131,6 +131,12 @@ class KindTest(test_utils.TestCase, parameterized.TestCase):
         y = np.arange(3 * ROWS).reshape(ROWS, 3) % 4 + 1
         self.check(keras.losses.CTC(), y, y_pred.astype("float32"), Kind.MEAN)
 
+    def test_rows_with_equally_many_that_count(self):
+        y = np.random.default_rng(0).uniform(0.6, 0.9, (ROWS, 4))
+        y_pred = probabilities(4)
+        self.check(masked_mean, y.astype("float32"), y_pred, Kind.COUPLED)
+        self.check(scalar_mean, y.astype("float32"), y_pred, Kind.MEAN)
+
     def test_of_one_row(self):
         y = (probabilities(5) > 0.5).astype("float32")
         for loss, kind in (
