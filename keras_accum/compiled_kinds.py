@@ -87,6 +87,9 @@ def kind_of_entry(loss, y, y_pred, sample_weight) -> Kind | None:
 
 def returns_scalar(loss, y, y_pred) -> bool:
     """Returns whether a loss is reduced before Keras reduces it."""
+    if type(loss).__call__ is not keras.Loss.__call__:
+        # It may have no `call`, and reduces by itself.
+        return True
     return tf.convert_to_tensor(loss.call(y, y_pred)).shape.rank == 0
 
 
