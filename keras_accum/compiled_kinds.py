@@ -80,7 +80,11 @@ def kind_of_entry(loss, y, y_pred, sample_weight) -> Kind | None:
     is_mean = kind in (Kind.MEAN, Kind.ROW_MEAN)
     if is_mean and others is not None and returns_scalar(loss, y, y_pred):
         # A mean over a mask is one over the rows where these have alike.
-        other = measure(Sample(None, others, y_pred, sample_weight))
+        try:
+            other = measure(Sample(None, others, y_pred, sample_weight))
+        except Exception:  # noqa: BLE001
+            # It takes no zeros, and so masks none.
+            return kind
         kind = other if other is Kind.COUPLED else kind
     return kind
 

@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from keras_accum import building
 from keras_accum import replicas
+from keras_accum import weighting
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.calls import Call
 from keras_accum.gradients import add_two
@@ -183,8 +184,7 @@ def weights_of(
         if len(some) == 1 or rows is None or None in sum(weights, []):
             continue
         sums = [
-            tf.add_n([tf.cast(each, tf.float32) for each in group])
-            for group in weights
+            tf.add_n(list(map(weighting.as_weight, group))) for group in weights
         ]
         total = tf.add_n(sums)
         are_parts = tf.equal(total, tf.cast(rows, total.dtype))

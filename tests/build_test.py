@@ -47,8 +47,15 @@ LAYERS = (
     },
     {"accumulator", "finite", "origins", "programs", "sample", "saving"},
     {"calls", "coupling", "loops", "microbatching"},
-    {"findings", "microbatch", "objectives", "weighting"},
-    {"added_losses", "compiled_kinds", "parts", "steps", "window"},
+    {"findings", "microbatch", "weighting"},
+    {
+        "added_losses",
+        "compiled_kinds",
+        "objectives",
+        "parts",
+        "steps",
+        "window",
+    },
     {
         "boundary",
         "discovery",
