@@ -152,11 +152,10 @@ def by_loss(calls: Iterable[Call]) -> dict[Key, list[Call]]:
     places: dict[tuple, list[tuple]] = {}
     groups: dict[Key, list[Call]] = {}
     for call in calls:
-        whose = id(call.optimizer), frozenset(map(id, call.variables))
-        known = places.setdefault(whose, [])
+        known = places.setdefault(call.whose, [])
         if call.place not in known:
             known.append(call.place)
-        key = *whose, known.index(call.place)
+        key = *call.whose, known.index(call.place)
         groups.setdefault(key, []).append(call)
     return groups
 
@@ -176,8 +175,7 @@ def weights_of(
     """
     alike: dict[tuple, list[Objective]] = {}
     for objective, group in calls.items():
-        key = id(group[0].optimizer), frozenset(map(id, group[0].variables))
-        alike.setdefault(key, []).append(objective)
+        alike.setdefault(group[0].whose, []).append(objective)
     found = {}
     for some in alike.values():
         weights = [[call.weight for call in calls[each]] for each in some]
