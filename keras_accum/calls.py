@@ -15,10 +15,17 @@ import tensorflow as tf
 from keras_accum.gradients import Gradient
 from keras_accum.gradients import add_two
 from keras_accum.gradients import as_gradient
+from keras_accum.gradients import check_lengths
 from keras_accum.gradients import check_shapes
 from keras_accum.gradients import check_weight
 from keras_accum.gradients import values_of
 from keras_accum.origins import Origins
+
+# What to write where gradients are not those of all weights in their order.
+PAIRS = (
+    " For those of some variables, or in another order, write "
+    "`accumulate(zip(gradients, variables), weight)`."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +54,11 @@ class Call:
         self.optimizer.apply_gradients(
             zip(self.gradients, self.variables, strict=True)
         )
+
+    @property
+    def whose(self) -> tuple[int, frozenset[int]]:
+        """Its optimizer and its variables, by `id`."""
+        return id(self.optimizer), frozenset(map(id, self.variables))
 
     def values(self) -> list[tf.Tensor]:
         """Returns the values of its gradients."""
@@ -87,7 +99,7 @@ def make_call(
     if any(map(is_pair, entries)):
         gradients, variables = of_pairs(entries, trainable)
     else:
-        check_one_each(entries, trainable)
+        check_lengths(entries, trainable, PAIRS)
         if origins is not None:
             entries = origins.in_order(entries, trainable)
         gradients, variables = list(map(as_gradient, entries)), trainable
@@ -148,18 +160,6 @@ def check_is_pair(pair) -> tuple:
         "`accumulate(zip(gradients, variables), weight)`, or gradients alone. "
         f"Received: {pair!r}"
     )
-
-
-def check_one_each(gradients, trainable) -> None:
-    """Raises a `ValueError` unless each trainable weight has its gradient."""
-    if len(gradients) != len(trainable):
-        raise ValueError(
-            "`gradients` must have one entry per trainable weight, None where "
-            f"there is no gradient. Received: {len(gradients)} gradients for "
-            f"{len(trainable)} variables. For those of some variables, or in "
-            "another order, write "
-            "`accumulate(zip(gradients, variables), weight)`."
-        )
 
 
 def check_is_no_variable(weight) -> None:

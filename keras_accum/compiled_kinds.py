@@ -68,11 +68,47 @@ def kind_of_entry(loss, y, y_pred, sample_weight) -> Kind | None:
         mean = {Kind.MEAN: lambda part: denominator(part).value}
         weights = mean | weights
 
-    return coupling.kind_of(
-        lambda part: loss(part.y, part.y_pred, part.sample_weight),
-        weights,
-        sample,
-    )
+    def measure(sample):
+        return coupling.kind_of(
+            lambda part: loss(part.y, part.y_pred, part.sample_weight),
+            weights,
+            sample,
+        )
+
+    kind = measure(sample)
+    others = with_zeros(y)
+    is_mean = kind in (Kind.MEAN, Kind.ROW_MEAN)
+    if is_mean and others is not None and returns_scalar(loss, y, y_pred):
+        # A mean over a mask is one over the rows where these have alike.
+        try:
+            other = measure(Sample(None, others, y_pred, sample_weight))
+        except Exception:  # noqa: BLE001
+            # It takes no zeros, and so masks none.
+            return kind
+        kind = other if other is Kind.COUPLED else kind
+    return kind
+
+
+def returns_scalar(loss, y, y_pred) -> bool:
+    """Returns whether a loss is reduced before Keras reduces it."""
+    if type(loss).__call__ is not keras.Loss.__call__:
+        # It may have no `call`, and reduces by itself.
+        return True
+    return tf.convert_to_tensor(loss.call(y, y_pred)).shape.rank == 0
+
+
+def with_zeros(y) -> tf.Tensor | None:
+    """Returns labels with a zero in half of the rows, which often is masked.
+
+    None for labels of one entry a row, or not of numbers.
+    """
+    is_dense = isinstance(y, tf.Tensor) and y.shape.rank > 1
+    if not is_dense or y.dtype in (tf.string, tf.bool) or y.shape[1] == 1:
+        return None
+    rows = y.shape[0]
+    kept = np.ones((rows, y.shape[1]) + (1,) * (y.shape.rank - 2))
+    kept[: rows // 2, 0] = 0
+    return y * tf.cast(kept, y.dtype)
 
 
 def looks_at_variables(entry) -> bool:

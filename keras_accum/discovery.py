@@ -34,7 +34,6 @@ def find_optimizers(accumulation, data) -> None:
     """
     if not tf.inside_function() or not is_needed(accumulation):
         return
-
     trace_step(accumulation, data)
 
 

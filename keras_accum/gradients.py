@@ -177,13 +177,19 @@ def buffer_dtype(variable_dtype: str, requested: str | None) -> tf.DType:
     return tf.float32 if dtype.size < tf.float32.size else dtype
 
 
-def check_lengths(gradients, variables) -> None:
-    """Raises a `ValueError` unless each variable has its gradient."""
+def check_lengths(gradients, variables, advice: str = "") -> None:
+    """Raises a `ValueError` unless each variable has its gradient.
+
+    Args:
+        gradients: The gradients.
+        variables: The variables.
+        advice: What to write instead; a sentence.
+    """
     if len(gradients) != len(variables):
         raise ValueError(
             "`gradients` must have one entry per variable, None where there "
             f"is no gradient. Received: {len(gradients)} gradients for "
-            f"{len(variables)} variables."
+            f"{len(variables)} variables.{advice}"
         )
 
 

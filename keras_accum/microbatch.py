@@ -60,7 +60,7 @@ class Microbatch:
         moments: The `Moments` of its calls of layers that normalize over it.
         assigned: Keras's variables that it assigns, by `id`.
         recorded_losses: What the metrics of single outputs were given, by `id`.
-        terms: What its loss adds up, as `parts.Terms`, if it is taken apart.
+        terms: What its loss adds up, as `parts.Terms`, while that is recorded.
         shown_losses: What `model.losses` is to be, instead of what it is.
         asked_for_losses: Then, whether it was asked for.
     """

@@ -77,8 +77,13 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        behind = cls.__mro__[cls.__mro__.index(GradientAccumulationMixin) :]
-        if issubclass(cls, keras.Model) and keras.Model not in behind:
+        ours = GradientAccumulationMixin
+        in_front = cls.__mro__[: cls.__mro__.index(ours)]
+        # Not by `keras.Model`, which a user may have put ours in the place of.
+        if any(
+            issubclass(each, keras.layers.Layer) and not issubclass(each, ours)
+            for each in in_front
+        ):
             bases = ", ".join(base.__name__ for base in cls.__bases__)
             raise TypeError(
                 "`GradientAccumulationMixin` must stand in front of the model "

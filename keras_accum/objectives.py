@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from keras_accum import building
 from keras_accum import replicas
+from keras_accum import weighting
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.calls import Call
 from keras_accum.gradients import add_two
@@ -151,11 +152,10 @@ def by_loss(calls: Iterable[Call]) -> dict[Key, list[Call]]:
     places: dict[tuple, list[tuple]] = {}
     groups: dict[Key, list[Call]] = {}
     for call in calls:
-        whose = id(call.optimizer), frozenset(map(id, call.variables))
-        known = places.setdefault(whose, [])
+        known = places.setdefault(call.whose, [])
         if call.place not in known:
             known.append(call.place)
-        key = *whose, known.index(call.place)
+        key = *call.whose, known.index(call.place)
         groups.setdefault(key, []).append(call)
     return groups
 
@@ -175,16 +175,14 @@ def weights_of(
     """
     alike: dict[tuple, list[Objective]] = {}
     for objective, group in calls.items():
-        key = id(group[0].optimizer), frozenset(map(id, group[0].variables))
-        alike.setdefault(key, []).append(objective)
+        alike.setdefault(group[0].whose, []).append(objective)
     found = {}
     for some in alike.values():
         weights = [[call.weight for call in calls[each]] for each in some]
         if len(some) == 1 or rows is None or None in sum(weights, []):
             continue
         sums = [
-            tf.add_n([tf.cast(each, tf.float32) for each in group])
-            for group in weights
+            tf.add_n(list(map(weighting.as_weight, group))) for group in weights
         ]
         total = tf.add_n(sums)
         are_parts = tf.equal(total, tf.cast(rows, total.dtype))

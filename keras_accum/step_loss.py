@@ -154,8 +154,12 @@ class StepLoss:
         if not losses.are_apart(denominators, self._kinds()):
             yield
             return
-        self._terms = self._microbatch.terms = terms = Terms(self._tape)
+        self._terms = terms = Terms(self._tape)
         with contextlib.ExitStack() as stack:
+            # A step may compute another loss after this one.
+            stack.enter_context(
+                compat.attribute(self._microbatch, "terms", terms)
+            )
             if compiled is not None:
                 stack.enter_context(
                     compat.recording_losses(compiled, terms.record_compiled)

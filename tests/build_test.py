@@ -1,6 +1,7 @@
 """`BUILD` lists every Python file once, and the imports that it has."""
 
 import ast
+import functools
 import pathlib
 
 import tensorflow as tf
@@ -47,8 +48,15 @@ LAYERS = (
     },
     {"accumulator", "finite", "origins", "programs", "sample", "saving"},
     {"calls", "coupling", "loops", "microbatching"},
-    {"findings", "microbatch", "objectives", "weighting"},
-    {"added_losses", "compiled_kinds", "parts", "steps", "window"},
+    {"findings", "microbatch", "weighting"},
+    {
+        "added_losses",
+        "compiled_kinds",
+        "objectives",
+        "parts",
+        "steps",
+        "window",
+    },
     {
         "boundary",
         "discovery",
@@ -151,6 +159,62 @@ def module_of(file):
     return pathlib.PurePath(file).with_suffix("").parts[1]
 
 
+@functools.cache
+def names_of(file):
+    """Returns the names that the module `file` has, or None if any may be.
+
+    That is what it defines, assigns or imports outside of functions.
+    """
+    names = {"__doc__", "__file__", "__name__"}
+    waiting = list(ast.parse(read(file)).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names.update(
+                alias.asname or alias.name.split(".")[0] for alias in node.names
+            )
+            continue
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+            if node.name == "__getattr__":
+                return None
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        waiting.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def missing_names(file):
+    """Yields what `file` reads of the project's modules, and they lack."""
+    tree = ast.parse(read(file))
+    modules = {
+        alias.asname or alias.name: found[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if (found := first_file([f"{node.module}.{alias.name}"]))
+        and not found[0].endswith("__init__.py")
+    }
+    # What is named as a module may be something else in a function.
+    hidden = {
+        node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)
+    } | {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
+    }
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in modules.keys() - hidden
+        ):
+            known = names_of(modules[node.value.id])
+            if known is not None and node.attr not in known:
+                yield f"{file}:{node.lineno}: {node.value.id}.{node.attr}"
+
+
 class BuildTest(tf.test.TestCase):
     def setUp(self):
         super().setUp()
@@ -205,6 +269,14 @@ class BuildTest(tf.test.TestCase):
                 f"The deps of :{name} in BUILD (first) are not what it imports "
                 "(second).",
             )
+
+    def test_what_a_file_reads_of_a_module_is_there(self):
+        # Benchmarks, and tests that are skipped where something is missing,
+        # would be the last to find out.
+        missing = [
+            name for file in python_files() for name in missing_names(file)
+        ]
+        self.assertEmpty(missing, "Names that modules do not have.")
 
     def test_this_test_sees_every_folder(self):
         folders = {f.split("/")[0] for f in python_files() if "/" in f}

@@ -131,6 +131,25 @@ class KindTest(test_utils.TestCase, parameterized.TestCase):
         y = np.arange(3 * ROWS).reshape(ROWS, 3) % 4 + 1
         self.check(keras.losses.CTC(), y, y_pred.astype("float32"), Kind.MEAN)
 
+    def test_rows_with_equally_many_that_count(self):
+        y = np.random.default_rng(0).uniform(0.6, 0.9, (ROWS, 4))
+        y_pred = probabilities(4)
+        self.check(masked_mean, y.astype("float32"), y_pred, Kind.COUPLED)
+        self.check(scalar_mean, y.astype("float32"), y_pred, Kind.MEAN)
+
+    def test_labels_that_may_not_be_zero(self):
+        def of_positive(y, y_pred):
+            tf.debugging.assert_positive(y)
+            return scalar_mean(y, y_pred)
+
+        def of_shares(y, y_pred):
+            return keras.ops.mean(keras.ops.abs((y - y_pred) / y))
+
+        y = np.random.default_rng(0).uniform(0.6, 0.9, (ROWS, 4))
+        for loss in (of_positive, of_shares):
+            y_pred = probabilities(4)
+            self.check(loss, y.astype("float32"), y_pred, Kind.MEAN)
+
     def test_of_one_row(self):
         y = (probabilities(5) > 0.5).astype("float32")
         for loss, kind in (

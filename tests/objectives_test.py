@@ -1,5 +1,7 @@
 """The losses of a step, and the updates that they make together."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -94,6 +96,20 @@ class ObjectivesTest(test_utils.TestCase):
         self.assertFalse(some.built)
         # Two moments of each, the number of updates and the learning rate.
         self.assertLen(other.variables, 2 * 2 + 2)
+
+    def test_weights_are_not_rounded(self):
+        self.addCleanup(keras.config.set_floatx, keras.config.floatx())
+        keras.config.set_floatx("float64")
+        calls = {
+            objectives.Objective(GradientAccumulator(self.variables[:1])): [
+                dataclasses.replace(self.call(0, 0), weight=weight)
+            ]
+            for weight in tf.constant([0.1, 0.2], tf.float64)
+        }
+        found = objectives.weights_of(calls, tf.constant(7))
+        self.assertAllClose(
+            list(found.values()), np.array([0.1, 0.2]), 0, 1e-15
+        )
 
     def test_states_have_names(self):
         states = {1: {"buffer_0": np.ones(2)}, 12: {"count": np.ones(())}}

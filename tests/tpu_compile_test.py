@@ -15,7 +15,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
-from keras_accum import microbatching
+from keras_accum import each_microbatch
 from keras_accum import replicas
 from keras_accum import steps as library_steps
 from tests import test_utils
@@ -129,7 +129,7 @@ def steps(build, batch, rows):
 def whole_window(model, rows):
     """Returns a window of one batch, with its loop, as it is on TPUs."""
     with mock.patch.object(replicas, "on_tpu", return_value=True):
-        each = microbatching.EachMicrobatch(
+        each = each_microbatch.EachMicrobatch(
             model._accumulation,
             *(
                 functools.partial(
@@ -139,6 +139,7 @@ def whole_window(model, rows):
                 )
                 for is_first in (True, False)
             ),
+            trains=True,
         )
     return lambda *data: each((data,), rows)
 
@@ -210,6 +211,18 @@ class JaxTestCase(test_utils.TestCase):
                 "environment of their own, and KERAS_ACCUM_JAX_PYTHON set to "
                 "the path of its Python"
             )
+
+
+class LowerTest(test_utils.TestCase):
+    """What needs no JAX, so that it is tried wherever tests run."""
+
+    def test_lowers_a_window_with_its_loop(self):
+        model = trained(
+            decoder, texts, keras_accum.GradientAccumulationModel, accum_steps=2
+        )
+        rows = 2
+        program = lower(whole_window(model, rows), texts(2 * rows))
+        self.assertIn(b"while", program)
 
 
 class TpuTest(JaxTestCase, parameterized.TestCase):
