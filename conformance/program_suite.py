@@ -9,7 +9,10 @@ model = keras.Model(inputs, outputs)
 # accum: model = keras_accum.GradientAccumulationModel(inputs, outputs, **ways)
 ```
 
-and `# accum+:` adds a line. `main(batch_size)` trains, and returns the model.
+`# accum:` alone drops that line, and `# accum+:` adds one. `main(batch_size,
+epochs)` trains, and returns the model. Where the weights differ, by design or
+because the program draws random numbers, `batch()` returns what
+`keras_accum.verify` is to look at.
 """
 
 import dataclasses
@@ -20,13 +23,14 @@ import re
 FOLDER = pathlib.Path(__file__).absolute().parent / "programs"
 # Rows of the large batch, and how it is cut.
 ROWS, STEPS = 32, 4
+EPOCHS = 2
 # How the swapped program accumulates: what stands for `ways`, and the rows of
 # what it gives to `fit`.
 WAYS = {
     "accum_steps": (f"accum_steps={STEPS}", ROWS // STEPS),
     "microbatch_size": (f"microbatch_size={ROWS // STEPS}", ROWS),
 }
-_REPLACES = re.compile(r"^(\s*)# accum: (.*)$")
+_REPLACES = re.compile(r"^(\s*)# accum:(?: (.*))?$")
 _ADDS = re.compile(r"^(\s*)# accum\+: (.*)$")
 
 
@@ -51,11 +55,6 @@ class Program:
     def source(self) -> str:
         """The address of the public program that it is written after."""
         return re.search(r"https://\S+", self.text)[0]
-
-    @property
-    def draws(self) -> bool:
-        """Whether it draws random numbers: then weights cannot be the same."""
-        return "\nDRAWS = True\n" in self.text
 
     def plain(self) -> str:
         """Returns it for plain Keras."""
@@ -83,6 +82,8 @@ class Program:
                     # A comment below a `class` belongs to its body.
                     before = lines.pop()
                     indent = before[: len(before) - len(before.lstrip())]
+                    if code is None:
+                        continue
                 line = indent + code.replace("**ways", arguments)
             lines.append(line)
         return "\n".join(lines) + "\n"

@@ -12,30 +12,37 @@ import pathlib
 import resource
 import sys
 import time
+import types
 import warnings
 
 import keras
 import numpy as np
 
+import keras_accum
 from conformance import program_suite as suite
 
 
-def run(program: suite.Program, way: str) -> tuple[dict, dict]:
+def run(
+    program: suite.Program, way: str, epochs: int = suite.EPOCHS
+) -> tuple[dict, dict]:
     """Trains; returns what can be printed, and the weights.
 
     Args:
         program: The program.
         way: "plain", or a key of `suite.WAYS`.
+        epochs: How often it goes over its data.
     """
     text = program.plain() if way == "plain" else program.swapped(way)
     rows = suite.ROWS if way == "plain" else suite.WAYS[way][1]
-    names = {"__name__": program.name}
+    # As a module: what it registers with Keras has its name.
+    module = types.ModuleType(program.name)
+    sys.modules[program.name] = module
     keras.utils.set_random_seed(0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        exec(compile(text, f"{program.name}.py", "exec"), names)
+        exec(compile(text, f"{program.name}.py", "exec"), module.__dict__)
         begin = time.monotonic()
-        model = names["main"](rows)
+        model = module.main(rows, epochs)
         seconds = time.monotonic() - begin
     said = [
         str(each.message)
@@ -49,8 +56,8 @@ def run(program: suite.Program, way: str) -> tuple[dict, dict]:
         "logs": {k: v[-1] for k, v in history.history.items()},
         "warnings": said,
     }
-    if way != "plain" and program.draws:
-        result["verified"] = str(names["check"](model))
+    if way != "plain" and hasattr(module, "batch"):
+        result["verified"] = str(keras_accum.verify(model, *module.batch()))
     weights = {str(i): np.asarray(w) for i, w in enumerate(model.weights)}
     return result, weights
 
@@ -60,11 +67,12 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--program", required=True)
     parser.add_argument("--way", default="plain")
+    parser.add_argument("--epochs", type=int, default=suite.EPOCHS)
     parser.add_argument("--weights", required=True)
     arguments = parser.parse_args()
     program = {each.name: each for each in suite.programs()}[arguments.program]
     results, sys.stdout = sys.stdout, sys.stderr
-    result, weights = run(program, arguments.way)
+    result, weights = run(program, arguments.way, arguments.epochs)
     np.savez(pathlib.Path(arguments.weights), **weights)
     print(json.dumps(result), file=results, flush=True)
 

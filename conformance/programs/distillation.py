@@ -16,7 +16,9 @@ class Distiller(keras.Model):
         self.student, self.teacher = student, teacher
         self.teacher.trainable = False
 
-    def compile(self, optimizer, metrics, student_loss_fn, distillation_loss_fn):
+    def compile(
+        self, optimizer, metrics, student_loss_fn, distillation_loss_fn
+    ):
         super().compile(optimizer=optimizer, metrics=metrics)
         self.student_loss_fn = student_loss_fn
         self.distillation_loss_fn = distillation_loss_fn
@@ -47,7 +49,7 @@ def network(filters):
     )
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     images, classes = program_data.digits()
     distiller = Distiller(student=network(4), teacher=network(16))
     # accum: distiller = Distiller(student=network(4), teacher=network(16), **ways)
@@ -60,6 +62,6 @@ def main(batch_size):
         distillation_loss_fn=keras.losses.KLDivergence(),
     )
     distiller.fit(
-        images, classes, batch_size, epochs=2, shuffle=False, verbose=0
+        images, classes, batch_size, epochs=epochs, shuffle=False, verbose=0
     )
     return distiller

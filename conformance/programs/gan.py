@@ -47,7 +47,7 @@ class GAN(keras.Model):
         return {"d_loss": self.d_loss.result()}
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     images, _ = program_data.digits()
     codes, _ = program_data.table(columns=CODE)
     discriminator = keras.Sequential(
@@ -77,6 +77,11 @@ def main(batch_size):
         loss_fn=keras.losses.BinaryCrossentropy(from_logits=True),
     )
     model.fit(
-        images, codes, batch_size=batch_size, epochs=2, shuffle=False, verbose=0
+        images,
+        codes,
+        batch_size=batch_size,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
     )
     return model

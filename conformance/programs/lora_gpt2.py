@@ -11,7 +11,7 @@ import numpy as np
 from conformance import program_data
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     backbone = keras_hub.models.GPT2Backbone(
         vocabulary_size=20,
         num_layers=2,
@@ -37,7 +37,7 @@ def main(batch_size):
         x,
         y,
         batch_size,
-        epochs=2,
+        epochs=epochs,
         sample_weight=mask.astype("float32"),
         shuffle=False,
         verbose=0,

@@ -43,7 +43,7 @@ class TokenAndPosition(keras.layers.Layer):
         return self.tokens(x) + self.positions(positions)
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     tokens = program_data.sentences(words=WORDS, length=LENGTH)
     inputs = keras.Input((LENGTH,), dtype="int32")
     hidden = TokenAndPosition()(inputs)
@@ -57,6 +57,11 @@ def main(batch_size):
     model.compile(keras.optimizers.SGD(0.1), loss=[loss_fn, None])
     targets = np.roll(tokens, -1, axis=1)
     model.fit(
-        tokens, targets, batch_size=batch_size, epochs=2, shuffle=False, verbose=0
+        tokens,
+        targets,
+        batch_size=batch_size,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
     )
     return model

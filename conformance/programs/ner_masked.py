@@ -25,7 +25,7 @@ class MaskedLoss(keras.losses.Loss):
         return keras.ops.sum(loss * mask) / keras.ops.sum(mask)
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     tokens = program_data.sentences(words=WORDS)
     tags = np.where(tokens > 0, 1 + tokens % (TAGS - 1), 0)
     inputs = keras.Input((None,), dtype="int32")
@@ -38,6 +38,11 @@ def main(batch_size):
     # accum: model = keras_accum.GradientAccumulationModel(inputs, outputs, **ways)
     model.compile(keras.optimizers.SGD(0.1), MaskedLoss())
     model.fit(
-        tokens, tags, batch_size=batch_size, epochs=2, shuffle=False, verbose=0
+        tokens,
+        tags,
+        batch_size=batch_size,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
     )
     return model

@@ -37,7 +37,7 @@ class Oscillator(keras.Model):
         return {"loss": loss}
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     x = np.linspace(0, np.pi, 64, dtype="float32")[:, None]
     y = np.where(np.arange(64)[:, None] % 9 == 0, np.sin(x), np.nan)
     network = keras.Sequential(
@@ -52,6 +52,11 @@ def main(batch_size):
     # accum: model = Oscillator(network, **ways)
     model.compile(keras.optimizers.SGD(0.01))
     model.fit(
-        x, y.astype("float32"), batch_size, epochs=2, shuffle=False, verbose=0
+        x,
+        y.astype("float32"),
+        batch_size,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
     )
     return model

@@ -31,9 +31,7 @@ class SiameseModel(keras.Model):
     def train_step(self, data):
         with tf.GradientTape() as tape:
             loss = self._compute_loss(data)
-        gradients = tape.gradient(
-            loss, self.siamese_network.trainable_weights
-        )
+        gradients = tape.gradient(loss, self.siamese_network.trainable_weights)
         self.optimizer.apply_gradients(
             # accum: self.accumulate(
             zip(gradients, self.siamese_network.trainable_weights)
@@ -51,7 +49,7 @@ class SiameseModel(keras.Model):
         return [self.loss_tracker]
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     images, _ = program_data.digits(64)
     triplets = images, np.roll(images, 1, 0), np.roll(images, 7, 0)
     embedding = keras.Sequential(
@@ -69,5 +67,5 @@ def main(batch_size):
     # accum: model = SiameseModel(keras.Model(inputs, distances), **ways)
     model.compile(optimizer=keras.optimizers.SGD(0.01))
     dataset = tf.data.Dataset.from_tensor_slices(triplets).batch(batch_size)
-    model.fit(dataset, epochs=2, verbose=0)
+    model.fit(dataset, epochs=epochs, verbose=0)
     return model

@@ -21,7 +21,7 @@ def contrastive_loss(y_true, y_pred):
     )
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     images, _ = program_data.digits()
     rng = np.random.default_rng(0)
     views = [
@@ -43,6 +43,11 @@ def main(batch_size):
     # accum: model = keras_accum.GradientAccumulationModel(inputs, outputs, **ways)
     model.compile(keras.optimizers.SGD(0.05), contrastive_loss)
     model.fit(
-        views, np.zeros((len(images), 1)), batch_size, 2, shuffle=False, verbose=0
+        views,
+        np.zeros((len(images), 1)),
+        batch_size,
+        epochs,
+        shuffle=False,
+        verbose=0,
     )
     return model

@@ -25,7 +25,7 @@ class SupervisedContrastiveLoss(keras.losses.Loss):
         return -ops.sum(targets * ops.log_softmax(logits, axis=1), axis=1)
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     images, classes = program_data.digits()
     inputs = keras.Input((8, 8, 1))
     features = keras.layers.Flatten()(inputs)
@@ -38,6 +38,6 @@ def main(batch_size):
         loss=SupervisedContrastiveLoss(0.5),
     )
     model.fit(
-        images, classes[:, None], batch_size, 2, shuffle=False, verbose=0
+        images, classes[:, None], batch_size, epochs, shuffle=False, verbose=0
     )
     return model

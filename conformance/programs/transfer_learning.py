@@ -9,7 +9,7 @@ import keras
 from conformance import program_data
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     images, classes = program_data.digits()
     base = keras.Sequential(
         [
@@ -29,8 +29,8 @@ def main(batch_size):
     # accum: model = keras_accum.GradientAccumulationModel(inputs, outputs, **ways)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.1), loss, metrics=["accuracy"])
-    model.fit(images, classes, batch_size, shuffle=False, verbose=0)
+    model.fit(images, classes, batch_size, epochs, shuffle=False, verbose=0)
     base.trainable = True
     model.compile(keras.optimizers.SGD(0.01), loss, metrics=["accuracy"])
-    model.fit(images, classes, batch_size, shuffle=False, verbose=0)
+    model.fit(images, classes, batch_size, epochs, shuffle=False, verbose=0)
     return model

@@ -9,7 +9,7 @@ import keras
 from conformance import program_data
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     images, masks = program_data.shapes()
     inputs = keras.Input((16, 16, 1))
     first = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(inputs)
@@ -22,10 +22,13 @@ def main(batch_size):
     outputs = keras.layers.Conv2D(1, 1, activation="sigmoid")(up)
     model = keras.Model(inputs, outputs)
     # accum: model = keras_accum.GradientAccumulationModel(inputs, outputs, **ways)
-    model.compile(
-        keras.optimizers.SGD(0.1, momentum=0.9), keras.losses.Dice()
-    )
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.losses.Dice())
     model.fit(
-        images, masks, batch_size=batch_size, epochs=2, shuffle=False, verbose=0
+        images,
+        masks,
+        batch_size=batch_size,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
     )
     return model

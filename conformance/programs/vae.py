@@ -9,8 +9,6 @@ import tensorflow as tf
 
 from conformance import program_data
 
-DRAWS = True
-
 
 class Sampling(keras.layers.Layer):
     def __init__(self, **kwargs):
@@ -68,9 +66,7 @@ def make():
             keras.Input((2,)),
             keras.layers.Dense(4 * 4 * 8, activation="relu"),
             keras.layers.Reshape((4, 4, 8)),
-            keras.layers.Conv2DTranspose(
-                1, 3, 2, "same", activation="sigmoid"
-            ),
+            keras.layers.Conv2DTranspose(1, 3, 2, "same", activation="sigmoid"),
         ]
     )
     model = VAE(encoder, decoder)
@@ -79,8 +75,15 @@ def make():
     return model
 
 
-def main(batch_size):
+def batch():
+    images, _ = program_data.digits(16)
+    return (images,)
+
+
+def main(batch_size, epochs):
     model = make()
     images, _ = program_data.digits()
-    model.fit(images, epochs=2, batch_size=batch_size, shuffle=False, verbose=0)
+    model.fit(
+        images, epochs=epochs, batch_size=batch_size, shuffle=False, verbose=0
+    )
     return model

@@ -59,7 +59,7 @@ class WGAN(keras.Model):
         return {"d_loss": d_loss, "g_loss": g_loss}
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     images, _ = program_data.digits()
     codes, _ = program_data.table(columns=CODE)
     discriminator = keras.Sequential(
@@ -82,6 +82,6 @@ def main(batch_size):
     # accum: model = WGAN(discriminator, generator, **ways)
     model.compile(keras.optimizers.SGD(0.01), keras.optimizers.SGD(0.01))
     model.fit(
-        images, codes, batch_size, epochs=2, shuffle=False, verbose=0
+        images, codes, batch_size, epochs=epochs, shuffle=False, verbose=0
     )
     return model

@@ -13,7 +13,7 @@ from conformance import program_data
 TOWNS = ["north", "south", "east", "west"]
 
 
-def main(batch_size):
+def main(batch_size, epochs):
     numbers, target = program_data.table()
     towns = np.array(TOWNS)[np.arange(len(numbers)) % 4]
     features = {"numbers": numbers, "town": towns[:, None]}
@@ -36,5 +36,5 @@ def main(batch_size):
     model = keras.Model(inputs, outputs)
     # accum: model = keras_accum.GradientAccumulationModel(inputs, outputs, **ways)
     model.compile(keras.optimizers.SGD(0.05), "mse", metrics=["mae"])
-    model.fit(dataset, epochs=2, verbose=0)
+    model.fit(dataset, epochs=epochs, verbose=0)
     return model
