@@ -1,7 +1,7 @@
 """Programs as Keras users write them, as they stand and with the class swapped.
 
-A program is a file of `conformance/programs`: a script for plain Keras, after the
-structure of a public one, which its first lines name. What the swap changes
+A program is a file of `conformance/programs`: a script for plain Keras, after
+the structure of a public one, which its first lines name. What the swap changes
 stands below the line that it replaces:
 
 ```python

@@ -4,8 +4,8 @@ After https://keras.io/examples/nlp/bidirectional_lstm_imdb/
 """
 
 import keras
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 WORDS = 20

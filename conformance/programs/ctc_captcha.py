@@ -5,8 +5,8 @@ After https://keras.io/examples/vision/captcha_ocr/
 
 import keras
 import numpy as np
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 

@@ -4,8 +4,8 @@ After https://keras.io/examples/vision/knowledge_distillation/
 """
 
 import keras
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 

@@ -5,8 +5,8 @@ After https://keras.io/guides/custom_train_step_in_tensorflow/
 
 import keras
 import tensorflow as tf
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 CODE = 4

@@ -6,8 +6,8 @@ After https://keras.io/examples/nlp/parameter_efficient_finetuning_of_gpt2_with_
 import keras
 import keras_hub
 import numpy as np
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 

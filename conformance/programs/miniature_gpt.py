@@ -6,8 +6,8 @@ After https://keras.io/examples/generative/text_generation_with_miniature_gpt/
 import keras
 import numpy as np
 from keras import ops
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 WORDS, LENGTH, UNITS = 20, 12, 16

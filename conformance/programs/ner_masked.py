@@ -5,8 +5,8 @@ After https://keras.io/examples/nlp/ner_transformers/
 
 import keras
 import numpy as np
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 WORDS, TAGS = 20, 4

@@ -6,6 +6,7 @@ After https://github.com/maziarraissi/PINNs
 import keras
 import numpy as np
 import tensorflow as tf
+
 # accum+: import keras_accum
 
 

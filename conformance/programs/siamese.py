@@ -6,8 +6,8 @@ After https://keras.io/examples/vision/siamese_network/
 import keras
 import numpy as np
 import tensorflow as tf
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 

@@ -6,8 +6,8 @@ After https://keras.io/examples/vision/semisupervised_simclr/
 import keras
 import numpy as np
 from keras import ops
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 

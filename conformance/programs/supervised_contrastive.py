@@ -5,8 +5,8 @@ After https://keras.io/examples/vision/supervised-contrastive-learning/
 
 import keras
 from keras import ops
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 

@@ -4,9 +4,14 @@ After https://keras.io/guides/transfer_learning/
 """
 
 import keras
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
+
+
+def batch():
+    images, classes = program_data.digits(16)
+    return images, classes
 
 
 def main(batch_size, epochs):
@@ -21,7 +26,8 @@ def main(batch_size, epochs):
     )
     base.trainable = False
     inputs = keras.Input((8, 8, 1))
-    # In inference mode when it is trained as well: its statistics stay.
+    # Functional models of Keras hand their own `training` on all the same, so that
+    # its statistics are those of the batch once it trains.
     x = base(inputs, training=False)
     x = keras.layers.GlobalAveragePooling2D()(x)
     outputs = keras.layers.Dense(10)(x)

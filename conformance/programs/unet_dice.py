@@ -4,8 +4,8 @@ After https://keras.io/examples/vision/oxford_pets_image_segmentation/
 """
 
 import keras
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 

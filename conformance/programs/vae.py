@@ -5,8 +5,8 @@ After https://keras.io/examples/generative/vae/
 
 import keras
 import tensorflow as tf
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 

@@ -5,8 +5,8 @@ After https://keras.io/examples/generative/wgan_gp/
 
 import keras
 import tensorflow as tf
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 CODE = 4
@@ -34,7 +34,7 @@ class WGAN(keras.Model):
 
     def train_step(self, data):
         images, codes = data
-        rows = tf.shape(images)[0]
+        # accum+: rows = tf.shape(images)[0]
         alpha = tf.reshape(tf.sigmoid(codes[:, 0]), (-1, 1, 1, 1))
         with tf.GradientTape() as tape:
             fake = self.generator(codes, training=True)

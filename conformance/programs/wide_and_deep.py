@@ -6,8 +6,8 @@ After https://keras.io/examples/structured_data/wide_deep_cross_networks/
 import keras
 import numpy as np
 import tensorflow as tf
-# accum+: import keras_accum
 
+# accum+: import keras_accum
 from conformance import program_data
 
 TOWNS = ["north", "south", "east", "west"]
