@@ -12,18 +12,24 @@ model = keras.Model(inputs, outputs)
 `# accum:` alone drops that line, and `# accum+:` adds one. `main(batch_size,
 epochs)` trains, and returns the model. Where the weights differ, by design or
 because the program draws random numbers, `batch()` returns what
-`keras_accum.verify` is to look at.
+`keras_accum.verify` is to look at. `REFUSED = ("microbatch_size",)` says that
+such a program is refused in that way.
 """
 
+import ast
 import dataclasses
 import difflib
 import pathlib
 import re
 
+import numpy as np
+
 FOLDER = pathlib.Path(__file__).absolute().parent / "programs"
 # Rows of the large batch, and how it is cut.
 ROWS, STEPS = 32, 4
 EPOCHS = 2
+# The largest distance of weights that counts as rounding.
+BOUND = 1e-4
 # How the swapped program accumulates: what stands for `ways`, and the rows of
 # what it gives to `fit`.
 WAYS = {
@@ -55,6 +61,12 @@ class Program:
     def source(self) -> str:
         """The address of the public program that it is written after."""
         return re.search(r"https://\S+", self.text)[0]
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """The ways to accumulate that the library refuses for it."""
+        found = re.search(r"^REFUSED = (\(.*\))$", self.text, re.MULTILINE)
+        return ast.literal_eval(found[1]) if found else ()
 
     def plain(self) -> str:
         """Returns it for plain Keras."""
@@ -103,9 +115,54 @@ class Program:
         ]
 
 
-def programs() -> list[Program]:
-    """Returns all programs, by name."""
-    return [
-        Program(file.stem, file.read_text("utf-8"))
-        for file in sorted(FOLDER.glob("*.py"))
-    ]
+def names() -> list[str]:
+    """Returns the names of all programs."""
+    return sorted(file.stem for file in FOLDER.glob("*.py"))
+
+
+def program(name: str) -> Program:
+    """Returns a program."""
+    return Program(name, (FOLDER / f"{name}.py").read_text("utf-8"))
+
+
+def rows(way: str) -> int:
+    """Returns the rows of what a program gives to `fit`, in a way to train."""
+    return ROWS if way == "plain" else WAYS[way][1]
+
+
+def distance(actual, expected, before) -> float:
+    """Returns how far weights are off, over the way of the last epoch.
+
+    Args:
+        actual: The weights: a list of arrays.
+        expected: Those of plain Keras.
+        before: Those, an epoch before.
+    """
+    return norm_of_difference(actual, expected) / norm_of_difference(
+        expected, before
+    )
+
+
+def norm_of_difference(these, others) -> float:
+    """Returns the norm of the difference of two lists of arrays.
+
+    What is not a float, as the state of a random generator, does not count.
+    """
+    return np.sqrt(
+        sum(
+            np.sum(np.square(this.astype("float64") - other))
+            for this, other in zip(these, others, strict=True)
+            if np.issubdtype(this.dtype, np.floating)
+        )
+    )
+
+
+def distance_of_logs(actual: dict, expected: dict) -> float:
+    """Returns the largest distance of a value in the logs, relative to it."""
+    return max(
+        (
+            abs(actual.get(key, np.inf) - value) / max(abs(value), 1e-3)
+            for key, value in expected.items()
+        ),
+        default=0.0,
+    )

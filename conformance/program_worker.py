@@ -1,14 +1,13 @@
-"""Trains a program of the suite, in one way, and prints what came of it.
+"""Trains a program of the suite in one way, and prints what came of it.
 
-    python -m conformance.program_worker --program=vae --way=accum_steps
+    python -m conformance.program_worker --program=vae --way=accum_steps \
+        --weights=/tmp/weights.npz
 
-Of one that draws random numbers `keras_accum.verify` says whether it is exact:
-both ways would see other draws. `conformance.program_report` runs it.
+`conformance.program_report` runs it.
 """
 
 import argparse
 import json
-import pathlib
 import resource
 import sys
 import time
@@ -24,7 +23,7 @@ from conformance import program_suite as suite
 
 def run(
     program: suite.Program, way: str, epochs: int = suite.EPOCHS
-) -> tuple[dict, dict]:
+) -> tuple[dict, list[np.ndarray]]:
     """Trains; returns what can be printed, and the weights.
 
     Args:
@@ -33,7 +32,6 @@ def run(
         epochs: How often it goes over its data.
     """
     text = program.plain() if way == "plain" else program.swapped(way)
-    rows = suite.ROWS if way == "plain" else suite.WAYS[way][1]
     # As a module: what it registers with Keras has its name.
     module = types.ModuleType(program.name)
     sys.modules[program.name] = module
@@ -42,24 +40,35 @@ def run(
         warnings.simplefilter("always")
         exec(compile(text, f"{program.name}.py", "exec"), module.__dict__)
         begin = time.monotonic()
-        model = module.main(rows, epochs)
+        try:
+            model = module.main(suite.rows(way), epochs)
+        except ValueError as error:
+            if way not in program.refused:
+                raise
+            return {"refused": str(error).split(". ")[0]}, []
         seconds = time.monotonic() - begin
-    said = [
-        str(each.message)
-        for each in caught
-        if "keras_accum" in str(each.filename)
-    ]
     history = getattr(model, "history", None)
     result = {
         "seconds": seconds,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "logs": {k: v[-1] for k, v in history.history.items()},
-        "warnings": said,
+        "logs": {key: values[-1] for key, values in history.history.items()}
+        if history
+        else {},
+        "warnings": [
+            str(each.message)
+            for each in caught
+            if "keras_accum" in str(each.filename)
+        ],
     }
     if way != "plain" and hasattr(module, "batch"):
-        result["verified"] = str(keras_accum.verify(model, *module.batch()))
-    weights = {str(i): np.asarray(w) for i, w in enumerate(model.weights)}
-    return result, weights
+        found = keras_accum.verify(model, *module.batch())
+        result["exact"] = found.exact
+        result["causes"] = list(
+            dict.fromkeys(
+                each.cause for each in found.differences if each.cause
+            )
+        )
+    return result, [np.asarray(weight) for weight in model.weights]
 
 
 def main():
@@ -70,10 +79,12 @@ def main():
     parser.add_argument("--epochs", type=int, default=suite.EPOCHS)
     parser.add_argument("--weights", required=True)
     arguments = parser.parse_args()
-    program = {each.name: each for each in suite.programs()}[arguments.program]
+    # Programs may print.
     results, sys.stdout = sys.stdout, sys.stderr
-    result, weights = run(program, arguments.way, arguments.epochs)
-    np.savez(pathlib.Path(arguments.weights), **weights)
+    result, weights = run(
+        suite.program(arguments.program), arguments.way, arguments.epochs
+    )
+    np.savez(arguments.weights, *weights)
     print(json.dumps(result), file=results, flush=True)
 
 
