@@ -42,13 +42,30 @@ class Result:
     needs_denominators: bool
 
 
+def check_built(accumulation) -> None:
+    """Raises a `ValueError` if a step would make weights."""
+    model = accumulation.model
+    if model.built:
+        return
+    unbuilt = [model]
+    if accumulation.overrides.step("train_step") is not None:
+        # Such a step may call the parts of a model, and never the model.
+        unbuilt = [
+            each for each in compat.unbuilt_layers(model) if each is not model
+        ]
+    if unbuilt:
+        raise ValueError(
+            "`model` must be built. Call it on some rows first. Received: "
+            f"{', '.join(each.name for each in unbuilt)} not built"
+        )
+
+
 @contextlib.contextmanager
 def unchanged(model) -> Iterator[None]:
     """Puts back all that steps change of a model."""
     accumulation, tracker = model._accumulation, compat.loss_tracker(model)
     strategy = model.distribute_strategy
-    if compat.has_call(model) and not model.built:
-        raise ValueError("`model` must be built. Call it on some rows first.")
+    check_built(accumulation)
     variables = [
         each.value
         for each in (

@@ -55,6 +55,27 @@ class Contrastive(Own):
         return whole_batch_test.contrastive(y, y_pred)
 
 
+class Parts(Own):
+    """Calls its parts, as an autoencoder does its encoder, and not itself."""
+
+    def __init__(self, parts, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = parts
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            for part in self.parts:
+                x = part(x)
+            loss = self.loss_of(y[:, :2], x)
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.accumulate(gradients, tf.shape(x)[0])
+        return {"loss": loss}
+
+    def call(self, inputs):
+        raise NotImplementedError
+
+
 def own(cls=None, **kwargs):
     keras.utils.set_random_seed(3)
     x = keras.Input((5,))
@@ -135,6 +156,19 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(found.exact, expected is None)
         if expected:
             self.assertIn(expected, found.differences[0].way_out)
+
+    @parameterized.parameters(ACCUM_STEPS, MICROBATCH_SIZE)
+    def test_a_step_that_never_calls_the_model(self, **way):
+        x, y = whole_batch_test.arrays()
+        model = Parts([keras.layers.Dense(4), keras.layers.Dense(2)], **way)
+        model.compile("sgd")
+        with self.assertRaisesRegex(ValueError, "must be built.*dense"):
+            keras_accum.verify(model, x, y)
+        model.fit(x, y, batch_size=3, verbose=0)
+        self.assertFalse(model.built)
+        found = keras_accum.verify(model, x, y)
+        self.assertTrue(found.exact, str(found))
+        self.assertGreaterEqual(len(found.differences), 4)
 
     def test_layers(self):
         for reductions, expected in (
