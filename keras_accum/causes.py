@@ -41,6 +41,10 @@ OWN_LOSS = (
     "give its denominator as `weight`; if rows depend on each other, there is "
     "none",
 )
+OWN_STATE = (
+    "`train_step` assigns it in each micro-batch",
+    "assign it in an override of `update_step`",
+)
 UNKNOWN = ("not found", "take layers away until it is gone")
 
 
@@ -64,6 +68,13 @@ def cause_of(model, parts: Result) -> tuple[str, str]:
     if parts.needs_denominators and uses_parts:
         return SEVERAL_WEIGHTS
     return UNKNOWN
+
+
+def assigns_itself(model, parts: Result) -> bool:
+    """Returns whether a `train_step` of the user's, and no layer, assigns."""
+    if model._accumulation.overrides.step("train_step") is None:
+        return False
+    return parts.findings is None or not parts.findings.driven
 
 
 def own_cause(is_exact: Callable[[Callable], bool]) -> tuple[str, str]:

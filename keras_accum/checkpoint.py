@@ -36,6 +36,8 @@ class WindowCheckpoint(compat.Saveable, tf.train.experimental.PythonState):
         accumulation = self._accumulation
         return not accumulation.trains_itself() or not (
             accumulation.window["gradients"].num_microbatches
+            # Within an epoch, `BackupAndRestore` goes on where this says.
+            or accumulation.progress.batches
             or compat.random_states(accumulation.model)
         )
 

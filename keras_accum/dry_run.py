@@ -29,7 +29,9 @@ class Result:
     Attributes:
         loss: The loss; None if the model's own step does not tell.
         gradients: By the path of their variable.
-        state: Values of other variables, by path.
+        state: Values of all variables at the end, by path.
+        assigned: Of those that a step assigns, or may: weights are, at most, by
+            a `train_step` of the user's.
         findings: What the batch told of the losses; None if the model's own
             step says how much they count.
         needs_denominators: Whether one weight does not fit all losses.
@@ -38,8 +40,27 @@ class Result:
     loss: float | None
     gradients: dict[str, np.ndarray]
     state: dict[str, np.ndarray]
+    assigned: frozenset[str]
     findings: Findings | None
     needs_denominators: bool
+
+
+def check_built(accumulation) -> None:
+    """Raises a `ValueError` if a step would make weights."""
+    model = accumulation.model
+    if model.built:
+        return
+    unbuilt = [model]
+    if accumulation.overrides.step("train_step") is not None:
+        # Such a step may call the parts of a model, and never the model.
+        unbuilt = [
+            each for each in compat.unbuilt_layers(model) if each is not model
+        ]
+    if unbuilt:
+        raise ValueError(
+            "`model` must be built. Call it on some rows first. Received: "
+            f"{', '.join(each.name for each in unbuilt)} not built"
+        )
 
 
 @contextlib.contextmanager
@@ -47,8 +68,7 @@ def unchanged(model) -> Iterator[None]:
     """Puts back all that steps change of a model."""
     accumulation, tracker = model._accumulation, compat.loss_tracker(model)
     strategy = model.distribute_strategy
-    if compat.has_call(model) and not model.built:
-        raise ValueError("`model` must be built. Call it on some rows first.")
+    check_built(accumulation)
     variables = [
         each.value
         for each in (
@@ -96,6 +116,7 @@ def run(
     overrides = model._accumulation.overrides
     variables = [*model.variables, *compat.existing_seed_state()]
     snapshot = replicas.Snapshot(strategy, [each.value for each in variables])
+    before = values_of(model)
     with strategy.scope():
         accumulation = Accumulation(model, options, overrides)
     with compat.attribute(model, "_accumulation", accumulation):
@@ -119,7 +140,7 @@ def run(
                 accumulation, first, next_, trains=True
             )
             each((data,), max(np.diff(bounds)))
-        result = result_of(accumulation)
+        result = result_of(accumulation, before)
     snapshot.restore()
     return result
 
@@ -143,8 +164,13 @@ def accumulate_with(model, other, gradients, weight=1.0, optimizer=None):
     type(model).accumulate(model, gradients, other, optimizer)
 
 
-def result_of(accumulation) -> Result:
-    """Ends a window without an update, and returns what it gathered."""
+def result_of(accumulation, before: dict[str, np.ndarray]) -> Result:
+    """Ends a window without an update, and returns what it gathered.
+
+    Args:
+        accumulation: What the model accumulates in.
+        before: What `values_of` said before the window.
+    """
     model, window = accumulation.model, accumulation.window
     strategy = model.distribute_strategy
 
@@ -174,20 +200,32 @@ def result_of(accumulation) -> Result:
     )
     known = accumulation.losses
     findings = None if known.have_own_step() else known.findings
-    skipped = {id(each) for each in compat.random_states(model)}
-    others = {
-        variable.path: np.asarray(variable, "float64")
-        for variable in model.non_trainable_variables
-        if id(variable) not in skipped
-        and tf.as_dtype(variable.dtype).is_floating
-    }
+    state = values_of(model)
+    weights = {each.path for each in model.trainable_variables}
     return Result(
         float(total / rows) if rows else None,
         gradients,
-        others,
+        state,
+        frozenset(
+            path
+            for path, value in state.items()
+            if path not in weights
+            or not np.array_equal(value, before[path], equal_nan=True)
+        ),
         findings,
         known.needs_denominators and not known.may_be_apart(),
     )
+
+
+def values_of(model) -> dict[str, np.ndarray]:
+    """Returns the values of a model's variables, but for random states."""
+    skipped = {id(each) for each in compat.random_states(model)}
+    return {
+        variable.path: np.asarray(variable, "float64")
+        for variable in model.variables
+        if id(variable) not in skipped
+        and tf.as_dtype(variable.dtype).is_floating
+    }
 
 
 def name_in(updates, update, variable) -> str:

@@ -31,6 +31,7 @@ class Findings:
         driven: Which of them are assigned what follows from the data, other
             than a BatchNormalization's.
         mixes_rows: Whether outputs of a row depend on the rows with it.
+        is_cut: Whether rows could be taken out of the inputs, to look at.
     """
 
     compiled: tuple[Kind | None, ...] = ()
@@ -43,6 +44,7 @@ class Findings:
     repeated: tuple[int, ...] = ()
     driven: tuple[int, ...] = ()
     mixes_rows: bool = False
+    is_cut: bool = True
 
     def codes(self) -> list[int]:
         """Returns all but names as integers, for `from_codes`."""
@@ -54,6 +56,7 @@ class Findings:
                 int(self.adds_losses),
                 int(self.is_apart),
                 int(self.mixes_rows),
+                int(self.is_cut),
             ],
             list(map(_KINDS.index, self.added)),
             list(self.repeated),
@@ -75,6 +78,7 @@ class Findings:
             adds_losses=bool(total[1]),
             is_apart=bool(total[2]),
             mixes_rows=bool(total[3]),
+            is_cut=bool(total[4]),
             added=tuple(_KINDS[code] for code in added),
             repeated=tuple(repeated),
             driven=tuple(driven),

@@ -44,6 +44,8 @@ def measure_losses(accumulation, data) -> None:
     losses.findings = found = find(accumulation, data)
     repeated = [model.variables[index] for index in found.repeated]
     accumulation.window["repeated"].begin_with(repeated)
+    if found.added and not found.is_cut:
+        losses.warn_once(warned.unmeasured_layers(found.added_by))
     if found.coupled_layers():
         losses.warn_once(warned.coupled_layers(found.coupled_layers()))
     # They may depend on each other by what was assigned.
@@ -95,11 +97,13 @@ def find_in(accumulation, data) -> Findings:
     data = row_counts.as_tensors(data)
     rows = rows_of(data)
     # In half precision, rounding would be taken for a difference.
-    if rows is None or keras.config.floatx() not in ("float32", "float64"):
+    if keras.config.floatx() not in ("float32", "float64"):
         return Findings()
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     if not model.built:
         compat.build_by(model, x)
+    if rows is None:
+        return find_in_outputs(accumulation, data)
     # Few rows, where it is yet to be found out how many fit.
     size = FEW if accumulation.size.is_auto else accumulation.size.rows
     size = None if size is None else max(size, FEW)
@@ -129,6 +133,28 @@ def find_in(accumulation, data) -> Findings:
     if found.couples_rows and not can_be_sent(model, data):
         found = dataclasses.replace(found, is_apart=False)
     return found
+
+
+def find_in_outputs(accumulation, data) -> Findings:
+    """Measures losses where labels have other rows than inputs.
+
+    A batch of graphs has a row of inputs for each node, and one of labels for
+    each graph. Nobody knows how to cut such inputs; outputs are as labels.
+    """
+    model = accumulation.model
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    with trial.keeping_random_states():
+        whole = trial.of_whole(model, x)
+        sample = Sample(None, y, whole.y_pred, sample_weight)
+        found = Findings()
+        if rows_of((y, whole.y_pred, sample_weight)) is not None:
+            found = of_losses(accumulation, sample.part(0, ROWS))
+    return dataclasses.replace(
+        found,
+        added=(None,) * len(whole.added),
+        added_by=tuple(whole.added_by),
+        is_cut=False,
+    )
 
 
 def of_losses(accumulation, sample: Sample) -> Findings:

@@ -118,14 +118,22 @@ def mixes_rows(model: keras.Model, x, whole: trial.Trial) -> bool:
     cut = coupling.cuts(rows)[0]
     x = row_counts.take(x, 0, rows)
     part = trial.of_part(model, x, 0, cut, whole)
-    if not differ(part, whole, cut, rows):
+    # It is little at first where weights begin next to zero, as embeddings do.
+    tolerance = tolerance_of(model)
+    if not differ(part, whole, cut, rows, tolerance):
         return False
     # What differs without a reason, such as by draws of its own, tells nothing.
     again = trial.of_part(model, x, 0, rows, whole)
-    return not differ(again, whole, rows, rows)
+    return not differ(again, whole, rows, rows, tolerance)
 
 
-def differ(part: trial.Trial, whole: trial.Trial, cut: int, rows: int) -> bool:
+def differ(
+    part: trial.Trial,
+    whole: trial.Trial,
+    cut: int,
+    rows: int,
+    tolerance: float,
+) -> bool:
     """Returns whether outputs of the first rows are others than the whole's."""
     outputs = (tf.nest.flatten(each.y_pred) for each in (part, whole))
     for some, others in zip(*outputs, strict=True):
@@ -142,7 +150,7 @@ def differ(part: trial.Trial, whole: trial.Trial, cut: int, rows: int) -> bool:
         some, others = (tf.cast(each, tf.float64) for each in (some, others))
         scale = tf.reduce_max(tf.abs(others)) if tf.size(others) else 0.0
         off = tf.abs(some - others[:cut])
-        if tf.reduce_any(off > HALF_TOLERANCE * scale):
+        if tf.reduce_any(off > tolerance * scale):
             return True
     return False
 

@@ -216,9 +216,11 @@ class Microbatch:
         # Of others, such as the state of random generators, all replicas have
         # the same, and shall go on having it.
         is_floating = tf.as_dtype(variable.dtype).is_floating
-        if self._changes_nothing or not is_floating:
+        if not is_floating:
             return value
         self.assigned[id(variable)] = variable
+        if self._changes_nothing:
+            return value
         # Also where some gradients were looked at: others may follow.
         if self.nonfinite == "skip_microbatch":
             self._record_value(variable)

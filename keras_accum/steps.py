@@ -8,6 +8,7 @@ from keras_accum import callers
 from keras_accum import compat
 from keras_accum import microbatch as microbatches
 from keras_accum import rows
+from keras_accum import warned
 from keras_accum.calls import Call
 from keras_accum.microbatch import Microbatch
 from keras_accum.options import check_optimizer
@@ -77,6 +78,8 @@ def call_train_step(accumulation, microbatch: Microbatch, data) -> dict:
         if accumulation.overrides.replaces("train_step"):
             microbatch.rows = rows.common_count(data)
         logs = model.train_step(data)
+    if accumulation.overrides.step("train_step") is not None:
+        warn_of_assigned(accumulation, microbatch)
     if model.trainable_weights and not microbatch.calls:
         raise RuntimeError(
             "`train_step` returned without a call of `self.accumulate`. "
@@ -86,6 +89,30 @@ def call_train_step(accumulation, microbatch: Microbatch, data) -> dict:
             "`self.optimizer.apply_gradients`."
         )
     return logs
+
+
+def warn_of_assigned(accumulation, microbatch: Microbatch) -> None:
+    """Warns of what a `train_step` of the user's assigns itself.
+
+    A moving average of the weights, for one, would move once per micro-batch.
+    """
+    model, losses = accumulation.model, accumulation.losses
+    found = losses.found
+    known = {id(each) for each in model.metrics_variables}
+    for layer in compat.normalizations(model):
+        known |= set(map(id, compat.moving_statistics(layer)))
+    for layer in compat.stateful_layers(model):
+        known |= set(map(id, layer.non_trainable_variables))
+    # Of what layers assign, the first batch tells.
+    variables = model.variables
+    known |= {id(variables[i]) for i in (*found.repeated, *found.driven)}
+    paths = [
+        each.path
+        for each in variables
+        if id(each) in microbatch.assigned and id(each) not in known
+    ]
+    if paths:
+        losses.warn_once(warned.assigned(paths))
 
 
 def accumulate(accumulation, call: Call, place: tuple | None = None) -> None:

@@ -44,12 +44,34 @@ def coupled_layers(names: Sequence[str]) -> str:
     )
 
 
+def unmeasured_layers(names: Sequence[str]) -> str:
+    """Returns what to say of added losses that nobody knows how to cut."""
+    return (
+        f"A layer adds a loss: {quoted(names)}. Inputs and labels have not the "
+        "same rows, so that it cannot be measured how it counts. It is taken "
+        "for a mean over the rows of the labels; if it is none, override "
+        "`microbatch_weight`, or make it an output with a loss in `compile`."
+    )
+
+
 def driven(paths: Sequence[str]) -> str:
     """Returns what to say of variables that layers assign from data."""
     return (
         f"A layer assigns what follows from the data: {quoted(paths)}. It does "
         "so in each micro-batch, where the batch at once would do it once. If "
         "it belongs to the update, override `update_step`."
+    )
+
+
+def assigned(paths: Sequence[str]) -> str:
+    """Returns what to say of variables that a `train_step` assigns."""
+    some, more = paths[:3], len(paths) - 3
+    others = f" and {more} more" if more > 0 else ""
+    return (
+        f"`train_step`, or a layer that it calls, assigns {quoted(some)}"
+        f"{others}. It does so in each micro-batch, where the batch at once "
+        "would do it once. If it belongs to the update, as a moving average of "
+        "the weights does, assign it in an override of `update_step`."
     )
 
 

@@ -166,7 +166,8 @@ class LayerState(Part):
 
     def add(self, microbatch: Microbatch) -> None:
         """Records which variables steps assign; these hold their own values."""
-        self._assigned |= microbatch.assigned
+        if is_replicated(self._model):
+            self._assigned |= microbatch.assigned
 
     def close(self, totals, applies) -> None:
         """Assigns the replicas' mean."""

@@ -43,13 +43,14 @@ class Killed(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def build(**arguments):
-    """Returns a model in which everything has state."""
+def build(rate=0.3, **arguments):
+    """Returns a model in which everything has state, unless `rate` is None."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((3,))
     hidden = keras.layers.Dense(5)(inputs)
     hidden = keras.layers.BatchNormalization()(hidden)
-    hidden = keras.layers.Dropout(0.3, seed=3)(hidden)
+    if rate is not None:
+        hidden = keras.layers.Dropout(rate, seed=3)(hidden)
     model = keras_accum.GradientAccumulationModel(
         inputs, keras.layers.Dense(2)(hidden), **arguments
     )

@@ -131,6 +131,39 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
     def test_killed_after_every_batch(self, partial_window):
         self.check_killed(partial_window, every=1)
 
+    @parameterized.parameters(
+        ({"accum_steps": 2}, 0, 1),
+        ({"accum_steps": 2}, 1, 0),
+        ({"microbatch_size": 1}, 1, 2),
+    )
+    @test_utils.first_command(0, 2)
+    def test_goes_on_from_a_backup_without_anything_else(
+        self, arguments, epoch, batch
+    ):
+        # Between windows, and without a random generator, the place in the
+        # epoch is all that a backup has besides a `keras.Model`.
+        def build():
+            return cases.build(rate=None, **arguments)
+
+        def backup():
+            return keras.callbacks.BackupAndRestore(self.folder(), save_freq=1)
+
+        class Stop(keras.callbacks.Callback):
+            def on_epoch_begin(self, epoch, logs=None):
+                self.epoch = epoch
+
+            def on_train_batch_end(self, index, logs=None):
+                if (self.epoch, index) == (epoch, batch):
+                    raise KeyboardInterrupt
+
+        whole = build()
+        cases.train(whole)
+        with self.assertRaises(KeyboardInterrupt):
+            cases.train(build(), [backup(), Stop()])
+        model = build()
+        cases.train(model, [backup()])
+        self.assertSameState(model, whole)
+
     def check_killed(self, partial_window, every):
         folder = self.folder()
         command = [

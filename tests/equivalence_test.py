@@ -605,13 +605,6 @@ def with_added_losses(cls, loss_on_outputs=False, **kwargs):
 
 
 @pytest.mark.thorough
-class OptimizerInMicrobatchesTest(OptimizerTest):
-    """The same on whole batches, which are split into micro-batches."""
-
-    microbatch_size = 3
-
-
-@pytest.mark.thorough
 class LossInMicrobatchesTest(LossTest):
     """The same on whole batches, which are split into micro-batches."""
 

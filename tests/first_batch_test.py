@@ -261,5 +261,82 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
         self.assertIsNone(first_batch.rows_of(tf.zeros(())))
 
 
+class Readout(keras.layers.Layer):
+    """Means over the nodes of each graph; adds one over all nodes, if asked."""
+
+    def __init__(self, adds, **kwargs):
+        super().__init__(**kwargs)
+        self.adds = adds
+
+    def call(self, nodes, graph):
+        if self.adds:
+            self.add_loss(keras.ops.mean(keras.ops.square(nodes)))
+        return tf.math.segment_mean(nodes, graph)
+
+
+class RaggedMean(keras.layers.Layer):
+    def call(self, ragged):
+        return tf.reduce_mean(ragged.with_values(ragged.values), axis=1)
+
+
+class Ragged(keras_accum.GradientAccumulationModel):
+    """Has no weights before its first call, which takes what is ragged."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.mean = RaggedMean()
+        self.dense = keras.layers.Dense(1, "sigmoid")
+
+    def call(self, x):
+        return self.dense(self.mean(x))
+
+
+class OtherRowsTest(test_utils.TestCase, parameterized.TestCase):
+    """Inputs that have not the rows of the labels, or none that are alike."""
+
+    def batches(self, rows):
+        rng = np.random.default_rng(0)
+        sizes = rng.integers(2, 9, 16)
+        nodes = rng.normal(size=(sizes.sum(), 4)).astype("float32")
+        labels = rng.integers(0, 2, (16, 1)).astype("float32")
+        graphs = tf.RaggedTensor.from_row_lengths(nodes, sizes)
+        return tf.data.Dataset.from_tensor_slices((graphs, labels)).batch(rows)
+
+    def fit(self, model, batches):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.fit(batches, shuffle=False, verbose=0)
+        return [str(each.message) for each in caught]
+
+    @parameterized.parameters(
+        ("binary_crossentropy", False, None),
+        ("binary_crossentropy", True, "cannot be measured"),
+        ("dice", False, "is not the mean of what"),
+    )
+    def test_graphs_that_are_merged(self, loss, adds, expected):
+        nodes, graph = keras.Input((4,)), keras.Input((), dtype="int64")
+        hidden = Readout(adds)(keras.layers.Dense(3)(nodes), graph)
+        model = keras_accum.GradientAccumulationModel(
+            [nodes, graph],
+            keras.layers.Dense(1, "sigmoid")(hidden),
+            accum_steps=4,
+        )
+        model.compile("sgd", keras.losses.Dice() if loss == "dice" else loss)
+        said = self.fit(
+            model,
+            self.batches(4).map(lambda x, y: ((x.values, x.value_rowids()), y)),
+        )
+        self.assertLen(said, 0 if expected is None else 1)
+        if expected:
+            self.assertRegex(said[0], expected)
+
+    def test_ragged_inputs_of_a_model_without_weights(self):
+        keras.utils.set_random_seed(0)
+        model = Ragged(microbatch_size=4)
+        model.compile("sgd", keras.losses.Dice())
+        self.assertEmpty(self.fit(model, self.batches(16)))
+        self.assertTrue(model._accumulation.losses.found.couples_rows)
+
+
 if __name__ == "__main__":
     tf.test.main()

@@ -250,6 +250,9 @@ class Mixes(keras.layers.Layer):
             return keras.ops.matmul(inputs, keras.ops.transpose(inputs))
         if self.how == "mean":
             return inputs - keras.ops.mean(inputs, axis=0)
+        if self.how == "little":
+            # As embeddings that begin next to zero do.
+            return 1 + 1e-3 * keras.ops.mean(inputs, axis=0) + 0 * inputs
         if self.how == "random":
             noise = np.random.default_rng().normal(size=3)
             return inputs + noise.astype("float32")
@@ -268,7 +271,11 @@ class MixedRowsTest(test_utils.TestCase, parameterized.TestCase):
         return first_batch.find(model._accumulation, (tf.constant(x), labels))
 
     @parameterized.parameters(
-        ("matrix", True), ("mean", True), ("no", False), ("random", False)
+        ("matrix", True),
+        ("mean", True),
+        ("little", True),
+        ("no", False),
+        ("random", False),
     )
     def test_of_layers(self, how, expected):
         x = np.random.default_rng(0).normal(size=(20, 5)).astype("float32")

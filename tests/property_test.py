@@ -21,7 +21,18 @@ from tests import test_utils
 CASES = 1000 if test_utils.IS_NIGHTLY else 100
 FEW_CASES = 10
 WORDS, LENGTH, FEATURES, CLASSES = 5, 4, 3, 2
+
+
+class Coupled(keras.losses.Loss):
+    """A ratio of sums over the batch, which no mean of its parts gives."""
+
+    def call(self, y_true, y_pred):
+        errors = keras.ops.sum(keras.ops.square(y_pred - y_true))
+        return errors / (1 + keras.ops.sum(keras.ops.square(y_pred)))
+
+
 LOSSES = {
+    "coupled": Coupled,
     "squares": keras.losses.MeanSquaredError,
     "crossentropy": functools.partial(
         keras.losses.CategoricalCrossentropy, from_logits=True
@@ -34,6 +45,72 @@ OPTIMIZERS = {
         0.1, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2
     ),
 }
+
+
+class OwnStep:
+    """A `train_step` of one's own, in front of a model class."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            errors = tf.reduce_mean(tf.square(self(x, training=True) - y), -1)
+            losses = [
+                (tf.math.divide_no_nan(tf.reduce_sum(part), rows), rows)
+                for part in self.parts_of(errors)
+                for rows in [tf.cast(tf.shape(part)[0], part.dtype)]
+            ]
+        for loss, rows in losses:
+            gradients = tape.gradient(loss, self.trainable_weights)
+            self.hand_over(gradients, rows)
+        return {"loss": losses[0][0]}
+
+    def parts_of(self, errors):
+        """Returns the rows of each loss."""
+        return [errors]
+
+    def hand_over(self, gradients, rows):
+        """Accumulates; pairs of gradients and weights, the last first."""
+        self.accumulate(self.pairs_of(gradients)[::-1], rows)
+
+    def pairs_of(self, gradients):
+        return list(zip(gradients, self.trainable_weights, strict=True))
+
+
+class Halves(OwnStep):
+    """Calls for each half of the rows; one of them may have none."""
+
+    def parts_of(self, errors):
+        return errors[::2], errors[1::2]
+
+
+class TwoOptimizers(OwnStep):
+    """Has an optimizer for kernels, and one for biases."""
+
+    def compile(self, optimizer, *args, **kwargs):
+        super().compile(optimizer, *args, **kwargs)
+        self.other_optimizer = OPTIMIZERS["momentum"]()
+
+    def hand_over(self, gradients, rows):
+        for kernels, biases in [split(self.pairs_of(gradients))]:
+            self.accumulate(kernels, rows)
+            self.accumulate(biases, rows, optimizer=self.other_optimizer)
+
+
+OWN_STEPS = {
+    "pairs": OwnStep,
+    "halves": Halves,
+    "two_optimizers": TwoOptimizers,
+}
+
+
+# Half of the models have Keras's own.
+STEPS = ("compiled",) * len(OWN_STEPS) + tuple(OWN_STEPS)
+
+
+def split(pairs):
+    """Returns pairs of kernels, and pairs of biases."""
+    kernels = [pair for pair in pairs if pair[1].name == "kernel"]
+    return kernels, [pair for pair in pairs if pair[1].name != "kernel"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +130,9 @@ class Model:
             "microbatch_size".
         microbatch_size: The last one's.
         nonfinite: The policy.
+        step: "compiled" for Keras's own, or what a `train_step` of its own does
+            with gradients: gives them in another order as "pairs", calls for
+            "halves" of the rows, or has "two_optimizers".
     """
 
     masked: bool
@@ -65,6 +145,32 @@ class Model:
     way: str
     microbatch_size: int
     nonfinite: str
+    step: str
+
+
+def possible(model):
+    """Returns a model with what goes together."""
+    if model.loss == "coupled":
+        # With `accum_steps` the batch is not known, and a warning says so. To
+        # skip one of its micro-batches is refused.
+        nonfinite = model.nonfinite.replace("microbatch", "window")
+        return dataclasses.replace(
+            model,
+            way="microbatch_size",
+            nonfinite=nonfinite,
+            step="compiled",
+        )
+    if model.step == "compiled":
+        return model
+    # Such a step has a mean over rows by hand.
+    return dataclasses.replace(
+        model,
+        masked=False,
+        weighted=False,
+        l2=0.0,
+        loss="squares",
+        reduction="sum_over_batch_size",
+    )
 
 
 MODELS = st.builds(
@@ -84,7 +190,8 @@ MODELS = st.builds(
     way=st.sampled_from(["accum_steps", "schedule", "microbatch_size"]),
     microbatch_size=st.integers(1, 4),
     nonfinite=st.sampled_from(["propagate", "skip_microbatch", "skip_window"]),
-)
+    step=st.sampled_from(STEPS),
+).map(possible)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +310,21 @@ def build(model, cls, **kwargs):
         OPTIMIZERS[model.optimizer](),
         LOSSES[model.loss](reduction=model.reduction),
     )
-    made.optimizer.build(made.trainable_weights)
+    if model.step == "two_optimizers":
+        if cls is keras.Model:
+            made.other_optimizer = OPTIMIZERS["momentum"]()
+        groups = split([(None, each) for each in made.trainable_weights])
+        for optimizer, group in zip(optimizers_of(made), groups, strict=True):
+            optimizer.build([variable for _, variable in group])
+    else:
+        made.optimizer.build(made.trainable_weights)
     return made
+
+
+def optimizers_of(model):
+    """Returns the optimizers of kernels and biases, or the one of all."""
+    other = getattr(model, "other_optimizer", None)
+    return [model.optimizer] if other is None else [model.optimizer, other]
 
 
 @functools.cache
@@ -217,15 +337,20 @@ def pair_of(model):
         arguments["microbatch_size"] = model.microbatch_size
     else:
         arguments["accum_steps"] = 2
-    pair = (
-        build(model, keras_accum.GradientAccumulationModel, **arguments),
-        build(model, keras.Model),
-    )
-    return *pair, [variable.numpy() for variable in state_of(pair[0])]
+    cls = keras_accum.GradientAccumulationModel
+    if model.step != "compiled":
+        cls = type("Own", (OWN_STEPS[model.step], cls), {})
+    mine = build(model, cls, **arguments)
+    initial = [variable.numpy() for variable in state_of(mine)]
+    if model.loss == "coupled":
+        # What a loss is cannot be seen in a first batch of a row or two.
+        fit(mine, model, Run((Batch(5, 0, False),), 1, 2, None))
+    return mine, build(model, keras.Model), initial
 
 
 def state_of(model):
-    return model.weights + model.optimizer.variables
+    variables = [each.variables for each in optimizers_of(model)]
+    return model.weights + sum(variables, [])
 
 
 class ByHand:
@@ -265,8 +390,12 @@ class ByHand:
 
     def _add(self, data, accum_steps):
         if self._model.way == "microbatch_size":
-            for begin in range(0, len(data[0]), self._model.microbatch_size):
-                end = begin + self._model.microbatch_size
+            size = self._model.microbatch_size
+            if self._model.loss == "coupled":
+                # What is not finite is so for the batch as a whole.
+                size = len(data[0])
+            for begin in range(0, len(data[0]), size):
+                end = begin + size
                 self._window.append([leaf[begin:end] for leaf in data])
             self._update()
             return
@@ -294,7 +423,13 @@ class ByHand:
             window = []
         if window:
             gradients = self._gradients(test_utils.concatenate(window))
-            self._plain.optimizer.apply(gradients)
+            weights = self._plain.trainable_weights
+            groups = [list(zip(gradients, weights, strict=True))]
+            optimizers = optimizers_of(self._plain)
+            if len(optimizers) > 1:
+                groups = split(groups[0])
+            for optimizer, group in zip(optimizers, groups, strict=True):
+                optimizer.apply(*map(list, zip(*group, strict=True)))
 
     def _gradients(self, data):
         x, *others = data

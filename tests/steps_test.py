@@ -1,10 +1,32 @@
 """One step on one micro-batch."""
 
+import keras
 import tensorflow as tf
 
 import keras_accum
 from keras_accum import steps
 from tests import test_utils
+
+
+class Averaging(keras_accum.GradientAccumulationModel):
+    """Has averages: of a weight in each step, and of another in an update."""
+
+    def __init__(self, network, **kwargs):
+        super().__init__(**kwargs)
+        self.network = network
+        self.average = self.add_weight(name="average", trainable=False)
+        self.in_update = self.add_weight(name="in_update", trainable=False)
+
+    def call(self, x):
+        return self.network(x)
+
+    def train_step(self, data):
+        self.average.assign(tf.reduce_mean(self.network.weights[0]))
+        return super().train_step(data)
+
+    def update_step(self):
+        super().update_step()
+        self.in_update.assign(tf.reduce_mean(self.network.weights[0]))
 
 
 class StepTest(test_utils.TestCase):
@@ -33,6 +55,17 @@ class StepTest(test_utils.TestCase):
             RuntimeError, r"leave the update.*steps_test.py:\d+"
         ):
             steps.train_microbatch(model._accumulation, True, None)
+
+    def test_warns_of_what_it_assigns(self):
+        model = Averaging(test_utils.mlp(keras.Model), accum_steps=2)
+        model.compile("sgd", "mse", metrics=["mae"])
+        batch = test_utils.microbatches([2])[0]
+        batch = batch[0], tf.one_hot(batch[1], 3)
+        with self.assertWarnsRegex(UserWarning, r"assigns `.*average`\. It"):
+            steps.train_microbatch(model._accumulation, True, batch)
+        # Once; and what belongs to the update is no news.
+        steps.train_microbatch(model._accumulation, False, batch)
+        model.update_step()
 
     def test_evaluation_keeps_its_function(self):
         model = test_utils.mlp(

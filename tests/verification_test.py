@@ -55,6 +55,37 @@ class Contrastive(Own):
         return whole_batch_test.contrastive(y, y_pred)
 
 
+class Teaching(Own):
+    """Moves averages of its weights in each step."""
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        for mean in self.average.weights:
+            mean.assign(0.9 * mean + 0.1)
+        return logs
+
+
+class Parts(Own):
+    """Calls its parts, as an autoencoder does its encoder, and not itself."""
+
+    def __init__(self, parts, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = parts
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            for part in self.parts:
+                x = part(x)
+            loss = self.loss_of(y[:, :2], x)
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.accumulate(gradients, tf.shape(x)[0])
+        return {"loss": loss}
+
+    def call(self, inputs):
+        raise NotImplementedError
+
+
 def own(cls=None, **kwargs):
     keras.utils.set_random_seed(3)
     x = keras.Input((5,))
@@ -135,6 +166,33 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(found.exact, expected is None)
         if expected:
             self.assertIn(expected, found.differences[0].way_out)
+
+    @parameterized.parameters(True, False)
+    def test_a_step_that_assigns(self, trainable):
+        x, y = whole_batch_test.arrays()
+        model = own(Teaching, **ACCUM_STEPS)
+        model.average = keras.models.clone_model(model)
+        model.average.trainable = trainable
+        found = keras_accum.verify(model, x, y)
+        self.assertFalse(found.exact)
+        self.assertEqual(found.differences[0].what, "state")
+        self.assertIn("update_step", found.differences[0].way_out)
+        # Weights that no step assigns are not listed as if one did.
+        states = [each for each in found.differences if each.what == "state"]
+        self.assertLen(states, len(model.average.weights))
+
+    @parameterized.parameters(ACCUM_STEPS, MICROBATCH_SIZE)
+    def test_a_step_that_never_calls_the_model(self, **way):
+        x, y = whole_batch_test.arrays()
+        model = Parts([keras.layers.Dense(4), keras.layers.Dense(2)], **way)
+        model.compile("sgd")
+        with self.assertRaisesRegex(ValueError, "must be built.*dense"):
+            keras_accum.verify(model, x, y)
+        model.fit(x, y, batch_size=3, verbose=0)
+        self.assertFalse(model.built)
+        found = keras_accum.verify(model, x, y)
+        self.assertTrue(found.exact, str(found))
+        self.assertGreaterEqual(len(found.differences), 4)
 
     def test_layers(self):
         for reductions, expected in (
@@ -227,6 +285,13 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
             keras_accum.verify(model, x[:2], y[:2])
         with self.assertRaisesRegex(ValueError, "same number of rows"):
             keras_accum.verify(model, x, y[:2])
+        inputs = keras.Input(batch_shape=(4, 2, 5))
+        model = keras_accum.GradientAccumulationModel(
+            inputs, keras.layers.LSTM(1, stateful=True)(inputs), **ACCUM_STEPS
+        )
+        model.compile("sgd", "mse")
+        with self.assertRaisesRegex(ValueError, "no stateful layers"):
+            keras_accum.verify(model, tf.zeros((4, 2, 5)), tf.zeros((4, 1)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ def random_states(model) -> list[keras.Variable]:
     ]
 
 
+def unbuilt_layers(model) -> list[keras.layers.Layer]:
+    """Returns the layers of a model, itself among them, that are not built."""
+    return [layer for layer in model._flatten_layers() if not layer.built]
+
+
 def compute_dtypes(model) -> set[str]:
     """Returns the dtypes that a model's layers compute in."""
     return {layer.compute_dtype for layer in model._flatten_layers()}

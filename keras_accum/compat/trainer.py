@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import keras
+import tensorflow as tf
 from keras.src import backend
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.trainers.trainer import Trainer
@@ -133,7 +134,11 @@ class SymbolicBuildMixin:
 
 
 def build_by(model, x) -> None:
-    """Makes a model's variables for inputs, without running it."""
+    """Makes a model's variables for inputs, without running it if it can."""
+    if any(isinstance(leaf, tf.RaggedTensor) for leaf in keras.tree.flatten(x)):
+        # A symbolic tensor of Keras has not the methods of a ragged one.
+        model(x, training=False) if takes_training_argument(model) else model(x)
+        return
     inputs = keras.tree.map_structure(
         lambda leaf: keras.KerasTensor(
             leaf.shape, backend.standardize_dtype(leaf.dtype)
