@@ -44,15 +44,15 @@ epochs with batches of {rows} rows; then with `accum_steps={steps}`, on batches 
 
 - **Lines**: how many the swap removes and adds, the `import` among them. All
   diffs are below.
-- **Weights**: how far those of the end are from plain Keras's, over how far plain
-  Keras moved them in its last epoch. **Logs**: the largest relative distance of
-  what `fit` reports of the last epoch.
-- **Time** and **memory**: of the process, over plain Keras's. Models are tiny here:
-  it is the time to trace and compile, and the memory of TensorFlow itself.
+- **Weights**: how far those of the end are from plain Keras's, over how far
+  plain Keras moved them in its last epoch. **Logs**: the largest relative
+  distance of what `fit` reports of the last epoch.
+- **Time** and **memory**: of the process, over plain Keras's. Models are tiny
+  here: it is the time to trace and compile, and the memory of TensorFlow.
   [Performance](performance.md) has the figures of models of some size.
 
-A distance **in bold** is beyond {bound:.0e}. None of them is silent: a number leads
-to what the library says of it, in a warning or by `keras_accum.verify`.
+A distance **in bold** is beyond {bound:.0e}. The number behind it leads to what
+the library says of it, in a warning or by `keras_accum.verify`.
 
 `python -m conformance.program_report` wrote this page, from [the
 programs](../conformance/programs) and [their
@@ -200,6 +200,12 @@ def why(found: dict) -> list[str]:
         return [DRAWS]
     causes = [f"{cause}." for cause in found.get("causes", ())]
     return [warning.split("\n")[0] for warning in found["warnings"]] or causes
+
+
+def is_silent(found: dict) -> bool:
+    """Returns whether weights differ, and nothing says why."""
+    differs = "refused" not in found and not found["weights"] <= suite.BOUND
+    return differs and not why(found)
 
 
 def lines_of(program: suite.Program) -> str:

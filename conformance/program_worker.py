@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import re
 import resource
 import sys
 import time
@@ -16,6 +17,7 @@ import warnings
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import keras_accum
 from conformance import program_suite as suite
@@ -33,8 +35,8 @@ def run(
     """
     text = program.plain() if way == "plain" else program.swapped(way)
     # As a module: what it registers with Keras has its name.
-    module = types.ModuleType(program.name)
-    sys.modules[program.name] = module
+    module = types.ModuleType(f"conformance.programs.{program.name}")
+    sys.modules[module.__name__] = module
     keras.utils.set_random_seed(0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -42,10 +44,10 @@ def run(
         begin = time.monotonic()
         try:
             model = module.main(suite.rows(way), epochs)
-        except ValueError as error:
+        except (ValueError, tf.errors.InvalidArgumentError) as error:
             if way not in program.refused:
                 raise
-            return {"refused": str(error).split(". ")[0]}, []
+            return {"refused": first_sentence(error)}, []
         seconds = time.monotonic() - begin
     history = getattr(model, "history", None)
     result = {
@@ -69,6 +71,26 @@ def run(
             )
         )
     return result, [np.asarray(weight) for weight in model.weights]
+
+
+def verified(model, batch) -> dict:
+    """Returns what `verify` says: whether it is exact, and if not, why."""
+    try:
+        found = keras_accum.verify(model, *batch)
+    except ValueError as error:
+        return {"exact": False, "causes": [first_sentence(error)]}
+    causes = (each.cause for each in found.differences if each.cause)
+    return {"exact": found.exact, "causes": list(dict.fromkeys(causes))}
+
+
+def first_sentence(error: Exception) -> str:
+    """Returns the first sentence of an error that is ours.
+
+    TensorFlow writes where in the graph it was before that.
+    """
+    text = getattr(error, "message", str(error))
+    found = re.search(r"(With )?`[^`]+`.*?(?=\. |\n|\.?$)", text)
+    return found[0] if found else text.splitlines()[0]
 
 
 def main():

@@ -13,11 +13,19 @@ REFUSED = ("microbatch_size",)
 STEPS = 6
 
 
-def main(batch_size, epochs):
+def waves(rows=64):
     rng = np.random.default_rng(0)
-    phases = rng.uniform(0, 6, (64, 1))
-    waves = np.sin(phases + 0.5 * np.arange(STEPS + 1)).astype("float32")
-    x, y = waves[:, :-1, None], waves[:, -1:]
+    phases = rng.uniform(0, 6, (rows, 1))
+    values = np.sin(phases + 0.5 * np.arange(STEPS + 1)).astype("float32")
+    return values[:, :-1, None], values[:, -1:]
+
+
+def batch():
+    return waves(16)
+
+
+def main(batch_size, epochs):
+    x, y = waves()
     inputs = keras.Input((STEPS, 1), batch_size=batch_size)
     hidden = keras.layers.LSTM(8, stateful=True)(inputs)
     outputs = keras.layers.Dense(1)(hidden)
