@@ -39,8 +39,8 @@ INTRODUCTION = """\
 
 What happens to a program when its class is swapped. Each row is a short program
 for plain Keras, after the structure of a public one, that trains for {epochs}
-epochs with batches of {rows} rows; then with `accum_steps={steps}`, on batches of
-{small}; then with `microbatch_size={small}`, on batches of {rows}.
+epochs with batches of {rows} rows; then with `accum_steps={steps}`, on batches
+of {small}; then with `microbatch_size={small}`, on batches of {rows}.
 
 - **Lines**: how many the swap removes and adds, the `import` among them. All
   diffs are below.
