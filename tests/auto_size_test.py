@@ -115,6 +115,7 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
             given.evaluate(*data[0], batch_size=16, verbose=0),
         )
 
+    @pytest.mark.thorough
     def test_a_longer_batch_makes_it_smaller(self):
         found = compiled("auto")
         sizes = []

@@ -262,6 +262,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         tf.train.Checkpoint(model=plain).read(f"{path}.tf").assert_consumed()
 
     @parameterized.parameters("shape", "truncated")
+    @test_utils.first_command(0)
     def test_what_does_not_fit_changes_nothing(self, fault):
         path = f"{self.path()}.weights.h5"
         mid_window(self.path())
@@ -440,6 +441,7 @@ class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
     """What was gathered goes into another number of replicas."""
 
     @parameterized.parameters(("keras", True), ("h5", False), ("tf", True))
+    @test_utils.first_command(0, 1)
     def test_goes_on(self, kind, onto_replicas):
         self.check(kind, onto_replicas)
 

@@ -69,6 +69,9 @@ OPTIONS = {
 
 class OptimizerTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.named_parameters((name, name) for name in OPTIMIZERS)
+    @test_utils.first_command(
+        "_sgd", "_adam", "_rmsprop", "_adafactor", "_muon", "_schedule_free"
+    )
     def test_every_optimizer(self, name):
         tolerance = 1e-4 if name in AMPLIFIES else 1e-5
         _, expected = self.assertTrainsAlike(
@@ -96,6 +99,7 @@ class OptimizerTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(shipped - {"Optimizer"} - wrappers, tested)
 
     @parameterized.named_parameters((name, name) for name in OPTIONS)
+    @test_utils.first_command("_global_clipnorm", "_ema_overwrite")
     def test_every_option(self, name):
         self.assertTrainsAlike(
             test_utils.mlp,
@@ -171,6 +175,7 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
         (None, False, None),
         (None, True, None),
     )
+    @test_utils.first_command(1, 4, 6, 9)
     def test_every_reduction(self, reduction, weights, regularizer):
         rng = np.random.default_rng(3)
         batches = windows()

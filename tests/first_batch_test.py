@@ -5,6 +5,7 @@ import warnings
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -83,6 +84,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
 
         self.check(build, masked_mean, "accum_steps")
 
+    @pytest.mark.thorough
     def test_of_microbatch_weight_on_replicas(self):
         class Rows:
             def microbatch_weight(self, x, y, y_pred, sample_weight=None):

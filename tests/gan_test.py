@@ -34,17 +34,15 @@ def train(accum_steps, dtype="float32", **kwargs):
 
 class TrainingTest(tf.test.TestCase, parameterized.TestCase):
     # Adam divides by the size of a gradient, and so amplifies its rounding.
-    @parameterized.parameters(
-        ("float32", 1e-4, True, 4), ("float64", 1e-11, False, 30)
-    )
-    def test_same_weights(self, dtype, bound, jit_compile, accum_steps):
-        self.check(dtype, bound, jit_compile, accum_steps)
+    def test_same_weights(self):
+        self.check("float32", 1e-4, True, 4)
 
     @parameterized.parameters(
         ("float32", 1e-4, False, 4),
         ("float32", 1e-4, False, 30),
         ("float32", 1e-4, True, 30),
         ("float64", 1e-11, False, 4),
+        ("float64", 1e-11, False, 30),
         ("float64", 1e-11, True, 4),
         ("float64", 1e-11, True, 30),
     )

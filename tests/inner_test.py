@@ -4,6 +4,7 @@ import warnings
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -68,6 +69,7 @@ def arrays():
 
 class KindsTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(None, "mixed_bfloat16")
+    @test_utils.first_command(0)
     def test_are_found_in_spite_of_dropout(self, dtype):
         reductions = (of_rows, mean, balance, total)
         model = build(
@@ -120,6 +122,7 @@ class ExactTest(test_utils.TestCase, parameterized.TestCase):
         way = {"microbatch_size": 3}
         self.check((of_rows, mean, total), loss, way)
 
+    @pytest.mark.thorough
     def test_on_replicas(self):
         strategy, _ = test_utils.chosen_strategy()
         way = {"microbatch_size": 3}

@@ -6,6 +6,7 @@ from unittest import mock
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -73,7 +74,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
         (True, {"nonfinite": "skip_microbatch"}),
         (False, {"nonfinite": "skip_window"}),
     )
-    @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_on_replicas(self, jit_compile, kwargs):
         strategy, missing = test_utils.chosen_strategy()
         if missing:

@@ -1,6 +1,6 @@
 """Random models, data, windows, policies and interruptions, and a loop by hand.
 
-10 cases that are always the same, 100 in the thorough tests, and at night 1,000
+5 cases that are always the same, 100 in the thorough tests, and at night 1,000
 that are not.
 """
 
@@ -19,7 +19,7 @@ import keras_accum
 from tests import test_utils
 
 CASES = 1000 if test_utils.IS_NIGHTLY else 100
-FEW_CASES = 10
+FEW_CASES = 5
 WORDS, LENGTH, FEATURES, CLASSES = 5, 4, 3, 2
 
 

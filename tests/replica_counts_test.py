@@ -31,7 +31,7 @@ EVERYTHING = (
 class ReplicaCountsTest(parameterized.TestCase):
     def test_one(self):
         # Scripts for any number of GPUs run on one of them mostly.
-        self.check("mirrored_1", WINDOWS, ONE)
+        self.check("mirrored_1", ONE)
 
     @parameterized.parameters(
         *test_utils.with_nightly(

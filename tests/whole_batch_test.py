@@ -314,7 +314,9 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
             models.append((model.get_weights(), history.history["mae"]))
         self.assertAllClose(models[1], models[0])
 
-    def test_on_replicas(self):
+    @parameterized.parameters(False, True)
+    @test_utils.first_command(0)
+    def test_on_replicas(self, jit_compile):
         strategy = test_utils.chosen_strategy()[0]
 
         def build(cls=keras.Model, **kwargs):
@@ -323,13 +325,12 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
             with strategy.scope():
                 return two_outputs(cls, **kwargs)
 
-        for jit_compile in (False, True):
-            self.assert_as_keras(
-                build,
-                {"a": keras.losses.Dice(), "b": "mse"},
-                rows=7,
-                jit_compile=jit_compile,
-            )
+        self.assert_as_keras(
+            build,
+            {"a": keras.losses.Dice(), "b": "mse"},
+            rows=7,
+            jit_compile=jit_compile,
+        )
 
     @pytest.mark.thorough
     def test_with_a_size_to_find(self):
