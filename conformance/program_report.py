@@ -59,8 +59,8 @@ programs](../conformance/programs) and [their
 runner](../conformance/program_suite.py).
 """
 DRAWS = (
-    "It draws random numbers, others in micro-batches than in a large batch. "
-    "`verify` makes them alike: exact."
+    "Exact, says `verify`, but for random draws, which are others in "
+    "micro-batches, or for rounding in half precision."
 )
 
 
