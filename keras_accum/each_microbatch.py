@@ -122,11 +122,9 @@ class EachMicrobatch:
         def plan():
             return max(compat.planned_bytes(step, *args) for step in steps)
 
-        return sum(
-            strategy.experimental_local_results(
-                programs.with_loop(model, plan)()
-            )
-        )
+        with replicas.running_once():
+            planned = programs.with_loop(model, plan)()
+        return sum(strategy.experimental_local_results(planned))
 
     def _look_at_losses(self, data):
         """Traces a step on a micro-batch, which shows the losses' kinds."""

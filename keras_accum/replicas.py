@@ -6,7 +6,9 @@ the vectors are summed in one reduction, and each takes the sum apart again.
 """
 
 import concurrent.futures
+import contextlib
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -55,6 +57,24 @@ def check_strategy() -> None:
 def on_cpu(variable: tf.Variable) -> bool:
     """Returns whether a variable, or this replica's copy, is on a CPU."""
     return "CPU" in variable.device
+
+
+@contextlib.contextmanager
+def running_once() -> Iterator[None]:
+    """Keeps TensorFlow from warning of `strategy.run` without a `tf.function`.
+
+    It is slow, which matters where it is called in each step.
+    """
+    logger = tf.get_logger()
+
+    def is_other(record):
+        return "eagerly has significant overhead" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def on_tpu(strategy: tf.distribute.Strategy) -> bool:

@@ -476,15 +476,16 @@ class WarningsTest(TestCase):
         {"accum_steps": 3, "partial_window": "carry"},
         {"effective_batch_size": 24},
         {"microbatch_size": 3},
+        {"microbatch_size": "auto", "mode": "xla"},
     )
     @test_utils.first_command(0)
-    def test_tensorflow_warns_of_nothing(self, **kwargs):
+    def test_tensorflow_warns_of_nothing(self, mode="graph", **kwargs):
         kwargs = {"accum_steps": 1} | kwargs
         x, y = test_utils.microbatches([4 * 8])[0]
         folder = self.get_temp_dir()
         with self.assertNoLogs("tensorflow", "WARNING"):
             model = self.on_replicas(
-                with_batch_normalization, compile_args(), **kwargs
+                with_batch_normalization, compile_args(**MODES[mode]), **kwargs
             )
             model.fit(x, y, batch_size=8, validation_data=(x, y), verbose=0)
             model.predict(x, verbose=0)
