@@ -63,13 +63,7 @@ def run(
         ],
     }
     if way != "plain" and hasattr(module, "batch"):
-        found = keras_accum.verify(model, *module.batch())
-        result["exact"] = found.exact
-        result["causes"] = list(
-            dict.fromkeys(
-                each.cause for each in found.differences if each.cause
-            )
-        )
+        result |= verified(model, module.batch())
     return result, [np.asarray(weight) for weight in model.weights]
 
 
