@@ -63,6 +63,11 @@ DRAWS = (
     "micro-batches, or for rounding in half precision."
 )
 
+LOGS = (
+    "What a `train_step` returns that is no metric is of its last rows alone: "
+    "of the last micro-batch."
+)
+
 
 def measure(name: str) -> dict:
     """Trains a program in each way; returns what came of it."""
@@ -136,19 +141,21 @@ def page(results: dict[str, dict]) -> str:
         for way in suite.WAYS:
             found = result[way]
             if "refused" in found:
-                number = notes.number(report.escaped(found["refused"] + "."))
+                number = notes.number(found["refused"] + ".")
                 cells["weights"].append(f"refused [{number}]")
                 exact[way, "refused"] += 1
                 continue
             reasons = why(found) if found["weights"] > bound else []
             exact[way, "exact" if found["weights"] <= bound else "said"] += 1
-            marks = "".join(
-                f" [{notes.number(report.escaped(each))}]" for each in reasons
-            )
-            for key, column in (("weights", "weights"), ("off", "logs")):
+            of_logs = [] if reasons else [LOGS]
+            for key, column, said in (
+                ("weights", "weights", reasons),
+                ("off", "logs", of_logs),
+            ):
                 text = report.short(found[key])
                 if found[key] > bound:
-                    text = f"**{text}**{marks if key == 'weights' else ''}"
+                    marks = (f" [{notes.number(each)}]" for each in said)
+                    text = f"**{text}**{''.join(marks)}"
                 cells[column].append(text)
             for key, column in (("seconds", "time"), ("peak", "memory")):
                 cells[column].append(f"{found[key] / result['plain'][key]:.2f}")
@@ -198,7 +205,9 @@ def why(found: dict) -> list[str]:
     """Returns what the library says of a difference."""
     if found.get("exact"):
         return [DRAWS]
-    causes = [f"{cause}." for cause in found.get("causes", ())]
+    causes = [
+        f"{cause[0].upper()}{cause[1:]}." for cause in found.get("causes", ())
+    ]
     return [warning.split("\n")[0] for warning in found["warnings"]] or causes
 
 
