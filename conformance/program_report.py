@@ -1,0 +1,260 @@
+"""Trains the programs of the suite in each way, and writes what came of it.
+
+    python -m conformance.program_report
+
+Each program, in each way, gets a process of its own. The page is
+`docs/programs.md`. With `--programs=gan,vae` only these run, and the others'
+rows are those that they left in the folder before.
+"""
+
+import collections
+import datetime
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app
+from absl import flags
+from absl import logging
+
+from conformance import environments
+from conformance import program_suite as suite
+from conformance import report
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+PAGE = ROOT / "docs" / "programs.md"
+
+_PROGRAMS = flags.DEFINE_list("programs", suite.names(), "Which programs run.")
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 1, "Runs, of which the fastest counts."
+)
+
+INTRODUCTION = """\
+# Programs
+
+What happens to a program when its class is swapped. Each row is a short program
+for plain Keras, after the structure of a public one, that trains for {epochs}
+epochs with batches of {rows} rows; then with `accum_steps={steps}`, on batches
+of {small}; then with `microbatch_size={small}`, on batches of {rows}.
+
+- **Lines**: how many the swap removes and adds, the `import` among them. All
+  diffs are below.
+- **Weights**: how far those of the end are from plain Keras's, over how far
+  plain Keras moved them in its last epoch. **Logs**: the largest relative
+  distance of what `fit` reports of the last epoch.
+- **Time** and **memory**: of the process, over plain Keras's. Models are tiny
+  here: it is the time to trace and compile, and the memory of TensorFlow.
+  [Performance](performance.md) has the figures of models of some size.
+
+A distance **in bold** is beyond {bound:.0e}. The number behind it leads to what
+the library says of it, in a warning or by `keras_accum.verify`.
+
+`python -m conformance.program_report` wrote this page, from [the
+programs](../conformance/programs) and [their
+runner](../conformance/program_suite.py).
+"""
+DRAWS = (
+    "Exact, says `verify`, but for random draws, which are others in "
+    "micro-batches, or for rounding in half precision."
+)
+
+LOGS = (
+    "What a `train_step` returns that is no metric is of its last rows alone: "
+    "of the last micro-batch."
+)
+
+
+def measure(name: str) -> dict:
+    """Trains a program in each way; returns what came of it."""
+    program = suite.program(name)
+    with tempfile.TemporaryDirectory() as folder:
+        before, _ = train(program, "plain", folder, suite.EPOCHS - 1)
+        expected, plain = train(program, "plain", folder)
+        results = {"plain": plain}
+        for way in suite.WAYS:
+            weights, result = train(program, way, folder)
+            if "refused" not in result:
+                result["weights"] = suite.distance(weights, expected, before)
+                result["off"] = suite.distance_of_logs(
+                    result["logs"], plain["logs"]
+                )
+            results[way] = result
+    return results
+
+
+def train(program, way, folder, epochs=suite.EPOCHS):
+    """Returns the weights of a program, and what its process printed."""
+    weights = pathlib.Path(folder, "weights.npz")
+    rounds = []
+    for _ in range(_ROUNDS.value):
+        finished = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "conformance.program_worker",
+                f"--program={program.name}",
+                f"--way={way}",
+                f"--epochs={epochs}",
+                f"--weights={weights}",
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        if finished.returncode:
+            raise RuntimeError(
+                f"{program.name}, {way}, failed:\n{finished.stderr[-3000:]}"
+            )
+        rounds.append(json.loads(finished.stdout))
+    with np.load(weights) as arrays:
+        return list(arrays.values()), min(
+            rounds, key=lambda result: result.get("seconds", 0)
+        )
+
+
+def results_path(name: str) -> pathlib.Path:
+    """Returns where the results of a program are."""
+    return pathlib.Path(environments.FOLDER.value) / f"program_{name}.json"
+
+
+def page(results: dict[str, dict]) -> str:
+    """Returns the page.
+
+    Args:
+        results: Program to what `measure` returned.
+    """
+    bound = suite.BOUND
+    notes = report.Notes()
+    table = [
+        "| program | after | lines | weights | logs | time | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    exact = collections.Counter()
+    for name, result in results.items():
+        program = suite.program(name)
+        cells = collections.defaultdict(list)
+        for way in suite.WAYS:
+            found = result[way]
+            if "refused" in found:
+                number = notes.number(found["refused"] + ".")
+                cells["weights"].append(f"refused [{number}]")
+                exact[way, "refused"] += 1
+                continue
+            reasons = why(found) if found["weights"] > bound else []
+            exact[way, "exact" if found["weights"] <= bound else "said"] += 1
+            of_logs = [] if reasons else [LOGS]
+            for key, column, said in (
+                ("weights", "weights", reasons),
+                ("off", "logs", of_logs),
+            ):
+                text = report.short(found[key])
+                if found[key] > bound:
+                    marks = (f" [{notes.number(each)}]" for each in said)
+                    text = f"**{text}**{''.join(marks)}"
+                cells[column].append(text)
+            for key, column in (("seconds", "time"), ("peak", "memory")):
+                cells[column].append(f"{found[key] / result['plain'][key]:.2f}")
+        table.append(
+            f"| [{program.title}](../conformance/programs/{name}.py) | "
+            f"[source]({program.source}) | {lines_of(program)} | "
+            + " | ".join(
+                ", ".join(cells[column])
+                for column in ("weights", "logs", "time", "memory")
+            )
+            + " |"
+        )
+    versions = f"Keras {keras.__version__}, TensorFlow {tf.__version__}"
+    totals = "; ".join(
+        f"`{way}`: {exact[way, 'exact']} within {bound:.0e}, "
+        f"{exact[way, 'said']} beyond, {exact[way, 'refused']} refused"
+        for way in suite.WAYS
+    )
+    return "\n".join(
+        [
+            INTRODUCTION.format(
+                bound=bound,
+                epochs=suite.EPOCHS,
+                rows=suite.ROWS,
+                steps=suite.STEPS,
+                small=suite.ROWS // suite.STEPS,
+            ),
+            "## Results",
+            "",
+            f"{len(results)} programs, {versions}, "
+            f"{datetime.date.today().isoformat()}. {totals}. Each cell has "
+            + " and ".join(f"`{way}`" for way in suite.WAYS)
+            + ", in this order.",
+            "",
+            *table,
+            "",
+            *notes.lines(),
+            "",
+            "## What the swap changes",
+            "",
+            *(line for name in results for line in diff_of(name)),
+        ]
+    )
+
+
+def why(found: dict) -> list[str]:
+    """Returns what the library says of a difference."""
+    if found.get("exact"):
+        return [DRAWS]
+    causes = [
+        f"{cause[0].upper()}{cause[1:]}." for cause in found.get("causes", ())
+    ]
+    return [warning.split("\n")[0] for warning in found["warnings"]] or causes
+
+
+def is_silent(found: dict) -> bool:
+    """Returns whether weights differ, and nothing says why."""
+    differs = "refused" not in found and not found["weights"] <= suite.BOUND
+    return differs and not why(found)
+
+
+def lines_of(program: suite.Program) -> str:
+    """Returns how many lines the swap removes and adds: "-1 +2"."""
+    changes = program.changes(next(iter(suite.WAYS)))
+    removed = sum(line.startswith("-") for line in changes)
+    added = sum(line.startswith("+") for line in changes)
+    return f"\N{MINUS SIGN}{removed} +{added}"
+
+
+def diff_of(name: str) -> list[str]:
+    """Returns the section of a program: its diff."""
+    program = suite.program(name)
+    way = next(way for way in suite.WAYS if way not in program.refused)
+    return [
+        f"### {program.title}",
+        "",
+        "```diff",
+        *(line for line in program.changes(way) if not line.startswith("@@")),
+        "```",
+        "",
+    ]
+
+
+def main(argv):
+    """Trains, and writes the page."""
+    del argv
+    if unknown := set(_PROGRAMS.value) - set(suite.names()):
+        sys.exit(f"--programs has no {', '.join(sorted(unknown))}.")
+    pathlib.Path(environments.FOLDER.value).mkdir(parents=True, exist_ok=True)
+    for name in _PROGRAMS.value:
+        logging.info("%s", name)
+        results_path(name).write_text(json.dumps(measure(name)), "utf-8")
+    results = {
+        name: json.loads(results_path(name).read_text("utf-8"))
+        for name in suite.names()
+        if results_path(name).exists()
+    }
+    PAGE.write_text(page(results).rstrip() + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main)
