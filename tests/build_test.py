@@ -93,6 +93,12 @@ def read(file):
     return (ROOT / file).read_text(encoding="utf-8")
 
 
+@functools.cache
+def tree_of(file):
+    """Returns what `file` is to Python."""
+    return ast.parse(read(file))
+
+
 def read_targets():
     """Returns the targets that `BUILD` makes: name to attributes.
 
@@ -126,7 +132,7 @@ def read_targets():
 def imported_files(file):
     """Returns the project's files that `file` imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(read(file))):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             modules = [(alias.name,) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -166,7 +172,7 @@ def names_of(file):
     That is what it defines, assigns or imports outside of functions.
     """
     names = {"__doc__", "__file__", "__name__"}
-    waiting = list(ast.parse(read(file)).body)
+    waiting = list(tree_of(file).body)
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -187,7 +193,7 @@ def names_of(file):
 
 def missing_names(file):
     """Yields what `file` reads of the project's modules, and they lack."""
-    tree = ast.parse(read(file))
+    tree = tree_of(file)
     modules = {
         alias.asname or alias.name: found[0]
         for node in ast.walk(tree)
