@@ -158,7 +158,7 @@ def page(results: dict[str, dict]) -> str:
                     text = f"**{text}**{''.join(marks)}"
                 cells[column].append(text)
             for key, column in (("seconds", "time"), ("peak", "memory")):
-                cells[column].append(f"{found[key] / result['plain'][key]:.2f}")
+                cells[column].append(ratio(found[key], result["plain"][key]))
         table.append(
             f"| [{program.title}](../conformance/programs/{name}.py) | "
             f"[source]({program.source}) | {lines_of(program)} | "
@@ -199,6 +199,11 @@ def page(results: dict[str, dict]) -> str:
             *(line for name in results for line in diff_of(name)),
         ]
     )
+
+
+def ratio(value: float | None, other: float | None) -> str:
+    """Returns how many times another value it is; "–" if that is not known."""
+    return "\N{EN DASH}" if None in (value, other) else f"{value / other:.2f}"
 
 
 def why(found: dict) -> list[str]:
@@ -247,13 +252,15 @@ def main(argv):
     pathlib.Path(environments.FOLDER.value).mkdir(parents=True, exist_ok=True)
     for name in _PROGRAMS.value:
         logging.info("%s", name)
-        results_path(name).write_text(json.dumps(measure(name)), "utf-8")
+        results_path(name).write_text(
+            json.dumps(measure(name)), encoding="utf-8"
+        )
     results = {
-        name: json.loads(results_path(name).read_text("utf-8"))
+        name: json.loads(results_path(name).read_text(encoding="utf-8"))
         for name in suite.names()
         if results_path(name).exists()
     }
-    PAGE.write_text(page(results).rstrip() + "\n", "utf-8")
+    PAGE.write_text(page(results).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

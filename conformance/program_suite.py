@@ -122,7 +122,7 @@ def names() -> list[str]:
 
 def program(name: str) -> Program:
     """Returns a program."""
-    return Program(name, (FOLDER / f"{name}.py").read_text("utf-8"))
+    return Program(name, (FOLDER / f"{name}.py").read_text(encoding="utf-8"))
 
 
 def rows(way: str) -> int:

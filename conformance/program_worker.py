@@ -9,7 +9,6 @@
 import argparse
 import json
 import re
-import resource
 import sys
 import time
 import types
@@ -52,7 +51,7 @@ def run(
     history = getattr(model, "history", None)
     result = {
         "seconds": seconds,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": peak_bytes(),
         "logs": {key: values[-1] for key, values in history.history.items()}
         if history
         else {},
@@ -65,6 +64,16 @@ def run(
     if way != "plain" and hasattr(module, "batch"):
         result |= verified(model, module.batch())
     return result, [np.asarray(weight) for weight in model.weights]
+
+
+def peak_bytes() -> int | None:
+    """Returns the most memory that this process had; None where unknown."""
+    try:
+        # Windows has none.
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def verified(model, batch) -> dict:

@@ -28,16 +28,19 @@ class Progress:
         epoch: Index of the epoch.
         batches: Batches of it that the weights have seen; 0 outside of `fit`.
         to_skip: Batches of it that are still to be skipped.
+        is_in_fit: Whether `fit` trains; `train_on_batch` has no epochs.
     """
 
     epoch: int = 0
     batches: int = 0
     to_skip: int = 0
+    is_in_fit: bool = False
     _loaded: tuple[int, int] | None = None
 
     def begin_training(self) -> None:
         """Begins `fit`; what is loaded from now on counts."""
         self.end_training()
+        self.is_in_fit = True
         self._loaded = None
 
     def load(self, epoch: int, batches: int) -> None:
@@ -59,6 +62,11 @@ class Progress:
         self.epoch = epoch
         self.batches = self.to_skip = batches if loaded_epoch == epoch else 0
 
+    def advance(self, batches: int) -> None:
+        """Counts batches that the weights have seen."""
+        if self.is_in_fit:
+            self.batches += batches
+
     def end_epoch(self) -> None:
         """Ends an epoch: the next one has seen no batches."""
         self.epoch, self.batches, self.to_skip = self.epoch + 1, 0, 0
@@ -66,6 +74,7 @@ class Progress:
     def end_training(self) -> None:
         """Ends `fit`."""
         self.batches = self.to_skip = 0
+        self.is_in_fit = False
 
 
 def skip_batches(accumulation, iterator) -> dict:

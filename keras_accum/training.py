@@ -74,7 +74,7 @@ class TrainFunction:
                 position.count(place)
             # The first call makes variables.
             self._signature = self._signature or accumulation.window.signature()
-        accumulation.progress.batches += accumulation.model.steps_per_execution
+        accumulation.progress.advance(accumulation.model.steps_per_execution)
         return logs
 
 

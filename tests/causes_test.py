@@ -14,7 +14,7 @@ class CauseTest(tf.test.TestCase):
     def cause(self, findings, needs_denominators=False, **way):
         x = keras.Input((2,))
         model = keras_accum.GradientAccumulationModel(x, x, **way)
-        result = Result(0.0, {}, {}, findings, needs_denominators)
+        result = Result(0.0, {}, {}, frozenset(), findings, needs_denominators)
         return causes.cause_of(model, result)
 
     def test_names_what_is_known(self):
