@@ -39,6 +39,11 @@ FLOAT32_BOUND = 1e-4 * MOVED
 FLOAT64_BOUND = 1e-12 * MOVED
 
 
+def setUpModule():
+    # Where processes share tests, one may come back to this module.
+    os.makedirs(TEMP_DIR, exist_ok=True)
+
+
 def tearDownModule():
     shutil.rmtree(TEMP_DIR)
 

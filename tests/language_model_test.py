@@ -35,6 +35,11 @@ SHAPE = language_model_network.Shape(
 )
 
 
+def setUpModule():
+    # Where processes share tests, one may come back to this module.
+    os.makedirs(TEMP_DIR, exist_ok=True)
+
+
 def tearDownModule():
     shutil.rmtree(TEMP_DIR)
 

@@ -36,6 +36,11 @@ TINY = SIZES | {
 }
 
 
+def setUpModule():
+    # Where processes share tests, one may come back to this module.
+    os.makedirs(TEMP_DIR, exist_ok=True)
+
+
 def tearDownModule():
     shutil.rmtree(TEMP_DIR)
 
@@ -121,7 +126,9 @@ class TrainingTest(test_utils.TestCase):
         self.assertEqual(losses["multi_worker"], losses["one"])
         lines = results["multi_worker"].output.splitlines()
         with self.subTest("Only the chief prints."):
-            self.assertEmpty([line for line in lines if line.startswith("[1]")])
+            # TensorFlow may log there that the chief has ended before.
+            printed = re.compile(r"\[1\] .*(loss:|Epoch|replica\(s\)|Accumul)")
+            self.assertEmpty(list(filter(printed.match, lines)))
             self.assertRegex(
                 results["multi_worker"].output,
                 r"\[0\] .* 2 replica\(s\) with 2 rows each",

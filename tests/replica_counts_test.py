@@ -40,12 +40,11 @@ class ReplicaCountsTest(parameterized.TestCase):
                 ("mirrored_1", *EVERYTHING),
                 ("multi_worker_1", ROWS, STATE, PRECISION, WINDOWS, STEPS),
                 ("mirrored_4", ROWS, PRECISION),
-                ("mirrored_8", ROWS),
             ],
             [
                 ("multi_worker_1", *EVERYTHING),
                 ("mirrored_4", STATE),
-                ("mirrored_8", STATE, PRECISION),
+                ("mirrored_8", ROWS, STATE, PRECISION),
             ],
         )
     )

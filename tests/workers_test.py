@@ -27,6 +27,11 @@ ALIKE = {"arrays": "plain"}
 _alone = {}
 
 
+def setUpModule():
+    # Where processes share tests, one may come back to this module.
+    os.makedirs(TEMP_DIR, exist_ok=True)
+
+
 def tearDownModule():
     shutil.rmtree(TEMP_DIR)
 
