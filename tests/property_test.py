@@ -162,9 +162,14 @@ def possible(model):
         )
     if model.step == "compiled":
         return model
+    optimizer = model.optimizer
+    if model.step == "two_optimizers" and optimizer == "average":
+        # Keras ends a `fit` with averages of all weights, or an error.
+        optimizer = "adam"
     # Such a step has a mean over rows by hand.
     return dataclasses.replace(
         model,
+        optimizer=optimizer,
         masked=False,
         weighted=False,
         l2=0.0,
