@@ -143,11 +143,12 @@ def find_in_outputs(accumulation, data) -> Findings:
     """
     model = accumulation.model
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    with trial.keeping_random_states():
+    with trial.keeping_random_states(), trial.drawing_alike():
         whole = trial.of_whole(model, x)
-        sample = Sample(None, y, whole.y_pred, sample_weight)
+        y_pred = seen_alone(whole.y_pred)
+        sample = Sample(None, y, y_pred, sample_weight)
         found = Findings()
-        if rows_of((y, whole.y_pred, sample_weight)) is not None:
+        if rows_of((y, y_pred, sample_weight)) is not None:
             found = of_losses(accumulation, sample.part(0, ROWS))
     return dataclasses.replace(
         found,

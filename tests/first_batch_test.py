@@ -312,15 +312,16 @@ class OtherRowsTest(test_utils.TestCase, parameterized.TestCase):
 
     @parameterized.parameters(
         ("binary_crossentropy", False, None),
+        ("binary_crossentropy", False, None, "bfloat16"),
         ("binary_crossentropy", True, "cannot be measured"),
         ("dice", False, "is not the mean of what"),
     )
-    def test_graphs_that_are_merged(self, loss, adds, expected):
+    def test_graphs_that_are_merged(self, loss, adds, expected, dtype=None):
         nodes, graph = keras.Input((4,)), keras.Input((), dtype="int64")
         hidden = Readout(adds)(keras.layers.Dense(3)(nodes), graph)
         model = keras_accum.GradientAccumulationModel(
             [nodes, graph],
-            keras.layers.Dense(1, "sigmoid")(hidden),
+            keras.layers.Dense(1, "sigmoid", dtype=dtype)(hidden),
             accum_steps=4,
         )
         model.compile("sgd", keras.losses.Dice() if loss == "dice" else loss)
