@@ -122,7 +122,7 @@ class EachMicrobatch:
         def plan():
             return max(compat.planned_bytes(step, *args) for step in steps)
 
-        with replicas.running_once():
+        with replicas.without_warning_of_slow_runs():
             planned = programs.with_loop(model, plan)()
         return sum(strategy.experimental_local_results(planned))
 

@@ -118,7 +118,8 @@ def mixes_rows(model: keras.Model, x, whole: trial.Trial) -> bool:
     cut = coupling.cuts(rows)[0]
     x = row_counts.take(x, 0, rows)
     part = trial.of_part(model, x, 0, cut, whole)
-    # It is little at first where weights begin next to zero, as embeddings do.
+    # What rows do to each other is little at first, where weights begin next to
+    # zero, as those of embeddings do.
     tolerance = tolerance_of(model)
     if not differ(part, whole, cut, rows, tolerance):
         return False
@@ -156,19 +157,11 @@ def differ(
 
 
 def states_of(model, whole: trial.Trial) -> dict[int, keras.Variable]:
-    """Returns the variables that layers assign, by index.
-
-    Those of random generators, metrics and BatchNormalization are not among
-    them.
-    """
-    others = [*compat.random_states(model), *model.metrics_variables]
-    for layer in compat.normalizations(model):
-        others += compat.moving_statistics(layer)
-    others = set(map(id, others))
+    """Returns the variables that layers assign, by index."""
     return {
         index: variable
-        for index, variable in enumerate(model.variables)
-        if id(variable) in whole.assigned and id(variable) not in others
+        for index, variable in compat.inner_state(model).items()
+        if id(variable) in whole.assigned
     }
 
 

@@ -60,10 +60,10 @@ def on_cpu(variable: tf.Variable) -> bool:
 
 
 @contextlib.contextmanager
-def running_once() -> Iterator[None]:
+def without_warning_of_slow_runs() -> Iterator[None]:
     """Keeps TensorFlow from warning of `strategy.run` without a `tf.function`.
 
-    It is slow, which matters where it is called in each step.
+    That is for what runs once: in each step it would be slow indeed.
     """
     logger = tf.get_logger()
 

@@ -96,20 +96,22 @@ def warn_of_assigned(accumulation, microbatch: Microbatch) -> None:
 
     A moving average of the weights, for one, would move once per micro-batch.
     """
+    if not microbatch.assigned:
+        return
     model, losses = accumulation.model, accumulation.losses
-    found = losses.found
-    known = {id(each) for each in model.metrics_variables}
-    for layer in compat.normalizations(model):
-        known |= set(map(id, compat.moving_statistics(layer)))
-    for layer in compat.stateful_layers(model):
-        known |= set(map(id, layer.non_trainable_variables))
-    # Of what layers assign, the first batch tells.
-    variables = model.variables
-    known |= {id(variables[i]) for i in (*found.repeated, *found.driven)}
+    # Of what layers assign, the first batch tells. Keras's own stateful ones
+    # are to go on from each micro-batch to the next.
+    known = {*losses.found.repeated, *losses.found.driven}
+    sequential = {
+        id(state)
+        for layer in compat.stateful_layers(model)
+        for state in layer.non_trainable_variables
+    }
     paths = [
-        each.path
-        for each in variables
-        if id(each) in microbatch.assigned and id(each) not in known
+        variable.path
+        for index, variable in compat.inner_state(model).items()
+        if id(variable) in microbatch.assigned.keys() - sequential
+        and index not in known
     ]
     if paths:
         losses.warn_once(warned.assigned(paths))

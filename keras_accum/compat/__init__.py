@@ -33,6 +33,7 @@ from keras_accum.compat.iterators import recording_epoch_iterators
 from keras_accum.compat.layers import compute_dtypes
 from keras_accum.compat.layers import existing_seed_state
 from keras_accum.compat.layers import global_seed_state
+from keras_accum.compat.layers import inner_state
 from keras_accum.compat.layers import moving_statistics
 from keras_accum.compat.layers import normalizations
 from keras_accum.compat.layers import normalizing_by_moving_statistics

@@ -23,6 +23,23 @@ def random_states(model) -> list[keras.Variable]:
     ]
 
 
+def inner_state(model) -> dict[int, keras.Variable]:
+    """Returns the variables of a model that layers of one's own may assign.
+
+    By their index in `model.variables`. Those of random generators, metrics and
+    BatchNormalization, which Keras takes care of, are not among them.
+    """
+    others = [*random_states(model), *model.metrics_variables]
+    for layer in normalizations(model):
+        others += moving_statistics(layer)
+    others = set(map(id, others))
+    return {
+        index: variable
+        for index, variable in enumerate(model.variables)
+        if id(variable) not in others
+    }
+
+
 def unbuilt_layers(model) -> list[keras.layers.Layer]:
     """Returns the layers of a model, itself among them, that are not built."""
     return [layer for layer in model._flatten_layers() if not layer.built]

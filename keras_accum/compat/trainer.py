@@ -137,7 +137,8 @@ def build_by(model, x) -> None:
     """Makes a model's variables for inputs, without running it if it can."""
     if any(isinstance(leaf, tf.RaggedTensor) for leaf in keras.tree.flatten(x)):
         # A symbolic tensor of Keras has not the methods of a ragged one.
-        model(x, training=False) if takes_training_argument(model) else model(x)
+        training = {"training": False} if takes_training_argument(model) else {}
+        model(x, **training)
         return
     inputs = keras.tree.map_structure(
         lambda leaf: keras.KerasTensor(
