@@ -1,6 +1,7 @@
 """Data for the programs of the suite: made, or shipped with a package."""
 
 import numpy as np
+import tensorflow as tf
 from sklearn import datasets
 
 
@@ -38,3 +39,30 @@ def shapes(rows: int = 64, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
         height, width = rng.integers(1, size // 2, 2)
         masks[row, top : top + height, left : left + width] = 1
     return images + masks, masks
+
+
+def molecules(
+    rows: int = 64, features: int = 4
+) -> tuple[tf.RaggedTensor, tf.RaggedTensor, np.ndarray]:
+    """Returns rings of 3 to 7 atoms, and a label for each.
+
+    Ragged tensors of the atoms, of shape (rows, None, features), and of the
+    pairs of neighbors, by their index in the molecule, (rows, None, 2); and
+    labels of 0 or 1, (rows, 1).
+    """
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(3, 8, rows)
+    atoms = rng.normal(size=(sizes.sum(), features)).astype("float32")
+    pairs = np.concatenate(
+        [
+            np.stack([np.arange(n), np.roll(np.arange(n), shift)], axis=1)
+            for n in sizes
+            for shift in (-1, 1)
+        ]
+    )
+    labels = rng.integers(0, 2, (rows, 1)).astype("float32")
+    return (
+        tf.RaggedTensor.from_row_lengths(atoms, sizes),
+        tf.RaggedTensor.from_row_lengths(pairs, 2 * sizes),
+        labels,
+    )

@@ -58,11 +58,13 @@ the library says of it, in a warning or by `keras_accum.verify`.
 programs](../conformance/programs) and [their
 runner](../conformance/program_suite.py).
 """
+# What the table has of each program, for both ways.
+COLUMNS = ("weights", "logs", "time", "memory")
+# Reasons that are not the library's words.
 DRAWS = (
     "Exact, says `verify`, but for random draws, which are others in "
     "micro-batches, or for rounding in half precision."
 )
-
 LOGS = (
     "What a `train_step` returns that is no metric is of its last rows alone: "
     "of the last micro-batch."
@@ -128,56 +130,38 @@ def page(results: dict[str, dict]) -> str:
     Args:
         results: Program to what `measure` returned.
     """
-    bound = suite.BOUND
     notes = report.Notes()
     table = [
-        "| program | after | lines | weights | logs | time | memory |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        report.row(["program", "after", "lines", *COLUMNS]),
+        report.row(["---"] * (3 + len(COLUMNS))),
     ]
-    exact = collections.Counter()
     for name, result in results.items():
         program = suite.program(name)
-        cells = collections.defaultdict(list)
-        for way in suite.WAYS:
-            found = result[way]
-            if "refused" in found:
-                number = notes.number(found["refused"] + ".")
-                cells["weights"].append(f"refused [{number}]")
-                exact[way, "refused"] += 1
-                continue
-            reasons = why(found) if found["weights"] > bound else []
-            exact[way, "exact" if found["weights"] <= bound else "said"] += 1
-            of_logs = [] if reasons else [LOGS]
-            for key, column, said in (
-                ("weights", "weights", reasons),
-                ("off", "logs", of_logs),
-            ):
-                text = report.short(found[key])
-                if found[key] > bound:
-                    marks = (f" [{notes.number(each)}]" for each in said)
-                    text = f"**{text}**{''.join(marks)}"
-                cells[column].append(text)
-            for key, column in (("seconds", "time"), ("peak", "memory")):
-                cells[column].append(ratio(found[key], result["plain"][key]))
         table.append(
-            f"| [{program.title}](../conformance/programs/{name}.py) | "
-            f"[source]({program.source}) | {lines_of(program)} | "
-            + " | ".join(
-                ", ".join(cells[column])
-                for column in ("weights", "logs", "time", "memory")
+            report.row(
+                [
+                    f"[{program.title}](../conformance/programs/{name}.py)",
+                    f"[source]({program.source})",
+                    lines_of(program),
+                    *cells_of(result, notes),
+                ]
             )
-            + " |"
         )
+    counts = collections.Counter(
+        (way, outcome(result[way]))
+        for result in results.values()
+        for way in suite.WAYS
+    )
     versions = f"Keras {keras.__version__}, TensorFlow {tf.__version__}"
     totals = "; ".join(
-        f"`{way}`: {exact[way, 'exact']} within {bound:.0e}, "
-        f"{exact[way, 'said']} beyond, {exact[way, 'refused']} refused"
+        f"`{way}`: {counts[way, 'within']} within {suite.BOUND:.0e}, "
+        f"{counts[way, 'beyond']} beyond, {counts[way, 'refused']} refused"
         for way in suite.WAYS
     )
     return "\n".join(
         [
             INTRODUCTION.format(
-                bound=bound,
+                bound=suite.BOUND,
                 epochs=suite.EPOCHS,
                 rows=suite.ROWS,
                 steps=suite.STEPS,
@@ -201,6 +185,47 @@ def page(results: dict[str, dict]) -> str:
     )
 
 
+def outcome(found: dict) -> str:
+    """Returns "refused", or "within" or "beyond" the bound of the weights."""
+    if "refused" in found:
+        return "refused"
+    return "within" if found["weights"] <= suite.BOUND else "beyond"
+
+
+def cells_of(result: dict, notes: report.Notes) -> list[str]:
+    """Returns the cells of a program: for each of `COLUMNS`, both ways.
+
+    Args:
+        result: What `measure` returned.
+        notes: Where reasons get a number.
+    """
+    cells = {column: [] for column in COLUMNS}
+    for way in suite.WAYS:
+        found = result[way]
+        if outcome(found) == "refused":
+            number = notes.number(f"{found['refused']}.")
+            cells["weights"].append(f"refused [{number}]")
+            continue
+        differs = outcome(found) == "beyond"
+        reasons = why(found) if differs else []
+        cells["weights"].append(marked(found["weights"], reasons, notes))
+        # Where weights differ, logs do for the same reason.
+        reasons = [] if differs else [LOGS]
+        cells["logs"].append(marked(found["off"], reasons, notes))
+        for column, key in (("time", "seconds"), ("memory", "peak")):
+            cells[column].append(ratio(found[key], result["plain"][key]))
+    return [", ".join(each) for each in cells.values()]
+
+
+def marked(distance: float, reasons: list[str], notes: report.Notes) -> str:
+    """Returns a distance; in bold, with the reasons, if it is too large."""
+    text = report.short(distance)
+    if distance <= suite.BOUND:
+        return text
+    numbers = (f" [{notes.number(reason)}]" for reason in reasons)
+    return f"**{text}**{''.join(numbers)}"
+
+
 def ratio(value: float | None, other: float | None) -> str:
     """Returns how many times another value it is; "–" if that is not known."""
     return "\N{EN DASH}" if None in (value, other) else f"{value / other:.2f}"
@@ -218,8 +243,7 @@ def why(found: dict) -> list[str]:
 
 def is_silent(found: dict) -> bool:
     """Returns whether weights differ, and nothing says why."""
-    differs = "refused" not in found and not found["weights"] <= suite.BOUND
-    return differs and not why(found)
+    return outcome(found) == "beyond" and not why(found)
 
 
 def lines_of(program: suite.Program) -> str:
@@ -238,7 +262,7 @@ def diff_of(name: str) -> list[str]:
         f"### {program.title}",
         "",
         "```diff",
-        *(line for line in program.changes(way) if not line.startswith("@@")),
+        *program.changes(way),
         "```",
         "",
     ]

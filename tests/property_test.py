@@ -47,6 +47,12 @@ OPTIMIZERS = {
 }
 
 
+def mean_over_rows(errors):
+    """Returns the mean of what may be no rows; then zero."""
+    rows = tf.cast(tf.shape(errors)[0], errors.dtype)
+    return tf.math.divide_no_nan(tf.reduce_sum(errors), rows)
+
+
 class OwnStep:
     """A `train_step` of one's own, in front of a model class."""
 
@@ -54,15 +60,12 @@ class OwnStep:
         x, y = data
         with tf.GradientTape(persistent=True) as tape:
             errors = tf.reduce_mean(tf.square(self(x, training=True) - y), -1)
-            losses = [
-                (tf.math.divide_no_nan(tf.reduce_sum(part), rows), rows)
-                for part in self.parts_of(errors)
-                for rows in [tf.cast(tf.shape(part)[0], part.dtype)]
-            ]
-        for loss, rows in losses:
+            parts = self.parts_of(errors)
+            losses = list(map(mean_over_rows, parts))
+        for loss, part in zip(losses, parts, strict=True):
             gradients = tape.gradient(loss, self.trainable_weights)
-            self.hand_over(gradients, rows)
-        return {"loss": losses[0][0]}
+            self.hand_over(gradients, tf.shape(part)[0])
+        return {"loss": losses[0]}
 
     def parts_of(self, errors):
         """Returns the rows of each loss."""
@@ -91,9 +94,9 @@ class TwoOptimizers(OwnStep):
         self.other_optimizer = OPTIMIZERS["momentum"]()
 
     def hand_over(self, gradients, rows):
-        for kernels, biases in [split(self.pairs_of(gradients))]:
-            self.accumulate(kernels, rows)
-            self.accumulate(biases, rows, optimizer=self.other_optimizer)
+        kernels, biases = split(self.pairs_of(gradients))
+        self.accumulate(kernels, rows)
+        self.accumulate(biases, rows, optimizer=self.other_optimizer)
 
 
 OWN_STEPS = {

@@ -4,35 +4,15 @@ After https://keras.io/examples/graph/mpnn-molecular-graphs/
 """
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras import ops
 
 # accum+: import keras_accum
+from conformance import program_data
 
 # What a row is of differs: atoms, pairs and molecules cannot be cut alike.
 REFUSED = ("microbatch_size",)
 FEATURES, UNITS = 4, 8
-
-
-def molecules(rows=64):
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(3, 8, rows)
-    atoms = rng.normal(size=(sizes.sum(), FEATURES)).astype("float32")
-    # Rings: each atom has two neighbors.
-    pairs = np.concatenate(
-        [
-            np.stack([np.arange(n), np.roll(np.arange(n), shift)], axis=1)
-            for n in sizes
-            for shift in (-1, 1)
-        ]
-    )
-    labels = rng.integers(0, 2, (rows, 1)).astype("float32")
-    return (
-        tf.RaggedTensor.from_row_lengths(atoms, sizes),
-        tf.RaggedTensor.from_row_lengths(pairs, 2 * sizes),
-        labels,
-    )
 
 
 def merge(atoms, pairs, labels):
@@ -80,7 +60,7 @@ def main(batch_size, epochs):
         keras.losses.BinaryCrossentropy(),
         metrics=[keras.metrics.AUC(name="AUC")],
     )
-    dataset = tf.data.Dataset.from_tensor_slices(molecules())
+    dataset = tf.data.Dataset.from_tensor_slices(program_data.molecules())
     dataset = dataset.batch(batch_size).map(merge)
     model.fit(dataset, epochs=epochs, verbose=0, class_weight={0: 2.0, 1: 0.5})
     return model

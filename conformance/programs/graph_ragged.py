@@ -4,32 +4,12 @@ After https://keras.io/examples/graph/mpnn-molecular-graphs/
 """
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 # accum+: import keras_accum
+from conformance import program_data
 
-FEATURES, UNITS = 4, 8
-
-
-def molecules(rows=64):
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(3, 8, rows)
-    atoms = rng.normal(size=(sizes.sum(), FEATURES)).astype("float32")
-    # Rings: each atom has two neighbors.
-    pairs = np.concatenate(
-        [
-            np.stack([np.arange(n), np.roll(np.arange(n), shift)], axis=1)
-            for n in sizes
-            for shift in (-1, 1)
-        ]
-    )
-    labels = rng.integers(0, 2, (rows, 1)).astype("float32")
-    graphs = {
-        "atoms": tf.RaggedTensor.from_row_lengths(atoms, sizes),
-        "pairs": tf.RaggedTensor.from_row_lengths(pairs, 2 * sizes),
-    }
-    return graphs, labels
+UNITS = 8
 
 
 class MessagePassing(keras.Model):
@@ -69,6 +49,8 @@ def main(batch_size, epochs):
     model.compile(
         keras.optimizers.SGD(0.1), "binary_crossentropy", metrics=["accuracy"]
     )
-    dataset = tf.data.Dataset.from_tensor_slices(molecules())
+    atoms, pairs, labels = program_data.molecules()
+    graphs = {"atoms": atoms, "pairs": pairs}
+    dataset = tf.data.Dataset.from_tensor_slices((graphs, labels))
     model.fit(dataset.batch(batch_size), epochs=epochs, verbose=0)
     return model
