@@ -229,7 +229,7 @@ class WindowMoments(Part):
 
 def update_statistics(layer, means, variances) -> None:
     """Updates a BatchNormalization by moments, as it does after a batch."""
-    if layer.renorm:
+    if compat.renormalizes(layer):
         compat.update_renorm_statistics(layer, means, variances)
         return
     for variable, value in (

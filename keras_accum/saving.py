@@ -1,5 +1,6 @@
 """What is saved of a model: its class, and the arguments that are ours."""
 
+import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Self
@@ -37,11 +38,13 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
         takes_all = inner is not None or (
             "input_layers" in config and "output_layers" in config
         )
-        # A subclass with a constructor of its own may not take all of them.
+        # A subclass with a constructor of its own may not take all of them. Of
+        # those that are for names alone, Keras knows from 3.9 on.
+        taken = inspect.signature(type(self).__init__).parameters
         return config | {
             name: value
             for name, value in mine.items()
-            if takes_all or name in config
+            if takes_all or name in config or name in taken
         }
 
     def _config_as(self, inner):

@@ -245,9 +245,15 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
     def test_files_between_windows_are_those_of_keras(self):
         def names(model, path):
             model.save_weights(path)
+            found = []
+
+            def add(name, node):
+                # Older releases of Keras write empty groups as well.
+                if isinstance(node, h5py.Dataset):
+                    found.append(name)
+
             with h5py.File(path) as file:
-                found = []
-                file.visit(found.append)
+                file.visititems(add)
             return found
 
         inputs = keras.Input((3,))
@@ -419,6 +425,8 @@ class OldFilesTest(test_utils.TestCase, parameterized.TestCase):
 
     @parameterized.parameters("keras", "tf")
     def test_go_on(self, kind):
+        if kind == "keras" and not test_utils.HAS_RENORM:
+            self.skipTest("Keras 3.15 wrote it: older ones do not read it.")
         arguments = {
             "accum_steps": ACCUM_STEPS,
             "partial_window": "carry",

@@ -47,6 +47,13 @@ OPTIMIZERS = {
         0.01, **kw
     ),
 }
+# Older releases of Keras do not have all.
+NEWER = {"muon": "Muon", "schedule_free": "ScheduleFreeAdamW"}
+OPTIMIZERS = {
+    name: make
+    for name, make in OPTIMIZERS.items()
+    if name not in NEWER or hasattr(keras.optimizers, NEWER[name])
+}
 # Muon normalizes by Newton-Schulz iterations, which amplify rounding.
 AMPLIFIES = ("muon",)
 # What Keras sets its slots to in `build` is lost where a trace builds it.

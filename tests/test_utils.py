@@ -1,6 +1,7 @@
 """Models, micro-batches and the yardstick that the tests share."""
 
 import functools
+import inspect
 import os
 import re
 import unittest
@@ -27,6 +28,12 @@ tf.config.set_logical_device_configuration(
 )
 
 
+HAS_RENORM = "renorm" in inspect.signature(
+    keras.layers.BatchNormalization
+).parameters
+needs_renorm = unittest.skipUnless(
+    HAS_RENORM, "BatchNormalization has no `renorm` in this Keras."
+)
 needs_multi_optimizer = unittest.skipUnless(
     hasattr(keras.optimizers, "MultiOptimizer"), "Keras 3.15 has the first."
 )
@@ -165,10 +172,10 @@ def microbatches(sizes, seed=0, dtype="float32"):
 
 def concatenate(batches):
     """Returns one batch of the rows of all; None stays None."""
-    return keras.tree.map_structure(
+    # Keras's own takes None for a leaf from 3.10 on.
+    return tf.nest.map_structure(
         lambda *leaves: None if leaves[0] is None else np.concatenate(leaves),
         *batches,
-        none_is_leaf=True,
     )
 
 

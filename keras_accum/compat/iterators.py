@@ -23,7 +23,8 @@ def first_batch(epoch_iterator):
     Keras takes the mean over the replicas, which fails where their rows differ
     in shape, or are on several workers (keras#20585).
     """
-    for _, _, iterator in epoch_iterator:
+    # The steps that come before it are one number or two, by the release.
+    for *_, iterator in epoch_iterator:
         return keras.tree.map_structure(
             lambda value: (
                 value.values[0]

@@ -79,7 +79,10 @@ def global_seed_state() -> list[keras.Variable]:
 
 def existing_seed_state() -> list[keras.Variable]:
     """Returns `global_seed_state`, or nothing if this thread has none."""
-    name = seed_generator.GLOBAL_SEED_GENERATOR
+    # The name of that has a name from 3.10 on.
+    name = getattr(
+        seed_generator, "GLOBAL_SEED_GENERATOR", "global_seed_generator"
+    )
     if global_state.get_global_attribute(name) is None:
         return []
     return global_seed_state()
@@ -136,9 +139,14 @@ def normalizing_by_moving_statistics(model) -> Iterator[None]:
 def moving_statistics(layer) -> list[keras.Variable]:
     """Returns the variables that a BatchNormalization updates after a batch."""
     names = ["moving_mean", "moving_variance"]
-    if layer.renorm:
+    if renormalizes(layer):
         names += ["moving_stddev", "renorm_mean", "renorm_stddev"]
     return [getattr(layer, name) for name in names]
+
+
+def renormalizes(layer) -> bool:
+    """Returns whether a BatchNormalization has `renorm`, new in Keras 3.14."""
+    return getattr(layer, "renorm", False)
 
 
 def update_renorm_statistics(layer, means, variances) -> None:

@@ -111,9 +111,10 @@ def running_eagerly(model) -> Iterator[None]:
 def optionals_to_none(model, function):
     """Wraps `function(data)`: empty `tf.experimental.Optional`s become None.
 
-    Keras's data adapters say "no sample weights" in that way.
+    Keras's data adapters say "no sample weights" in that way, from 3.12 on.
     """
-    return model._autoconvert_optionals(function)
+    convert = getattr(model, "_autoconvert_optionals", None)
+    return function if convert is None else convert(function)
 
 
 def has_local_strategy(model) -> bool:
