@@ -24,11 +24,17 @@ WORDS, LENGTH, FEATURES, CLASSES = 5, 4, 3, 2
 
 
 class Coupled(keras.losses.Loss):
-    """A ratio of sums over the batch, which no mean of its parts gives."""
+    """A ratio of sums over the batch, which no mean of its parts gives.
+
+    Each row has the same value: a single one would meet the sample weight of a
+    single row in Keras, which then divides by it where shapes are dynamic, as
+    in `fit`, and not where they are known.
+    """
 
     def call(self, y_true, y_pred):
         errors = keras.ops.sum(keras.ops.square(y_pred - y_true))
-        return errors / (1 + keras.ops.sum(keras.ops.square(y_pred)))
+        ratio = errors / (1 + keras.ops.sum(keras.ops.square(y_pred)))
+        return keras.ops.broadcast_to(ratio, keras.ops.shape(y_pred)[:-1])
 
 
 LOSSES = {
