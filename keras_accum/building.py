@@ -1,6 +1,7 @@
 """Variables that are made before they are needed."""
 
 import keras
+import tensorflow as tf
 
 from keras_accum import compat
 from keras_accum import replicas
@@ -13,27 +14,23 @@ def build_optimizer(optimizer: keras.Optimizer, variables) -> None:
             optimizer.build(variables)
 
 
-def build_optimizer_early(model: keras.Model, is_needed: bool) -> None:
-    """Makes the optimizer's variables where the update would be too late.
+def build_optimizer_early(
+    strategy: tf.distribute.Strategy, optimizer: keras.Optimizer, variables
+) -> None:
+    """Makes an optimizer's variables before the update, and outside of it.
 
-    Without its variables a `LossScaleOptimizer` scales by a constant, which
-    would be traced as such, and no variables are made within replicas. All
-    others are left for Keras to build at the first update.
+    TensorFlow traces twice what makes variables, as the update would do in
+    Keras. Without its variables a `LossScaleOptimizer` scales by a constant,
+    which would be traced as such, and a replica can make none.
 
     Args:
-        model: The model.
-        is_needed: Whether something else needs them before the update.
+        strategy: The model's strategy.
+        optimizer: The optimizer.
+        variables: What it will update; Keras's.
     """
-    optimizer, strategy = model.optimizer, model.distribute_strategy
-    is_late = (
-        is_needed
-        or replicas.has_copies(strategy)
-        or isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    )
-    if is_late and not optimizer.built:
+    if not optimizer.built:
         replicas.on_each(
-            strategy,
-            lambda: build_optimizer(optimizer, model.trainable_weights),
+            strategy, lambda: build_optimizer(optimizer, variables)
         )
 
 

@@ -36,11 +36,13 @@ def train(accumulation, data) -> dict:
     with step_loss.tape_for(losses) as tape:
         y_pred = forward(model, x, training=True)
         loss = StepLoss(losses, x, y, y_pred, sample_weight, True, tape)
-        building.build_optimizer_early(
-            model, is_needed=model.nonfinite != "propagate"
-        )
+        weights = model.trainable_weights
+        if weights:
+            building.build_optimizer_early(
+                model.distribute_strategy, model.optimizer, weights
+            )
         scaled_loss = model.optimizer.scale_loss(loss.value)
-    parts, weights = loss.take_apart(scaled_loss), model.trainable_weights
+    parts = loss.take_apart(scaled_loss)
     if not weights:
         warnings.warn(
             "The model does not have any trainable weights.", stacklevel=3

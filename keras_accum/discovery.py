@@ -49,7 +49,7 @@ def trace_step(accumulation, data) -> None:
     def step(data):
         with accumulation.microbatch(data, is_first=True) as microbatch:
             steps.call_train_step(accumulation, microbatch, data)
-            objectives.build_optimizers(microbatch.calls, strategy, own=None)
+            objectives.build_optimizers(microbatch.calls, strategy)
             accumulation.window["gradients"].find(microbatch)
 
     def trace(data):

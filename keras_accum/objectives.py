@@ -15,7 +15,6 @@ so that each loss has a mean of its own, as it has in the large batch.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable
 from collections.abc import Mapping
 
@@ -24,7 +23,6 @@ import numpy as np
 import tensorflow as tf
 
 from keras_accum import building
-from keras_accum import replicas
 from keras_accum import weighting
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.calls import Call
@@ -191,33 +189,24 @@ def weights_of(
     return found
 
 
-def build_optimizers(calls: Iterable[Call], strategy, own) -> None:
-    """Makes the variables of optimizers, where the update would be too late.
-
-    A replica can make none, and a `LossScaleOptimizer` scales without them by
-    a constant. A model's own is else left for Keras to build.
+def build_optimizers(calls: Iterable[Call], strategy) -> None:
+    """Makes the variables of the optimizers of a step, before any update.
 
     Args:
-        calls: The calls of a step.
+        calls: The calls of the step.
         strategy: The model's strategy.
-        own: The model's own optimizer.
     """
-    late: dict[int, tuple[keras.Optimizer, dict]] = {}
+    variables: dict[int, dict[int, keras.Variable]] = {}
     for call in calls:
-        optimizer = call.optimizer
-        is_late = (
-            optimizer is not own
-            or replicas.has_copies(strategy)
-            or isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        variables.setdefault(id(call.optimizer), {}).update(
+            {id(variable): variable for variable in call.variables}
         )
-        if is_late and not optimizer.built:
-            _, variables = late.setdefault(id(optimizer), (optimizer, {}))
-            variables |= {id(variable): variable for variable in call.variables}
-    for optimizer, variables in late.values():
-        build = functools.partial(
-            building.build_optimizer, optimizer, list(variables.values())
+    for call in calls:
+        building.build_optimizer_early(
+            strategy,
+            call.optimizer,
+            list(variables[id(call.optimizer)].values()),
         )
-        replicas.on_each(strategy, build)
 
 
 def named_states(

@@ -132,9 +132,8 @@ class Gradients(Part):
     def find(self, microbatch: Microbatch) -> dict[Objective, list[Call]]:
         """Returns the calls to add to each objective, and makes new ones."""
         calls = microbatch.calls
-        strategy = self._model.distribute_strategy
         optimizer = self._model.optimizer
-        objectives.build_optimizers(calls, strategy, optimizer)
+        objectives.build_optimizers(calls, self._model.distribute_strategy)
         variables = self.make_accumulator().variables
         own = (id(optimizer), frozenset(map(id, variables)), 0)
         found = {}

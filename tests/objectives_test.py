@@ -91,9 +91,8 @@ class ObjectivesTest(test_utils.TestCase):
         objectives.build_optimizers(
             [self.call(1, 1), self.call(1, 0, 1), self.call(0, 0)],
             tf.distribute.get_strategy(),
-            own=some,
         )
-        self.assertFalse(some.built)
+        self.assertTrue(some.built)
         # Two moments of each, the number of updates and the learning rate.
         self.assertLen(other.variables, 2 * 2 + 2)
 

@@ -28,9 +28,9 @@ tf.config.set_logical_device_configuration(
 )
 
 
-HAS_RENORM = "renorm" in inspect.signature(
-    keras.layers.BatchNormalization
-).parameters
+HAS_RENORM = (
+    "renorm" in inspect.signature(keras.layers.BatchNormalization).parameters
+)
 needs_renorm = unittest.skipUnless(
     HAS_RENORM, "BatchNormalization has no `renorm` in this Keras."
 )

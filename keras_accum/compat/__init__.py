@@ -39,8 +39,8 @@ from keras_accum.compat.layers import normalizations
 from keras_accum.compat.layers import normalizing_by_moving_statistics
 from keras_accum.compat.layers import random_states
 from keras_accum.compat.layers import recording_moments
-from keras_accum.compat.layers import replacing_moments
 from keras_accum.compat.layers import renormalizes
+from keras_accum.compat.layers import replacing_moments
 from keras_accum.compat.layers import stateful_layers
 from keras_accum.compat.layers import unbuilt_layers
 from keras_accum.compat.layers import update_renorm_statistics
