@@ -168,7 +168,7 @@ class Accumulation:
         return training.TrainFunction(self)
 
     def new_microbatch(
-        self, data=None, is_first: bool | None = None, **known
+        self, data=None, is_first: bool | tf.Tensor | None = None, **known
     ) -> Microbatch:
         """Returns a `Microbatch`.
 

@@ -1,5 +1,6 @@
 """The buffers that gather a window's gradients, and the arithmetic on them."""
 
+import functools
 from collections.abc import Mapping
 from collections.abc import Sequence
 
@@ -166,22 +167,35 @@ class GradientAccumulator:
             if gradient is not None
         ]
         with tf.control_dependencies(after_all_ops(values)):
-            starts = first
-            for gradients, weight in parts or [([None] * len(self), 0.0)]:
-                for variable, buffer, gradient in zip(
-                    self._variables, self._buffers, gradients, strict=True
-                ):
-                    arithmetic.add(variable, buffer, gradient, weight, starts)
-                clear(self._weight, starts)
-                if weight is None:
-                    self._weight.assign(tf.ones_like(self._weight))
-                elif total is None:
-                    self._weight.assign_add(tf.cast(weight, self._weight.dtype))
-                starts = False
-            if total is not None:
-                self._weight.assign_add(tf.cast(total, self._weight.dtype))
-            clear(self._count, first)
-            self._count.assign_add(1)
+            if isinstance(first, bool) or compat.is_compiled_by_xla():
+                # XLA selects while it adds.
+                self._add_parts(parts, total, first)
+            else:
+                add = functools.partial(self._add_parts, parts, total)
+                tf.cond(
+                    first,
+                    functools.partial(add, True),
+                    functools.partial(add, False),
+                )
+
+    def _add_parts(self, parts, total, first):
+        """Adds what `add_microbatch` was given."""
+        starts = first
+        for gradients, weight in parts or [([None] * len(self), 0.0)]:
+            for variable, buffer, gradient in zip(
+                self._variables, self._buffers, gradients, strict=True
+            ):
+                arithmetic.add(variable, buffer, gradient, weight, starts)
+            clear(self._weight, starts)
+            if weight is None:
+                self._weight.assign(tf.ones_like(self._weight))
+            elif total is None:
+                self._weight.assign_add(tf.cast(weight, self._weight.dtype))
+            starts = False
+        if total is not None:
+            self._weight.assign_add(tf.cast(total, self._weight.dtype))
+        clear(self._count, first)
+        self._count.assign_add(1)
 
     def sums(self) -> list[tf.Tensor | tf.Variable]:
         """Returns what `mean` needs: the weight, and the buffers so far.

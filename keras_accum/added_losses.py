@@ -75,11 +75,12 @@ def regularize_without_rows(model: keras.Model, microbatch: Microbatch) -> None:
         microbatch: The micro-batch, of a loss that is a sum.
     """
     count = number_of_regularizers(model)
-    # By hand, the first is known on the device alone.
     if microbatch.counts is None or microbatch.is_first is False or not count:
         return
     with tf.GradientTape() as tape:
         loss = tf.add_n(model.losses[-count:])
+        if microbatch.is_first is not True:
+            loss = keep_unless(tf.logical_not(microbatch.is_first), loss)
         share = loss / model.distribute_strategy.num_replicas_in_sync
         scaled = model.optimizer.scale_loss(share)
     microbatch.loss_without_rows = loss

@@ -36,32 +36,21 @@ def choose(condition: bool | tf.Tensor, if_true: Callable, if_false: Callable):
     return tf.cond(condition, if_true, if_false)
 
 
-def choose_if_there(
-    data,
-    condition: bool | tf.Tensor,
-    if_true: Callable,
-    if_false: Callable,
-    anything: tf.Variable,
-):
-    """Calls one of two functions, or none if there was no batch.
+def if_there(data, function: Callable, anything: tf.Variable):
+    """Calls a function, or does nothing if there was no batch.
 
     An exhausted iterator stops what depends on its data, and nothing else. A
-    branch of a conditional depends on them as a whole. So there is always a
-    conditional, sometimes with a single branch.
+    branch of a conditional depends on them as a whole. So there is one, with a
+    single branch.
 
     Args:
         data: The batch.
-        condition: As for `choose`.
-        if_true: As for `choose`.
-        if_false: As for `choose`.
+        function: A function without arguments, of nested tensors.
         anything: An int64 scalar. TensorFlow would put a branch that is
             chosen by a constant in the conditional's place.
     """
     with after(data):
-        if not isinstance(condition, bool):
-            return tf.cond(condition, if_true, if_false)
-        only = if_true if condition else if_false
-        return tf.switch_case(tf.cast(anything, tf.int32), [only])
+        return tf.switch_case(tf.cast(anything, tf.int32), [function])
 
 
 def after_all_ops(tensors=()) -> list[tf.Operation]:

@@ -85,25 +85,22 @@ def build_for(accumulation, data) -> None:
     window_losses.resume()
 
 
-def build_for_resumed(accumulation, data, in_branches: bool) -> None:
+def build_for_resumed(accumulation, data) -> None:
     """Makes the variables of metrics, for a window from a checkpoint.
 
-    Keras makes them while it traces. In branches their initial values would be
-    those of the branch that starts a window, which is not run. Metrics of
-    single outputs are made in any case: the checkpoint may have their sums.
+    Keras makes them while it traces. The checkpoint may have the sums of
+    metrics of single outputs.
 
     Args:
         accumulation: What the model accumulates in.
         data: The batch, in cross-replica context.
-        in_branches: Whether the step's kinds of micro-batch are branches.
     """
 
     def build():
         if accumulation.position.read()[0]:
             build_for(accumulation, data)
 
-    is_traced = in_branches and tf.inside_function()
-    if is_traced or accumulation.window["losses"].is_restored:
+    if accumulation.window["losses"].is_restored:
         replicas.outside_of_tracing(build)
 
 

@@ -133,12 +133,7 @@ def run(
                     part
                 )
         else:
-            first, next_ = (
-                functools.partial(step, is_first) for is_first in (True, False)
-            )
-            each = each_microbatch.EachMicrobatch(
-                accumulation, first, next_, trains=True
-            )
+            each = each_microbatch.EachMicrobatch(accumulation, step, True)
             each((data,), max(np.diff(bounds)))
         result = result_of(accumulation, before)
     snapshot.restore()

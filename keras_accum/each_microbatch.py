@@ -29,23 +29,20 @@ class EachMicrobatch:
 
     Args:
         accumulation: What the model accumulates in.
-        first: A step for the first micro-batch. It is called with the
-            micro-batch, and by name with its window's `denominators` or the
-            `whole` loss, if these are used.
-        next_: As `first`, for the others.
+        step: A step. It is called with whether the micro-batch is the first, a
+            bool scalar, with the micro-batch, and by name with its window's
+            `denominators` or the `whole` loss, if these are used.
         trains: Whether the model trains.
     """
 
-    def __init__(
-        self, accumulation, first: Callable, next_: Callable, trains: bool
-    ) -> None:
+    def __init__(self, accumulation, step: Callable, trains: bool) -> None:
         self._model = model = accumulation.model
         self._losses, self._trains = accumulation.losses, trains
         self._gradients = accumulation.window["gradients"]
         self._whole_batch = whole_batch.WholeBatch(accumulation, trains)
         # A `tf.function` takes one number of arguments.
         self._plain, self._with_denominators, self._with_whole = (
-            [programs.in_loop(model, kind(step)) for step in (first, next_)]
+            programs.in_loop(model, kind(step))
             for kind in (plain, taking_denominators, taking_whole)
         )
         self._measure = programs.in_loop(model, self._losses.measure)
@@ -77,26 +74,26 @@ class EachMicrobatch:
             return self._fold_whole(data, size, num_microbatches)
         if not self._losses.uses_denominators():
             self._look_at_losses(take_first(data, size))
-        (first, next_), denominators = self._plain, ()
+        step, denominators = self._plain, ()
         if self._losses.uses_denominators():
-            first, next_ = self._with_denominators
+            step = self._with_denominators
             denominators = (self._denominators(data, size),)
         return fold(
             data,
             size,
-            lambda each: first(each, *denominators),
-            lambda logs, each: next_(each, *denominators),
+            lambda each: step(tf.constant(True), each, *denominators),
+            lambda logs, each: step(tf.constant(False), each, *denominators),
             num_microbatches,
         )
 
     def _fold_whole(self, data, size, num_microbatches):
         summary, gradients = self._whole_batch(data, size)
-        first, next_ = self._with_whole
+        step = self._with_whole
         return fold(
             (data, gradients),
             size,
-            lambda each: first(*each, summary),
-            lambda logs, each: next_(*each, summary),
+            lambda each: step(tf.constant(True), *each, summary),
+            lambda logs, each: step(tf.constant(False), *each, summary),
             num_microbatches,
         )
 
@@ -107,20 +104,20 @@ class EachMicrobatch:
             data: A batch, in cross-replica context.
             size: Most rows of a micro-batch.
         """
-        model, steps = self._model, self._plain
+        model, step = self._model, self._plain
         strategy = model.distribute_strategy
         local = as_tensors(replicas.first_local(strategy, data))
         args = [take_first(local, size)]
         if self._losses.use_whole_batch():
-            steps = self._with_whole
+            step = self._with_whole
             args += self._whole_batch.example(*args)
         elif self._losses.uses_denominators():
-            steps = self._with_denominators
+            step = self._with_denominators
             losses = compat.number_of_losses(compat.compiled_loss(model))
             args.append(weighting.as_weight(tf.zeros(1 + losses)))
 
         def plan():
-            return max(compat.planned_bytes(step, *args) for step in steps)
+            return compat.planned_bytes(step, tf.constant(True), *args)
 
         with replicas.without_warning_of_slow_runs():
             planned = programs.with_loop(model, plan)()
@@ -134,8 +131,8 @@ class EachMicrobatch:
             self._losses.measure(data)
         else:
             # It is called later, and not traced a second time.
-            first, _ = self._plain
-            programs.in_graph(first).get_concrete_function(data)
+            look = programs.in_graph(self._plain)
+            look.get_concrete_function(tf.constant(True), data)
 
     def _denominators(self, data, size):
         """Returns the window's denominators, over all replicas."""
@@ -151,18 +148,21 @@ class EachMicrobatch:
 
 def plain(step: Callable) -> Callable:
     """Returns a step of a micro-batch alone."""
-    return lambda data: step(data)
+    return lambda is_first, data: step(is_first, data)
 
 
 def taking_denominators(step: Callable) -> Callable:
     """Returns a step of a micro-batch and its window's denominators."""
-    return lambda data, denominators: step(data, denominators=denominators)
+    return lambda is_first, data, denominators: step(
+        is_first, data, denominators=denominators
+    )
 
 
 def taking_whole(step: Callable) -> Callable:
     """Returns a step of a micro-batch, its gradients, and the batch's loss."""
 
-    def step_of_whole(data, gradients, summary):
-        return step(data, whole=WholeLoss(*summary, gradients))
+    def step_of_whole(is_first, data, gradients, summary):
+        whole = WholeLoss(*summary, gradients)
+        return step(is_first, data, whole=whole)
 
     return step_of_whole

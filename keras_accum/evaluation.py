@@ -27,19 +27,16 @@ def make_test_function(accumulation) -> Callable:
     model, size = accumulation.model, accumulation.size.rows
     if size is not None:
         check_layers(model)
-    first, next_ = (
-        functools.partial(steps.test_microbatch, accumulation, is_first)
-        for is_first in (True, False)
-    )
+    test = functools.partial(steps.test_microbatch, accumulation)
     if size is None:
-        run = programs.merging(model, first, programs.mean_of_replicas)
+        run = programs.merging(
+            model, functools.partial(test, True), programs.mean_of_replicas
+        )
 
         def step(data):
             return run(args=(data,))
     else:
-        each = each_microbatch.EachMicrobatch(
-            accumulation, first, next_, trains=False
-        )
+        each = each_microbatch.EachMicrobatch(accumulation, test, False)
 
         def end_window():
             for tracker in accumulation.window["losses"].trackers:
@@ -56,17 +53,11 @@ def make_test_function(accumulation) -> Callable:
         return loop
     losses = accumulation.losses
 
-    def look_and_step(data, types):
-        if losses.are_to_be_measured():
-            first_batch.measure_losses(accumulation, data)
-        if not model.run_eagerly and loops.can_trace_for(types):
-            compiled.get_concrete_function(types)
-        return compiled(data)
-
     compiled = step
     if not model.run_eagerly:
         compiled = programs.in_graph(step, reduce_retracing=True)
-    first_loop = loops.make_host_loop(model, look_and_step)
+    look = functools.partial(first_batch.look_at, accumulation)
+    first_loop = loops.make_host_loop(model, compiled, look)
 
     def test_function(iterator):
         is_first = losses.are_to_be_measured()

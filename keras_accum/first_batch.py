@@ -33,6 +33,12 @@ FEW = 3
 ENTRIES = 2**18
 
 
+def look_at(accumulation, data) -> None:
+    """Measures the losses on a batch, unless they are known."""
+    if accumulation.losses.are_to_be_measured():
+        measure_losses(accumulation, data)
+
+
 def measure_losses(accumulation, data) -> None:
     """Finds out what the losses are; warns of what cannot be exact.
 

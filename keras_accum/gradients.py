@@ -159,7 +159,11 @@ def add_maximum(buffer, gradient, first) -> None:
 
 def add_rows(buffer, gradient, first) -> None:
     """Adds rows to a buffer, by scatter; the other rows are not touched."""
-    clear(buffer, first)
+    if isinstance(first, bool):
+        clear(buffer, first)
+    else:
+        # To select would touch all rows, every time.
+        tf.cond(first, lambda: clear(buffer, True), lambda: None)
     # A variable on several replicas has no `scatter_add`; each of them has.
     compat.local_variable(buffer).scatter_add(gradient)
 

@@ -52,13 +52,18 @@ def make_loop(model: keras.Model, step: Callable, num_steps: int) -> Callable:
     return function
 
 
-def make_host_loop(model: keras.Model, step: Callable) -> Callable:
+def make_host_loop(
+    model: keras.Model, step: Callable, look: Callable | None = None
+) -> Callable:
     """Returns a function as `make_loop`, whose steps the host makes.
 
     Args:
         model: The model.
-        step: A function of a batch, and of the types that batches have.
+        step: A function of a batch. One that is traced is traced for the types
+            that batches have, and not for those of each.
+        look: What is called with each batch before.
     """
+    is_traced = isinstance(step, tf.types.experimental.PolymorphicFunction)
     fetch_one = make_loop(model, lambda data: data, num_steps=1)
 
     def fetch(iterator):
@@ -83,7 +88,11 @@ def make_host_loop(model: keras.Model, step: Callable) -> Callable:
                 if logs is None:
                     raise
                 break
-            logs = step(data, types)
+            if look is not None:
+                look(data)
+            if is_traced and can_trace_for(types):
+                step.get_concrete_function(types)
+            logs = step(data)
         return logs
 
     return loop

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -33,14 +34,13 @@ class Microbatch:
 
     Args:
         model: The model that trains.
-        first: Whether it is the first of its window: a bool, or a function that
-            returns a bool tensor.
+        first: Whether it is the first of its window: a bool, a bool scalar, or
+            a function that returns one.
         has_rows: A bool tensor; None if there are rows for certain.
         nonfinite: The policy for gradients that are not finite.
         is_replicated: Whether there are other replicas.
         denominators: What the rows and the denominators of the losses add up to
-            in the whole window, on all replicas: a float vector. None if they
-            are not known yet, or one weight for the micro-batch is exact.
+            in the window, on all replicas: a float vector; None if unknown.
         whole: The `WholeLoss` of its batch, if that couples rows; or None.
 
     Attributes:
@@ -68,7 +68,7 @@ class Microbatch:
     def __init__(
         self,
         model: keras.Model,
-        first: bool | Callable[[], tf.Tensor],
+        first: bool | tf.Tensor | Callable[[], tf.Tensor],
         has_rows: tf.Tensor | None = None,
         nonfinite: str = "propagate",
         is_replicated: bool = False,
@@ -107,10 +107,10 @@ class Microbatch:
     def __exit__(self, *unused) -> None:
         _CURRENT.reset(self._token)
 
-    @property
+    @functools.cached_property
     def is_first(self) -> bool | tf.Tensor:
-        """Whether it is the first of its window."""
-        return self._first if isinstance(self._first, bool) else self._first()
+        """Whether it is the first of its window; asked before it is added."""
+        return self._first() if callable(self._first) else self._first
 
     @property
     def is_share(self) -> bool:

@@ -123,10 +123,7 @@ class SkipCounts(Part):
         is_finite = microbatch.is_finite
         bad = tf.cast(tf.logical_not(is_finite), tf.float32)
         counts = tf.stack([bad, tf.cast(microbatch.counts, tf.float32)])
-        if microbatch.is_first is True:
-            self._window.assign(counts)
-        else:
-            self._window.assign_add(counts)
+        self._window.assign_add(counts)
         self._skipped.assign_add(bad)
 
     def applies(self, totals: list, gradient_sums: list) -> tf.Tensor | None:

@@ -1,4 +1,4 @@
-"""Where in its window a micro-batch is: the first, the last, or in between.
+"""Where in its window a micro-batch is, and whether it is the last.
 
 All of it lives on the host. A predicate that the device computed would make
 the host wait for the device at every micro-batch.
@@ -7,7 +7,6 @@ the host wait for the device at every micro-batch.
 import contextlib
 from collections.abc import Callable
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -15,24 +14,6 @@ import tensorflow as tf
 from keras_accum import replicas
 from keras_accum.options import Options
 from keras_accum.options import check_scheduled
-
-
-class Place(NamedTuple):
-    """Where in its window a micro-batch is, as far as Python knows.
-
-    Attributes:
-        is_first: Whether it begins a window; None if a variable tells.
-        is_last: Whether it ends one; None if a variable tells.
-    """
-
-    is_first: bool | None
-    is_last: bool | None
-
-
-# A whole batch is a window, in micro-batches.
-WHOLE = Place(True, True)
-# Several steps run in one call, and the variables tell.
-ON_DEVICE = Place(None, None)
 
 
 class Position:
@@ -116,24 +97,35 @@ class Position:
 
     # Where Python counts: steps are called one by one.
 
-    def place(self) -> Place:
-        """Returns where the next micro-batch is; `accum_steps` is an int."""
+    def next_is_last(self) -> bool:
+        """Returns whether the next micro-batch makes the window full.
+
+        If it begins the window, that gets its size; `accum_steps` is an int.
+        """
         position, size = self.read()
         if position == 0:
             size = int(self.accum_steps)
         self._counted = position, size
-        return Place(position == 0, position + 1 >= size)
+        return position + 1 >= size
 
-    def count(self, place: Place) -> None:
-        """Counts the micro-batch at `place`."""
+    def count(self, is_last: bool) -> None:
+        """Counts a micro-batch: the last one of its window, or another."""
         position, size = self.read()
-        self._counted = 0 if place.is_last else position + 1, size
+        self._counted = 0 if is_last else position + 1, size
 
     # Where the variables count: within a `tf.function`, or eagerly.
 
-    def is_first(self) -> tf.Tensor:
-        """Returns whether the next micro-batch begins a window."""
-        return tf.equal(self._position, 0)
+    def begin_if_first(self, *args) -> tf.Tensor:
+        """Returns the size of the window; `begin` fixes it if none is begun.
+
+        Args:
+            *args: As for `begin`.
+        """
+        return tf.cond(
+            tf.equal(self._position, 0),
+            lambda: self.begin(*args),
+            lambda: tf.identity(self._size),
+        )
 
     def begin(
         self,

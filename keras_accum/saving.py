@@ -99,15 +99,9 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
         the next `fit` goes on with it. With others a new window begins.
         """
         optimizer = getattr(self, "optimizer", None)
+        variables = self.variables + (optimizer.variables if optimizer else [])
         before = replicas.Snapshot(
-            self.distribute_strategy,
-            [
-                variable.value
-                for variable in [
-                    *self.variables,
-                    *(optimizer.variables if optimizer else []),
-                ]
-            ],
+            self.distribute_strategy, [each.value for each in variables]
         )
         try:
             super().load_weights(*args, **kwargs)

@@ -3,6 +3,7 @@
 import contextlib
 
 import keras
+import tensorflow as tf
 
 from keras_accum import callers
 from keras_accum import compat
@@ -21,12 +22,14 @@ def forward(model: keras.Model, x, training: bool):
     return model(x)
 
 
-def train_microbatch(accumulation, is_first: bool, data, **known) -> dict:
+def train_microbatch(
+    accumulation, is_first: bool | tf.Tensor | None, data, **known
+) -> dict:
     """Calls the model's `train_step` on a micro-batch of a window.
 
     Args:
         accumulation: What the model accumulates in.
-        is_first: Whether it is the window's first.
+        is_first: Whether it is the window's first; None if the buffers tell.
         data: The micro-batch.
         **known: What is known of its window: see `Microbatch`.
 
@@ -164,7 +167,9 @@ def check_is_in_step(microbatch: Microbatch) -> None:
         )
 
 
-def test_microbatch(accumulation, is_first: bool, data, **known) -> dict:
+def test_microbatch(
+    accumulation, is_first: bool | tf.Tensor, data, **known
+) -> dict:
     """Calls the model's `test_step` on a micro-batch of a batch.
 
     It leaves all as it was if there are no rows.

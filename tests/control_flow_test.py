@@ -1,7 +1,6 @@
 """What runs when: after a batch is there, after all ops, in a branch."""
 
 import tensorflow as tf
-from absl.testing import parameterized
 
 from keras_accum import control_flow
 
@@ -22,9 +21,8 @@ class ChooseTest(tf.test.TestCase):
         self.assertNotIn("If", [op.type for op in operations])
 
 
-class NoBatchTest(tf.test.TestCase, parameterized.TestCase):
-    @parameterized.parameters(True, None)
-    def test_runs_nothing(self, is_first):
+class NoBatchTest(tf.test.TestCase):
+    def test_runs_nothing(self):
         runs, index = tf.Variable(0), tf.Variable(5, dtype=tf.int64)
 
         def count():
@@ -33,10 +31,7 @@ class NoBatchTest(tf.test.TestCase, parameterized.TestCase):
 
         @tf.function(autograph=False)
         def step(iterator):
-            first = tf.equal(index, 5) if is_first is None else is_first
-            return control_flow.choose_if_there(
-                next(iterator), first, count, count, index
-            )
+            return control_flow.if_there(next(iterator), count, index)
 
         iterator = iter(tf.data.Dataset.range(2))
         step(iterator)

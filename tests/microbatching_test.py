@@ -11,7 +11,6 @@ from absl.testing import parameterized
 
 import keras_accum
 from keras_accum import microbatching
-from keras_accum import position
 from keras_accum import training
 from tests import equivalence_test
 from tests import test_utils
@@ -434,7 +433,7 @@ class ProgramTest(test_utils.TestCase):
         model = in_microbatches()
         model.compile("adam", loss=test_utils.crossentropy())
         programs = training.Programs(model._accumulation)
-        step = programs.make_step(position.WHOLE)
+        step = programs.make_step()
         batch = test_utils.microbatches([rows])[0]
         graph = (
             tf.function(step, autograph=False)
@@ -455,9 +454,9 @@ class ProgramTest(test_utils.TestCase):
             test_utils.dataset(test_utils.microbatches([7, 30, 2, 300])),
             verbose=0,
         )
-        # A first micro-batch, and a further one.
-        # One more finds out what `compute_loss` looks at.
-        self.assertLen(traces, 3)
+        # One is of all micro-batches; one finds out what `compute_loss` looks
+        # at.
+        self.assertLen(traces, 2)
 
 
 class SavingTest(test_utils.TestCase):

@@ -14,22 +14,20 @@ PACKAGE = pathlib.Path(__file__).absolute().parent.parent / "keras_accum"
 MODEL = "GradientAccumulationMixin"
 # Where programs and loops are made.
 PROGRAMS = ("training", "loops", "boundary", "auto_size")
-# From the loop of `fit` to the sum of gradients, in a micro-batch that is not
-# the first: the functions on the stack while the first call, of several steps,
-# is traced. Later calls have `loops.make_loop` and its loop in the place of the
-# second and third. `tests/structure_test.py` finds them out. Where Python
-# counts, there is one more, `Programs._start`, which traces the next
-# micro-batch with the first.
+# From the loop of `fit` to the sum of gradients: the functions on the stack
+# while the first call is traced. Later calls have another loop, of
+# `loops.make_loop`, in the place of the second. Where the device counts, there
+# is one more, `Programs._begin_and`. `tests/structure_test.py` finds them out.
 PATH = (
     ("training", "TrainFunction.__call__"),
     ("loops", "make_host_loop.loop"),
-    ("training", "Programs.first_loop.look_and_step"),
     ("training", "Programs.make_step.step"),
-    ("control_flow", "choose_if_there"),
+    ("control_flow", "if_there"),
     ("steps", "train_microbatch"),
     ("window", "Window.add"),
     ("window_gradients", "Gradients.add"),
     ("accumulator", "GradientAccumulator.add_microbatch"),
+    ("accumulator", "GradientAccumulator._add_parts"),
     ("gradients", "add"),
 )
 
@@ -232,7 +230,7 @@ def measures() -> dict[str, tuple[int, int]]:
         node
         for node in ast.walk(programs)
         if isinstance(node, ast.Assign)
-        and ast.unparse(node.targets[0]) == "self.first"
+        and ast.unparse(node.targets[0]) == "self.microbatch"
     ]
     conditions = [
         node
@@ -265,7 +263,7 @@ def measures() -> dict[str, tuple[int, int]]:
         "inner functions there": (len(inner), 20),
         "how deep these are": (max(map(depth, outer)), 2),
         "steps that train": (
-            sum(calls(tree, "choose_if_there") for tree in trees.values()),
+            sum(calls(tree, "if_there") for tree in trees.values()),
             1,
         ),
         "what adds a micro-batch": (len(adders), 3),
