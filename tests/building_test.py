@@ -37,6 +37,17 @@ class OptimizerTest(test_utils.TestCase):
         )
         self.assertTrue(optimizer.built)
 
+    def test_keras_builds_it_where_nothing_is_traced(self):
+        model = test_utils.accumulating()
+        model.compile("adam", loss=test_utils.crossentropy())
+        building.build_optimizer_early(
+            model.distribute_strategy, model.optimizer, model.trainable_weights
+        )
+        self.assertEqual(
+            model.optimizer.built,
+            model.distribute_strategy.num_replicas_in_sync > 1,
+        )
+
     def test_an_update_is_traced_once(self):
         # What makes variables is traced twice.
         class Counting(keras.optimizers.Adam):

@@ -83,11 +83,14 @@ class BatchTest(test_utils.TestCase):
 
         @tf.function(autograph=False)
         def step(*data):
-            discovery.build_for_resumed(model._accumulation, data, True)
+            discovery.build_for_resumed(model._accumulation, data)
 
         step(*batch)
         self.assertFalse(model.optimizer.built)
         model._accumulation.position.move_to(1, 4)
+        losses = model._accumulation.window["losses"]
+        losses.make_tracker()
+        losses.restore(losses.state())
         step.get_concrete_function(*(tf.concat([b, b], 0) for b in batch))
         self.assertTrue(model.optimizer.built)
 

@@ -17,12 +17,13 @@ class EachMicrobatchTest(test_utils.TestCase):
         model.compile("sgd", "mse", run_eagerly=True)
         sizes = []
 
-        def step(data, **unused):
+        def step(is_first, data, **unused):
+            self.assertEqual(bool(is_first), not sizes)
             sizes.append((len(data[0]), bool(sizes)))
             return {"seen": tf.constant(len(sizes))}
 
         each = each_microbatch.EachMicrobatch(
-            model._accumulation, step, step, trains=True
+            model._accumulation, step, trains=True
         )
         data = (tf.zeros((8, test_utils.FEATURES)), tf.zeros((8, 3)))
         logs = each((data,), 3)
@@ -30,9 +31,9 @@ class EachMicrobatchTest(test_utils.TestCase):
         self.assertEqual(int(logs["seen"]), 3)
 
     def test_a_step_gets_its_share_of_the_gradients(self):
-        step = each_microbatch.taking_whole(lambda data, whole: whole)
+        step = each_microbatch.taking_whole(lambda first, data, whole: whole)
         summary = (tf.constant(1.0), [], tf.constant(8))
-        whole = step("x", ["d"], summary)
+        whole = step(True, "x", ["d"], summary)
         self.assertEqual((whole.gradients, whole.rows), (["d"], summary[2]))
 
 

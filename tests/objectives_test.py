@@ -88,10 +88,14 @@ class ObjectivesTest(test_utils.TestCase):
 
     def test_optimizers_are_built_for_all_of_a_step(self):
         some, other = self.optimizers
-        objectives.build_optimizers(
-            [self.call(1, 1), self.call(1, 0, 1), self.call(0, 0)],
-            tf.distribute.get_strategy(),
-        )
+        calls = [self.call(1, 1), self.call(1, 0, 1), self.call(0, 0)]
+
+        @tf.function(autograph=False)
+        def step():
+            strategy = tf.distribute.get_strategy()
+            objectives.build_optimizers(calls, strategy)
+
+        step()
         self.assertTrue(some.built)
         # Two moments of each, the number of updates and the learning rate.
         self.assertLen(other.variables, 2 * 2 + 2)

@@ -980,7 +980,7 @@ class ProgramTest(TestCase):
             for node in program.conditionals(program.top)
             if program.reductions([node])
         ]
-        self.assertLen(reducing, 2)
+        self.assertLen(reducing, 1)
 
 
 class OneReplicaTest(TestCase):
