@@ -40,12 +40,9 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
         )
         # A subclass with a constructor of its own may not take all of them. Of
         # those that are for names alone, Keras knows from 3.9 on.
-        taken = inspect.signature(type(self).__init__).parameters
-        return config | {
-            name: value
-            for name, value in mine.items()
-            if takes_all or name in config or name in taken
-        }
+        taken = config | inspect.signature(type(self).__init__).parameters
+        mine = {name: mine[name] for name in mine if takes_all or name in taken}
+        return config | mine
 
     def _config_as(self, inner):
         """Returns the configuration of what `from_model` was given."""
