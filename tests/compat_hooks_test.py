@@ -183,6 +183,20 @@ class InheritedTest(tf.test.TestCase):
         self.assertEqual(Owner().inherited(1), ["base", 1])
 
 
+class AbsenceTest(tf.test.TestCase):
+    def test_is_refused_by_name(self):
+        for owner, path in (
+            (keras.Model, "keras.*\\.Model\\.gone"),
+            (keras.losses, "keras.*\\.losses\\.gone"),
+            (tf.GradientTape, "tensorflow.*\\.GradientTape\\.gone"),
+        ):
+            with self.assertRaisesRegex(
+                ImportError,
+                f"^keras_accum uses `{path}`, which .* does not have; install",
+            ):
+                Hook(owner, "gone")
+
+
 class ThreadsTest(tf.test.TestCase):
     """What one thread asks for is nothing to the others."""
 

@@ -5,6 +5,9 @@ import functools
 import importlib.util
 import pathlib
 import pkgutil
+import runpy
+import sys
+from unittest import mock
 
 import keras
 import tensorflow as tf
@@ -12,6 +15,7 @@ from absl.testing import parameterized
 
 import keras_accum
 from keras_accum import compat
+from keras_accum.compat import names
 
 PRIVATE_MODULES = (
     "keras.src",
@@ -40,6 +44,13 @@ ATTRIBUTE_FUNCTIONS = {
     "__delattr__",
     "__setattr__",
     "set_untracked",
+}
+# What `compat.names` does not ask for: releases, or objects, may lack it.
+OPTIONAL = {
+    "GLOBAL_SEED_GENERATOR",
+    "_autoconvert_optionals",
+    "_keras_logits",
+    "_update_renorm_statistics",
 }
 # Attributes of ours on objects of others.
 PREFIX = "_accum"
@@ -70,8 +81,12 @@ def names_of_others():
     return set().union(*map(dir, objects))
 
 
+def is_in_compat(name):
+    return f"{name}.".startswith(f"{compat.__name__}.")
+
+
 def read_modules():
-    """Returns the code of each module outside of `compat`, by its name."""
+    """Returns the code of each module, by its name."""
     names = [keras_accum.__name__]
     names += [
         module.name
@@ -86,7 +101,6 @@ def read_modules():
             )
         )
         for name in names
-        if not f"{name}.".startswith(f"{compat.__name__}.")
     }
 
 
@@ -231,9 +245,50 @@ def found_in_class(node, ours):
     ]
 
 
+def names_used(tree):
+    """Returns the names that a module of `compat` needs of others.
+
+    Without what they are names of, which the code does not always say.
+    """
+    imported = [
+        (f"{node.module}.{alias.name}", alias)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and is_in_private_module(node.module)
+        for alias in node.names
+    ]
+    # Of a module, what is read of it; else the name itself.
+    modules = {
+        alias.asname or alias.name
+        for path, alias in imported
+        if path in sys.modules
+    }
+    used = {alias.name for path, alias in imported if path not in sys.modules}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            is_others = is_private(node.attr) and not is_own_object(node.value)
+            if (
+                is_others
+                or node.attr in UNDOCUMENTED
+                or ast.unparse(node.value) in modules
+            ):
+                used.add(node.attr)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value.isidentifier() and is_private(node.value):
+                used.add(node.value)
+        if isinstance(node, ast.ClassDef):
+            overrides = found_in_class(node, set())
+            used.update(name.rpartition(".")[2] for name in overrides)
+    return used - {"_replace"}  # Of named tuples, and documented.
+
+
 class PackageTest(tf.test.TestCase):
     def test_private_names_are_used_in_compat_alone(self):
-        modules = read_modules()
+        modules = {
+            name: tree
+            for name, tree in read_modules().items()
+            if not is_in_compat(name)
+        }
         # All are looked at, however deep, and compat is not.
         self.assertIn("keras_accum.accumulator", modules)
         self.assertIn("keras_accum.boundary", modules)
@@ -246,6 +301,68 @@ class PackageTest(tf.test.TestCase):
             for use in private_uses(tree, ours)
         ]
         self.assertEmpty(uses, "Private names outside of keras_accum.compat.")
+
+
+class ListTest(tf.test.TestCase):
+    """`compat.names` has each private name that `compat` uses."""
+
+    def test_is_complete(self):
+        trees = {
+            name: tree
+            for name, tree in read_modules().items()
+            if is_in_compat(name) and name != names.__name__
+        }
+        self.assertIn("keras_accum.compat.trainer", trees)
+        used = set().union(*map(names_used, trees.values()))
+        listed = OPTIONAL.union(*names.NAMES.values())
+        self.assertEmpty(used - listed, "Names that the list lacks.")
+        words = {
+            word
+            for tree in trees.values()
+            for node in ast.walk(tree)
+            for word in vars(node).values()
+            if isinstance(word, str)
+        }
+        self.assertEmpty(listed - words, "Listed names that are not used.")
+
+    def test_all_are_there(self):
+        self.assertIsNone(names.missing())
+
+    def test_objects_have_what_methods_name(self):
+        self.assertTrue(names.has(keras.Model, "_loss_tracker"))
+        self.assertTrue(names.has(keras.Sequential, "_loss_tracker"))
+        self.assertFalse(names.has(keras.Layer, "_loss_tracker"))
+
+    def test_what_is_missing_is_refused_by_name(self):
+        for path, missing in (
+            ("keras.src.losses.loss", "keras.src.losses.loss._gone"),
+            ("keras.Model", "keras.Model._gone"),
+            ("keras.src.gone.Class", "keras.src.gone.Class"),
+            ("tensorflow.gone", "tensorflow.gone"),
+        ):
+            package = path.split(".")[0]
+            version = {"keras": keras, "tensorflow": tf}[package].__version__
+            major, minor = version.split(".")[:2]
+            with (
+                mock.patch.dict(names.NAMES, {path: ("_gone",)}),
+                self.assertRaisesRegex(
+                    ImportError,
+                    f"^keras_accum uses `{missing}`, which (Keras|TensorFlow) "
+                    f"{version} does not have; install "
+                    rf"{package}<{major}\.{minor} or a newer keras_accum\.$",
+                ),
+            ):
+                runpy.run_path(compat.__file__)
+
+    def test_releases_that_are_too_old_are_refused(self):
+        with (
+            mock.patch.dict(names.NAMES, {"keras.Model": ("_gone",)}),
+            mock.patch.object(keras, "__version__", "3.7.0"),
+        ):
+            self.assertEndsWith(
+                names.missing(),
+                "Keras 3.7.0 does not have; install keras>=3.8.",
+            )
 
 
 class ReadingTest(parameterized.TestCase):

@@ -2,9 +2,14 @@
 
 What is needed here has no public name, or none that is documented. Each subject
 has its module; the rest of `keras_accum` imports this package alone.
-`tests/compat_test.py` fails with a clear message when a name is gone from a
-Keras release.
+`names.py` lists them: a release of Keras or TensorFlow that lacks one is
+refused here, by name. `tests/compat_test.py` says what each means.
 """
+
+from keras_accum.compat import names
+
+if message := names.missing():
+    raise ImportError(message)
 
 from keras_accum.compat.classes import CheckpointMixin
 from keras_accum.compat.classes import Saveable

@@ -4,6 +4,8 @@ import contextlib
 import threading
 import weakref
 
+from keras_accum.compat import names
+
 # Stands for a method that a class has from another one.
 _INHERITED = object()
 
@@ -39,9 +41,17 @@ class Hook:
     Args:
         owner: The class or module.
         name: Name of its method or function.
+
+    Raises:
+        ImportError: If the owner has no such name in this release.
     """
 
     def __init__(self, owner, name):
+        if not hasattr(owner, name):
+            # Of a class; a module has its full name.
+            module = getattr(owner, "__module__", "")
+            path = f"{module}.{owner.__name__}.{name}".lstrip(".")
+            raise ImportError(names.absence(path))
         self._owner, self._name = owner, name
         self._local = threading.local()
         # What is called where a thread asks for nothing.
