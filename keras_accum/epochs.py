@@ -176,7 +176,7 @@ def keeping_weights_without_update(optimizer) -> Iterator[None]:
         return
 
     def end(finalize, *args, **kwargs):
-        if int(tf.convert_to_tensor(optimizer.iterations)) > 0:
+        if int(tf.convert_to_tensor(compat.iterations(optimizer))) > 0:
             finalize(*args, **kwargs)
 
     with compat.ending_training_by(optimizer, end):

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_accum import compat
 from keras_accum import objectives
 from keras_accum import replicas
 from keras_accum.accumulator import GradientAccumulator
@@ -101,7 +102,7 @@ class Gradients(Part):
         optimizer = self._model.optimizer
         if self._others and not self._first.is_called:
             _, optimizer = next(iter(self._others.values()))
-        return optimizer.iterations
+        return compat.iterations(optimizer)
 
     def add(self, microbatch: Microbatch) -> None:
         """Adds the gradients that a step accumulated."""

@@ -13,6 +13,7 @@ import tensorflow as tf
 from absl import flags
 
 import keras_accum
+from keras_accum import compat
 from keras_accum import steps
 
 FEATURES, CLASSES = 6, 3
@@ -52,6 +53,11 @@ def accumulator(model):
 def num_microbatches(model):
     """Returns how many micro-batches have gradients in a model's window."""
     return model._accumulation.window["gradients"].num_microbatches
+
+
+def num_updates(optimizer):
+    """Returns how many updates an optimizer, or the one inside it, has made."""
+    return int(compat.iterations(optimizer).numpy())
 
 
 def position(model):

@@ -88,6 +88,7 @@ from keras_accum.compat.trainer import has_custom_compute_loss
 from keras_accum.compat.trainer import has_custom_step
 from keras_accum.compat.trainer import has_local_strategy
 from keras_accum.compat.trainer import instead_of_keras
+from keras_accum.compat.trainer import iterations
 from keras_accum.compat.trainer import loss_tracker
 from keras_accum.compat.trainer import optionals_to_none
 from keras_accum.compat.trainer import running_eagerly

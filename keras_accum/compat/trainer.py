@@ -36,6 +36,15 @@ def compute_loss(model, x, y, y_pred, sample_weight, training):
     )
 
 
+def iterations(optimizer) -> keras.Variable:
+    """Returns how many updates an optimizer has made.
+
+    Until Keras 3.9 one that scales the loss has a number of its own, which
+    stays 0.
+    """
+    return getattr(optimizer, "inner_optimizer", optimizer).iterations
+
+
 def aggregate_loss(model, loss):
     """Returns an added loss as it counts in `compute_loss`; a scalar."""
     return model._aggregate_additional_loss(loss)
