@@ -52,6 +52,12 @@ def check_strategy() -> None:
             f"of all variables and work in step: {names}. "
             f"Received: {type(strategy).__name__}."
         )
+    if has_several(strategy) and not compat.are_summed_on_read():
+        raise ValueError(
+            "Gradient accumulation on several replicas needs Keras 3.10 or "
+            "newer: older ones report wrong metrics of them. Received: Keras "
+            f"{keras.__version__}. Install keras>=3.10, or use one replica."
+        )
 
 
 def on_cpu(variable: tf.Variable) -> bool:

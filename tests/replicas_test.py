@@ -18,6 +18,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
+from keras_accum import compat
 from tests import equivalence_test
 from tests import test_utils
 
@@ -1054,6 +1055,13 @@ class RefusalTest(tf.test.TestCase):
             mock.patch.object(tf.distribute, "has_strategy", return_value=True),
         ):
             self.assertRefused("`MirroredStrategy`.*Received: ")
+
+    def test_old_keras(self):
+        with (
+            test_utils.mirrored().scope(),
+            mock.patch.object(compat, "are_summed_on_read", lambda: False),
+        ):
+            self.assertRefused("Keras 3.10.*Received: Keras 3.*one replica")
 
     def test_keras_distribution(self):
         distribution = keras.distribution.DataParallel(devices=["cpu:0"])

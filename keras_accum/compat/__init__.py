@@ -95,6 +95,7 @@ from keras_accum.compat.trainer import running_eagerly
 from keras_accum.compat.trainer import set_loss_tracker
 from keras_accum.compat.trainer import symbolic_build
 from keras_accum.compat.trainer import takes_training_argument
+from keras_accum.compat.variables import are_summed_on_read
 from keras_accum.compat.variables import assigning_through
 from keras_accum.compat.variables import is_overwritten
 from keras_accum.compat.variables import replacing_assignments

@@ -1,8 +1,10 @@
 """Variables, and what they are assigned."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
+import keras
 from keras.src import backend
 from tensorflow.python.ops import resource_variable_ops
 
@@ -36,6 +38,16 @@ def assigning_through(function):
             variable, function(variable, value)
         )
     )
+
+
+def are_summed_on_read() -> bool:
+    """Returns whether each replica has a metric's variables to itself.
+
+    Before Keras 3.10 all replicas write each other's: the metrics that plain
+    Keras reports of several are wrong.
+    """
+    parameters = inspect.signature(keras.Variable).parameters
+    return "synchronization" in parameters
 
 
 def is_overwritten(variable) -> bool:
