@@ -40,6 +40,17 @@ needs_multi_optimizer = unittest.skipUnless(
 )
 
 
+def divides_activity_losses():
+    """Returns whether an activity's loss is a mean over rows, or their sum.
+
+    It is a mean from Keras 3.14 on.
+    """
+    with tf.init_scope():
+        layer = keras.layers.ActivityRegularization(l2=1.0)
+        layer(np.ones((2, 1), "float32"))
+        return float(layer.losses[0]) == 1.0
+
+
 def with_nightly(cases, nightly):
     """Returns the cases for every change, and at night those for the night."""
     return [*cases, *(nightly if IS_NIGHTLY else ())]

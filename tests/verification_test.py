@@ -173,6 +173,8 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         model = own(Teaching, **ACCUM_STEPS)
         model.average = keras.models.clone_model(model)
         model.average.trainable = trainable
+        if len(model.variables) == len(model.average.variables):
+            self.skipTest("Functional models of this Keras do not list it.")
         found = keras_accum.verify(model, x, y)
         self.assertFalse(found.exact)
         self.assertEqual(found.differences[0].what, "state")
