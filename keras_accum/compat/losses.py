@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 from keras.src import backend
+from keras.src.backend.common import masking
 from keras.src.losses import loss as loss_module
 
 from keras_accum.compat.hooks import Hook
@@ -39,12 +40,12 @@ def as_on_one_replica() -> Iterator[None]:
 
 def keras_mask(tensor):
     """Returns the mask that a layer attached to its output, or None."""
-    return backend.get_keras_mask(tensor)
+    return masking.get_keras_mask(tensor)
 
 
 def set_keras_mask(tensor, mask) -> None:
     """Attaches a mask to an output, as a layer does."""
-    backend.set_keras_mask(tensor, mask)
+    masking.set_keras_mask(tensor, mask)
 
 
 def cached_logits(tensor):

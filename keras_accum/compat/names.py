@@ -41,11 +41,10 @@ NAMES = {
     "keras.src.backend": (
         "Variable",
         "compute_output_spec",
-        "get_keras_mask",
-        "set_keras_mask",
         "standardize_dtype",
     ),
     "keras.src.backend.common.global_state": ("get_global_attribute",),
+    "keras.src.backend.common.masking": ("get_keras_mask", "set_keras_mask"),
     "keras.src.backend.tensorflow.trainer": (
         "TFEpochIterator",
         "TensorFlowTrainer",
