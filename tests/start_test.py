@@ -1,0 +1,350 @@
+"""The pages for newcomers run as they stand, and their numbers are true.
+
+Each number of devices has a process: TensorFlow splits the CPU once.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from absl.testing import absltest
+from absl.testing import parameterized
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+DOCS = ROOT / "docs"
+PAGES = ("start", "glossary", "coming_from")
+# The pages that run on 1 and on 2 devices.
+PAGES_ON = {1: ("start", "coming_from"), 2: ("glossary",)}
+
+# Runs the blocks of each page in turn, and prints what each one printed.
+RUN = """
+import contextlib, io, json, sys
+import tensorflow as tf
+
+given = json.load(sys.stdin)
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * given["devices"],
+)
+results = {}
+for page, blocks in given["pages"].items():
+    names, results[page] = {"__name__": page}, []
+    for block in blocks:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(block, page, "exec"), names)
+        results[page].append(printed.getvalue())
+print(json.dumps(results))
+"""
+
+# Counts what the glossary's tables have, one `fit` for each column.
+COUNT = """
+import json
+import keras, keras_accum
+import numpy as np
+import tensorflow as tf
+
+rows = []
+
+
+class Counting(keras_accum.GradientAccumulationModel):
+    def train_step(self, data):
+        rows.append(int(data[0].shape[0]))
+        # No pass is needed to count, and these take less time.
+        gradients = [tf.zeros_like(v) for v in self.trainable_weights]
+        self.accumulate(gradients, rows[-1])
+        return {}
+
+
+class Steps(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.steps, self.window = 0, None
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps += 1
+        if self.window is None and self.model.optimizer.iterations.numpy():
+            self.window = list(rows)
+
+
+def counts(strategy, batch_size, **arguments):
+    rows.clear()
+    replicas = strategy.num_replicas_in_sync
+    with strategy.scope():
+        inputs = keras.Input((4,))
+        outputs = keras.layers.Dense(1)(inputs)
+        model = Counting(inputs, outputs, **arguments)
+        model.compile("sgd", "mse", run_eagerly=True)
+    x, counting = np.zeros((200, 4), "float32"), Steps()
+    try:
+        model.fit(
+            x, x[:, :1], batch_size=batch_size, callbacks=[counting], verbose=0
+        )
+    except ValueError as error:
+        return str(error)
+    window = counting.window
+    return {
+        "`batch_size` of `fit`": batch_size,
+        "micro-batch rows": max(rows),
+        "micro-batches per window": len(window) / replicas,
+        "micro-batches per window on one replica": len(window) / replicas,
+        "rows per window per replica": sum(window) / replicas,
+        "effective batch size": sum(window),
+        "steps per epoch": counting.steps,
+        "updates per epoch": int(model.optimizer.iterations.numpy()),
+        "last window": sum(rows) % sum(window),
+    }
+
+
+strategy = tf.distribute.get_strategy()
+if given["devices"] > 1:
+    strategy = tf.distribute.MirroredStrategy()
+print(json.dumps([counts(strategy, **each) for each in given["columns"]]))
+"""
+
+# What those do who forget something, on 2 devices.
+FORGETFUL = (
+    {"batch_size": 8, "accum_steps": 8},
+    {"batch_size": 16, "accum_steps": 8},
+    {"batch_size": 24, "effective_batch_size": 64},
+)
+
+# Rows of coming_from.md, and the claims of conformance.md that they are of.
+CLAIMS = {
+    "micro-batches of 9, 9, 9 and 1 rows": (
+        "Micro-batches of 9, 9, 9 and 1 rows"
+    ),
+    "masked tokens: 12, 3, 2 and 1 count": (
+        "Masked tokens: 12, 3, 2 and 1 of 12 count"
+    ),
+    "masked tokens, none in one micro-batch": (
+        "Masked tokens: none of a micro-batch count"
+    ),
+    "a loss that is a sum": "A loss that is a sum",
+    "7 micro-batches in an epoch, k = 4": "7 micro-batches an epoch, k = 4",
+    "7 micro-batches in an epoch, k = 16": "7 micro-batches an epoch, k = 16",
+    "a learning-rate schedule": "A learning-rate schedule counts updates",
+    "a moving average of the weights (`use_ema`): the averages": (
+        "A moving average of the weights sees updates"
+    ),
+    "a constraint, such as `NonNeg`": "A constraint is applied after updates",
+    "two devices": "Two replicas are one device",
+    "two devices, masked tokens": (
+        "Two replicas, masked tokens of uneven number"
+    ),
+    "two devices with XLA": "Compiled by XLA, two replicas",
+    "the loss that an epoch reports, masked tokens": (
+        "The loss that an epoch reports, masked tokens"
+    ),
+    "an L2 penalty beside a loss that is a sum": (
+        "L2, with a sum: it counts once per update"
+    ),
+    "the moving mean of BatchNorm": (
+        "Batch normalization: moving mean of the window's rows"
+    ),
+    "a window with a NaN is left out": "A window with a NaN can be left out",
+}
+
+
+@functools.cache
+def text_of(page):
+    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
+
+
+def blocks(page):
+    """Returns the Python of a page, each with the output below it or None."""
+    pattern = r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?"
+    return re.findall(pattern, text_of(page), re.DOTALL)
+
+
+def table_rows(text):
+    """Returns the cells of the lines of Markdown tables, but for rulers."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+    ]
+    return [row for row in cells if not set("".join(row)) <= set(":- ")]
+
+
+def example_table(devices):
+    """Returns the glossary's table of 1 or 2 devices: header and rows."""
+    section = text_of("glossary").split("### An example with numbers")[1]
+    begin = section.index(f"On **{devices} device")
+    found = re.search(r"^\|.*?\n\n", section[begin:], re.DOTALL | re.MULTILINE)
+    return table_rows(found.group())
+
+
+def columns(devices):
+    """Returns the arguments of each column of that table."""
+    (_, *heads), *rows = example_table(devices)
+    sizes = dict((name, cells) for name, *cells in rows)
+    return [
+        eval(f"dict({head.strip('`')})") | {"batch_size": int(size)}
+        for head, size in zip(
+            heads, sizes["`batch_size` of `fit`"], strict=True
+        )
+    ]
+
+
+def start(devices, pages):
+    """Starts a process that runs pages and counts columns."""
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN + COUNT],
+        env=os.environ | {"PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    wanted = {
+        "devices": devices,
+        "pages": {page: [code for code, _ in blocks(page)] for page in pages},
+        "columns": columns(devices) + (list(FORGETFUL) * (devices == 2)),
+    }
+    process.stdin.write(json.dumps(wanted))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+@functools.cache
+def results():
+    """Returns what was printed and counted, by the number of devices."""
+    processes = {
+        devices: start(devices, PAGES_ON[devices]) for devices in (1, 2)
+    }
+    found = {}
+    for devices, process in processes.items():
+        out, err = process.communicate()
+        if process.returncode:
+            raise AssertionError(err)
+        found[devices] = [json.loads(line) for line in out.splitlines()]
+    return found
+
+
+def comparable(printed):
+    """Returns lines in an order that rounding does not change."""
+    rounding = re.compile(r"\b\d\.\de-(0[789]|1\d)|\b0\.0e\+00")
+    return sorted(rounding.sub("rounding", printed).split("\n"))
+
+
+def figure(cell):
+    """Returns a figure of conformance.md as it is written, or what failed."""
+    cell = cell.replace("*", "").split("[")[0].strip()
+    return {"raises": "an error"}.get(cell, cell)
+
+
+class PagesTest(parameterized.TestCase):
+    @parameterized.parameters(1, 2)
+    def test_blocks_print_what_is_below_them(self, devices):
+        printed, _ = results()[devices]
+        for page in PAGES_ON[devices]:
+            pairs = zip(blocks(page), printed[page], strict=True)
+            for (code, expected), actual in pairs:
+                with self.subTest(page=page, code=code):
+                    if expected:
+                        self.assertEqual(
+                            comparable(actual), comparable(expected)
+                        )
+
+    def test_pages_have_outputs(self):
+        for page, outputs in zip(PAGES, (1, 1, 7), strict=True):
+            found = [expected for _, expected in blocks(page) if expected]
+            self.assertLen(found, outputs, page)
+
+    @parameterized.product(page=PAGES)
+    def test_links_exist(self, page):
+        links = re.findall(r"\]\(([^)\s]+)\)", text_of(page))
+        local = [link for link in links if "://" not in link]
+        self.assertNotEmpty(local)
+        for link in local:
+            with self.subTest(link):
+                name, _, anchor = link.partition("#")
+                file = DOCS / (name or f"{page}.md")
+                self.assertTrue(file.is_file())
+                if anchor:
+                    self.assertIn(anchor, anchors(file))
+
+
+def anchors(file):
+    """Returns what links to a page may have behind `#`."""
+    text = file.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return [
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    ]
+
+
+class NumbersTest(parameterized.TestCase):
+    @parameterized.parameters(1, 2)
+    def test_glossary(self, devices):
+        _, counted = results()[devices]
+        _, *rows = example_table(devices)
+        self.assertGreater(len(rows), 5)
+        for name, *cells in rows:
+            with self.subTest(name):
+                name = name.split(", ")[0]
+                self.assertEqual(
+                    [int(cell) for cell in cells],
+                    [column[name] for column in counted[:3]],
+                )
+        for column in counted[:3]:
+            # 200 = 3 x 64 + 8.
+            self.assertEqual(column["last window"], 8)
+
+    def test_start_makes_4_updates(self):
+        printed, _ = results()[1]
+        self.assertIn("4/4", printed["start"][2])
+
+    def test_forgetful(self):
+        _, (*_, same, larger, refused) = results()[2]
+        self.assertEqual(same["micro-batch rows"], 4)
+        self.assertEqual(same["effective batch size"], 64)
+        self.assertEqual(larger["effective batch size"], 128)
+        self.assertEqual(larger["updates per epoch"], 2)
+        self.assertIn("must be a multiple", refused)
+
+    @parameterized.parameters(
+        ("## Keras's own", "Keras"),
+        ("## gradient-accumulator", "gradient-accumulator"),
+        ("## PyTorch Lightning", "Lightning"),
+        ("## Hugging Face Accelerate", "Accelerate"),
+        ("## optax", "optax.MultiSteps"),
+    )
+    def test_figures_are_those_of_conformance(self, heading, system):
+        claims = table_rows(text_of("conformance"))
+        head = next(row for row in claims if row[:2] == ["", "bound"])
+        figures = {row[0]: row for row in claims if len(row) == len(head)}
+        (_, section) = text_of("coming_from").split(f"\n{heading}", 1)
+        rows = [
+            row
+            for row in table_rows(section.split("\n## ")[0])
+            if row[0] in CLAIMS
+        ]
+        self.assertGreater(len(rows), 1)
+        for name, theirs, ours, _ in rows:
+            with self.subTest(name):
+                row = figures[CLAIMS[name]]
+                expected = figure(row[head.index(system)])
+                if theirs.endswith((" %", " % off")):
+                    shown = float(theirs.split(" %")[0])
+                    # A page is not written again for another digit.
+                    self.assertAlmostEqual(
+                        shown, 100 * float(expected), delta=5
+                    )
+                else:
+                    self.assertEqual(theirs, expected)
+                for way in ("`accum_steps`", "`microbatch_size`"):
+                    cell = row[head.index(f"keras_accum, {way}")]
+                    self.assertLess(float(cell), 1e-4)
+                self.assertEqual(ours, "0 %")
+
+
+if __name__ == "__main__":
+    absltest.main()
