@@ -8,8 +8,7 @@ refused here, by name. `tests/compat_test.py` says what each means.
 
 from keras_accum.compat import names
 
-if message := names.missing():
-    raise ImportError(message)
+names.check_all()
 
 from keras_accum.compat.classes import CheckpointMixin
 from keras_accum.compat.classes import Saveable

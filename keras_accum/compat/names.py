@@ -129,17 +129,16 @@ NAMES = {
 OLDEST = {"keras": (3, 8), "tensorflow": (2, 16)}
 
 
-def missing() -> str | None:
-    """Returns what to say of the first name that is not there, if any is."""
+def check_all() -> None:
+    """Raises an `ImportError` for the first name that is not there."""
     for path, names in NAMES.items():
         try:
             owner = _resolve(path)
         except ImportError:
-            return absence(path)
+            raise ImportError(absence(path)) from None
         for name in names:
             if not has(owner, name):
-                return absence(f"{path}.{name}")
-    return None
+                raise ImportError(absence(f"{path}.{name}"))
 
 
 def _resolve(path):
