@@ -89,7 +89,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
             self.assertAllEqual(a, b)
 
     @parameterized.parameters(("keras", 0), ("h5", 1), ("tf", 2))
-    @test_utils.first_command(0, 2)
+    @test_utils.first_command(0)
     def test_bits_are_those_of_a_run_without_a_break(self, kind, batch):
         self.check_bits(kind, batch)
 

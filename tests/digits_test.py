@@ -192,6 +192,7 @@ class TrainingTest(tf.test.TestCase, parameterized.TestCase):
             FLOAT64_BOUND,
         )
 
+    @pytest.mark.thorough
     def test_takes_other_sets(self):
         # 20 images in windows of 8, 8 and 4: one micro-batch in the last.
         mnist = settings(dataset="mnist", batch_size=8, accum_steps=2)

@@ -307,7 +307,7 @@ class NonfiniteTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.product(
         wrap=(lambda optimizer: optimizer, scaled), jit_compile=(True, False)
     )
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(3)
     def test_a_window_is_skipped_as_a_whole(self, wrap, jit_compile):
         model = gan(
             wrap, nonfinite="skip_window", mode={"jit_compile": jit_compile}

@@ -13,9 +13,9 @@ from tests import test_utils
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 REPLICAS = "tests/replicas_test.py"
-ROWS, STATE, PRECISION, WINDOWS, STEPS, ONE = (
+ROWS, STATE, PRECISION, WINDOWS, STEPS = (
     f"{REPLICAS}::{name}Test"
-    for name in ("Rows", "State", "Precision", "Window", "Step", "OneReplica")
+    for name in ("Rows", "State", "Precision", "Window", "Step")
 )
 # All that goes over two replicas, in whatever module.
 EVERYTHING = (
@@ -29,13 +29,10 @@ EVERYTHING = (
 
 
 class ReplicaCountsTest(parameterized.TestCase):
-    def test_one(self):
-        # Scripts for any number of GPUs run on one of them mostly.
-        self.check("mirrored_1", ONE)
-
     @parameterized.parameters(
         *test_utils.with_nightly(
             [
+                # Scripts for any number of GPUs run on one of them mostly.
                 ("one_device", ROWS, STATE, PRECISION),
                 ("mirrored_1", *EVERYTHING),
                 ("multi_worker_1", ROWS, STATE, PRECISION, WINDOWS, STEPS),
