@@ -25,3 +25,8 @@ __all__ = [
     "schedules",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    """Lists the API, and not the modules that make it."""
+    return __all__

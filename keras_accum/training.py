@@ -112,7 +112,7 @@ class Programs:
             and accumulation.options.window_kind == "count"
             and model.steps_per_execution == 1
             and not model.run_eagerly
-            # Each replica would be traced for every batch.
+            # An update with reductions is no function: see `make_update`.
             and not replicas.has_several(model.distribute_strategy)
         )
 

@@ -137,6 +137,8 @@ class NameTest(test_utils.TestCase):
         )
         for name in keras_accum.__all__:
             self.assertTrue(hasattr(keras_accum, name))
+        # What Tab shows has no modules of ours.
+        self.assertEqual(dir(keras_accum), sorted(keras_accum.__all__))
 
     def test_documented(self):
         for cls in (
