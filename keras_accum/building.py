@@ -51,8 +51,7 @@ def build_optimizer_early(
             if is_traced:
                 # Where Keras builds it in a trace, what `build` assigns is
                 # lost, as ScheduleFreeAdamW's copies of the weights.
-                functions = {"assign": lambda variable, value: variable}
-                stack.enter_context(compat.replacing_assignments(functions))
+                stack.enter_context(compat.optimizers_assigning_nothing())
             build_optimizer(optimizer, variables)
 
     replicas.on_each(strategy, build)

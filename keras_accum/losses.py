@@ -21,7 +21,6 @@ from keras_accum import weighting
 from keras_accum.coupling import Kind
 from keras_accum.findings import Findings
 from keras_accum.loss_tracker import WindowLoss
-from keras_accum.microbatch import Microbatch
 from keras_accum.overrides import Overrides
 from keras_accum.rows import number_of_rows
 from keras_accum.steps import forward
@@ -324,11 +323,23 @@ class Losses:
         kinds = self.found.added
         return kinds if len(kinds) == count else (None,) * count
 
-    def find_sum(self, microbatch: Microbatch, is_sum: bool):
+    def ask_for_sum(self, *batch) -> None:
+        """Asks an override of `microbatch_weight`, before there is a loss.
+
+        How regularizers count depends on it.
+
+        Args:
+            *batch: What `microbatch_weight` takes.
+        """
+        is_overridden = self._overrides.has("microbatch_weight")
+        if self._found_sum is None and is_overridden:
+            self._found_sum = self.model.microbatch_weight(*batch) is None
+
+    def find_sum(self, is_sum: bool, warns: bool) -> None:
         """Records what `microbatch_weight` said, which comes after the loss."""
         if (
-            is_sum != self.is_sum
-            and microbatch.is_first is not True
+            warns
+            and is_sum != self.is_sum
             and added_losses.number_of_regularizers(self.model)
         ):
             self.warn_once(warned.REGULARIZERS)

@@ -51,6 +51,9 @@ class StepLoss:
         self._tape = tape
         self._microbatch = microbatches.current(self._model)
         self._terms: Terms | None = None
+        # What is traced is for all micro-batches, this one too.
+        if tf.inside_function() and not self._microbatch.is_share:
+            losses.ask_for_sum(*self._batch)
         self.value = self._compute()
 
     def take_apart(self, scaled: tf.Tensor) -> list[Part]:
@@ -78,7 +81,11 @@ class StepLoss:
         """
         losses, microbatch = self._losses, self._microbatch
         found = found or [self._whole()]
-        losses.find_sum(microbatch, all(each.weight is None for each in found))
+        # Where it was taken apart, regularizers do not depend on it.
+        losses.find_sum(
+            all(each.weight is None for each in found),
+            warns=self._terms is None and microbatch.is_first is not True,
+        )
         if losses.is_sum:
             added_losses.regularize_without_rows(self._model, microbatch)
         tracker = losses.make_tracker()

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from unittest import mock
 
 import keras
 import numpy as np
@@ -377,6 +378,23 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
         model.compile("sgd", loss=test_utils.crossentropy())
         with self.assertWarnsRegex(UserWarning, "may count more than once"):
             model.train_step(test_utils.microbatches([4])[0])
+
+    def test_an_override_is_asked_before_regularizers_count(self):
+        class Sum(keras_accum.GradientAccumulationModel):
+            def microbatch_weight(self, x, y, y_pred, sample_weight=None):
+                return None
+
+        model = test_utils.mlp(Sum, regularizer="l2", accum_steps=2)
+        model.compile("sgd", loss=test_utils.crossentropy())
+        losses = model._accumulation.losses
+        with mock.patch.object(
+            losses, "are_to_be_measured", return_value=False
+        ):
+            # It warns of nothing.
+            model.fit(
+                test_utils.dataset(test_utils.microbatches([4] * 2)), verbose=0
+            )
+        self.assertTrue(losses.is_sum)
 
     @parameterized.parameters("sum_over_batch_size", "mean_with_sample_weight")
     def test_a_window_of_weight_zero_regularizes(self, reduction):

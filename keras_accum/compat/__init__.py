@@ -97,4 +97,5 @@ from keras_accum.compat.trainer import takes_training_argument
 from keras_accum.compat.variables import are_summed_on_read
 from keras_accum.compat.variables import assigning_through
 from keras_accum.compat.variables import is_overwritten
+from keras_accum.compat.variables import optimizers_assigning_nothing
 from keras_accum.compat.variables import replacing_assignments

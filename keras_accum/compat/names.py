@@ -33,6 +33,7 @@ NAMES = {
         "_all_reduce_sum_gradients",
         "_trainable_variables",
         "apply",
+        "assign",
     ),
     "keras.Variable": ("_direct_assign",),
     "keras.callbacks.Callback": ("_model",),

@@ -11,6 +11,7 @@ from tensorflow.python.ops import resource_variable_ops
 from keras_accum.compat.hooks import Hook
 
 _assignments = Hook(backend.Variable, "_direct_assign")
+_optimizers_assignments = Hook(keras.Optimizer, "assign")
 # Of the two classes that there are, either may have methods of its own.
 _tensorflow_assignments = [
     (name, Hook(owner, name))
@@ -48,6 +49,17 @@ def are_summed_on_read() -> bool:
     """
     parameters = inspect.signature(keras.Variable).parameters
     return "synchronization" in parameters
+
+
+def optimizers_assigning_nothing():
+    """Ignores what optimizers assign in this thread, as in their `build`.
+
+    What a checkpoint restores is assigned in other ways.
+
+    Returns:
+        A context manager.
+    """
+    return _optimizers_assignments.calling(lambda *unused: None)
 
 
 def is_overwritten(variable) -> bool:
