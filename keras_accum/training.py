@@ -138,7 +138,8 @@ class Programs:
     def loop(self) -> Callable:
         """Returns a function of an iterator, which makes steps."""
         if self._accumulation.losses.are_to_be_measured():
-            return self._first_loop
+            # Made for one call, and not kept.
+            return self._make_first_loop()
         return self._later_loop
 
     @functools.cached_property
@@ -148,9 +149,8 @@ class Programs:
             return loops.make_host_loop(model, self.step)
         return loops.make_loop(model, self.step, model.steps_per_execution)
 
-    @functools.cached_property
-    def _first_loop(self):
-        """Looks at the first batch's losses, too."""
+    def _make_first_loop(self):
+        """Returns what looks at the first batch's losses, too."""
         look = functools.partial(first_batch.look_at, self._accumulation)
         return loops.make_host_loop(self._accumulation.model, self.step, look)
 
