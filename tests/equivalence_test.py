@@ -2,7 +2,6 @@
 
 import functools
 import warnings
-from unittest import mock
 
 import keras
 import numpy as np
@@ -369,32 +368,28 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
             windows(),
         )
 
-    def test_regularizers_that_may_count_twice_are_warned_of(self):
+    def said_to_sum(self):
+        """Returns a model whose override says so, and whose loss is a mean."""
+
         class Sum(keras_accum.GradientAccumulationModel):
             def microbatch_weight(self, x, y, y_pred, sample_weight=None):
                 return None
 
         model = test_utils.mlp(Sum, regularizer="l2", accum_steps=2)
         model.compile("sgd", loss=test_utils.crossentropy())
+        return model
+
+    def test_regularizers_that_may_count_twice_are_warned_of(self):
+        model = self.said_to_sum()
         with self.assertWarnsRegex(UserWarning, "may count more than once"):
             model.train_step(test_utils.microbatches([4])[0])
 
     def test_an_override_is_asked_before_regularizers_count(self):
-        class Sum(keras_accum.GradientAccumulationModel):
-            def microbatch_weight(self, x, y, y_pred, sample_weight=None):
-                return None
-
-        model = test_utils.mlp(Sum, regularizer="l2", accum_steps=2)
-        model.compile("sgd", loss=test_utils.crossentropy())
-        losses = model._accumulation.losses
-        with mock.patch.object(
-            losses, "are_to_be_measured", return_value=False
-        ):
-            # It warns of nothing.
-            model.fit(
-                test_utils.dataset(test_utils.microbatches([4] * 2)), verbose=0
-            )
-        self.assertTrue(losses.is_sum)
+        # In a loop by hand, nothing was measured. It warns of nothing.
+        model = self.said_to_sum()
+        batch = tuple(map(tf.constant, test_utils.microbatches([4])[0]))
+        tf.function(model.train_step, autograph=False)(batch)
+        self.assertTrue(model._accumulation.losses.is_sum)
 
     @parameterized.parameters("sum_over_batch_size", "mean_with_sample_weight")
     def test_a_window_of_weight_zero_regularizes(self, reduction):

@@ -56,11 +56,14 @@ class CountingTest(test_utils.TestCase, parameterized.TestCase):
     def counted(self, state, microbatches, asks=False):
         """Returns where first and last micro-batches are, counted in Python."""
         first, last = [], []
+        is_first = state.read()[0] == 0
         for index in range(microbatches):
             is_last = state.next_is_last()
-            position, _ = state.read() if asks else state._counted
-            first += [index] * (position == 0)
+            if asks:
+                self.assertEqual(state.read()[0] == 0, is_first)
+            first += [index] * is_first
             last += [index] * is_last
+            is_first = is_last
             if is_last:
                 state.complete()
             state.count(is_last)
