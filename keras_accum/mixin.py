@@ -21,6 +21,7 @@ from keras_accum import evaluation
 from keras_accum import functional
 from keras_accum import iterators
 from keras_accum import microbatch
+from keras_accum import rematerialization
 from keras_accum import sharing
 from keras_accum import steps
 from keras_accum.accumulation import Accumulation
@@ -240,6 +241,11 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         losses = self._accumulation.losses
         shown = losses.shown()
         return losses.of(super().losses) if shown is None else shown
+
+    def __call__(self, *args, **kwargs):
+        """Calls the model as Keras does; what is recomputed is exact."""
+        with rematerialization.exact():
+            return super().__call__(*args, **kwargs)
 
     def train_step(self, data) -> dict[str, tf.Tensor]:
         """Adds one micro-batch to the window; never updates.

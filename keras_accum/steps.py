@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_accum import callers
 from keras_accum import compat
 from keras_accum import microbatch as microbatches
+from keras_accum import rematerialization
 from keras_accum import rows
 from keras_accum import warned
 from keras_accum.calls import Call
@@ -74,6 +75,7 @@ def call_train_step(accumulation, microbatch: Microbatch, data) -> dict:
         )
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(rematerialization.exact())
         stack.enter_context(compat.before_updates(refuse))
         if accumulation.overrides.step("train_step") is not None:
             record = microbatch.origins.record
@@ -186,7 +188,7 @@ def test_microbatch(
     model = accumulation.model
     function = model.test_function
     microbatch = accumulation.microbatch(data, is_first, trains=False, **known)
-    with microbatch as current:
+    with microbatch as current, rematerialization.exact():
         logs = model.test_step(data)
         # What an evaluation assigns is made the replicas' mean as well.
         accumulation.window["state"].add(current)

@@ -30,6 +30,7 @@ LAYERS = (
         "options",
         "overrides",
         "rehearsal",
+        "rematerialization",
         "replicas",
         "selection",
         "sharing",

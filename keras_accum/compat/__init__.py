@@ -34,6 +34,7 @@ from keras_accum.compat.iterators import iterating_over
 from keras_accum.compat.iterators import number_of_batches
 from keras_accum.compat.iterators import record_number_of_batches
 from keras_accum.compat.iterators import recording_epoch_iterators
+from keras_accum.compat.layers import all_layers
 from keras_accum.compat.layers import compute_dtypes
 from keras_accum.compat.layers import existing_seed_state
 from keras_accum.compat.layers import global_seed_state
@@ -69,6 +70,15 @@ from keras_accum.compat.losses import set_cached_logits
 from keras_accum.compat.losses import set_keras_mask
 from keras_accum.compat.losses import unscale_loss
 from keras_accum.compat.losses import weighting_losses
+from keras_accum.compat.remat import CallContext
+from keras_accum.compat.remat import collecting_added_losses
+from keras_accum.compat.remat import depends_on_weights
+from keras_accum.compat.remat import is_made_of_recomputed
+from keras_accum.compat.remat import recompute_layer
+from keras_accum.compat.remat import recomputing_by
+from keras_accum.compat.remat import unrepeatable
+from keras_accum.compat.remat import value_without_cast
+from keras_accum.compat.remat import without_tape
 from keras_accum.compat.replicas import concatenate_outputs
 from keras_accum.compat.replicas import local_variable
 from keras_accum.compat.replicas import sum_to
@@ -96,6 +106,7 @@ from keras_accum.compat.trainer import symbolic_build
 from keras_accum.compat.trainer import takes_training_argument
 from keras_accum.compat.variables import are_summed_on_read
 from keras_accum.compat.variables import assigning_through
+from keras_accum.compat.variables import before_assignments
 from keras_accum.compat.variables import is_overwritten
 from keras_accum.compat.variables import optimizers_assigning_nothing
 from keras_accum.compat.variables import replacing_assignments

@@ -85,6 +85,21 @@ class Hook:
             self._local.function = before
             self._leave()
 
+    def calling_before(self, function):
+        """Calls `function(owner, *args)`, and then what is called without it.
+
+        In this thread, as `calling`.
+        """
+        inner = getattr(self._local, "function", None)
+
+        def both(method, *args, **kwargs):
+            function(*args, **kwargs)
+            if inner is None:
+                return method(*args, **kwargs)
+            return inner(method, *args, **kwargs)
+
+        return self.calling(both)
+
     def _enter(self):
         """Wraps what is there for the first user, in whatever thread."""
         with self._lock:

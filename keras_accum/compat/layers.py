@@ -40,6 +40,11 @@ def inner_state(model) -> dict[int, keras.Variable]:
     }
 
 
+def all_layers(model) -> list[keras.layers.Layer]:
+    """Returns the layers of a model, and those in them, without itself."""
+    return list(model._flatten_layers(include_self=False))
+
+
 def unbuilt_layers(model) -> list[keras.layers.Layer]:
     """Returns the layers of a model, itself among them, that are not built."""
     return [layer for layer in model._flatten_layers() if not layer.built]
@@ -92,7 +97,8 @@ def recording_moments(function):
     """Passes what this thread's BatchNormalizations work with to `function`.
 
     Args:
-        function: Called as `function(layer, inputs, mask, means, variances)`.
+        function: Called as `function(layer, inputs, mask, means, variances)`;
+            None to pass them to nobody.
 
     Returns:
         A context manager.
@@ -103,7 +109,7 @@ def recording_moments(function):
         function(layer, inputs, mask, means, variances)
         return means, variances
 
-    return _moments.calling(record)
+    return _moments.calling(None if function is None else record)
 
 
 def replacing_moments(function):

@@ -35,7 +35,7 @@ NAMES = {
         "apply",
         "assign",
     ),
-    "keras.Variable": ("_direct_assign",),
+    "keras.Variable": ("_direct_assign", "_value"),
     "keras.callbacks.Callback": ("_model",),
     "keras.callbacks.TensorBoard": ("_write_keras_model_summary",),
     "keras.layers.BatchNormalization": ("_moments",),
@@ -109,7 +109,12 @@ NAMES = {
     "tensorflow.python.distribute.input_lib._SingleWorkerDatasetIteratorBase": (
         "_dataset",
     ),
+    "tensorflow.python.eager.record": ("stop_recording",),
     "tensorflow.python.framework.func_graph.FuncGraph": ("capture",),
+    "tensorflow.python.ops.custom_gradient": (
+        "_eager_mode_decorator",
+        "_graph_mode_decorator",
+    ),
     "tensorflow.python.ops.control_flow_util": ("GraphOrParentsInXlaContext",),
     "tensorflow.python.ops.resource_variable_ops": (
         "BaseResourceVariable",

@@ -11,7 +11,8 @@ def recording_gradients(function):
     """Calls `function` after each gradient of a tape, in this thread.
 
     Args:
-        function: Called as `function(target, sources, gradients)`.
+        function: Called as `function(target, sources, gradients)`; None to
+            call nobody.
 
     Returns:
         A context manager.
@@ -22,4 +23,4 @@ def recording_gradients(function):
         function(target, sources, gradients)
         return gradients
 
-    return _gradient.calling(gradient)
+    return _gradient.calling(None if function is None else gradient)

@@ -41,6 +41,17 @@ def assigning_through(function):
     )
 
 
+def before_assignments(function):
+    """Calls `function(variable)` before Keras assigns, in this thread.
+
+    Returns:
+        A context manager.
+    """
+    return _assignments.calling_before(
+        lambda variable, value: function(variable)
+    )
+
+
 def are_summed_on_read() -> bool:
     """Returns whether each replica has a metric's variables to itself.
 
