@@ -11,8 +11,10 @@ import tensorflow as tf
 from keras_accum import compat
 from keras_accum import gradients as arithmetic
 from keras_accum import replicas
+from keras_accum.annotations import AnyGradient
+from keras_accum.annotations import AnyTensor
+from keras_accum.annotations import Weight
 from keras_accum.control_flow import after_all_ops
-from keras_accum.gradients import Gradient
 from keras_accum.gradients import clear
 from keras_accum.options import check_dtype
 
@@ -109,9 +111,9 @@ class GradientAccumulator:
 
     def add(
         self,
-        gradients: Sequence[Gradient],
-        weight: float | tf.Tensor | None = 1.0,
-        first: bool | tf.Tensor = False,
+        gradients: Sequence[AnyGradient],
+        weight: Weight = 1.0,
+        first: bool | AnyTensor = False,
     ) -> None:
         """Adds one micro-batch's gradients.
 
@@ -136,9 +138,9 @@ class GradientAccumulator:
 
     def add_microbatch(
         self,
-        parts: Sequence[tuple[Sequence[Gradient], float | tf.Tensor | None]],
-        first: bool | tf.Tensor = False,
-        total: tf.Tensor | None = None,
+        parts: Sequence[tuple[Sequence[AnyGradient], Weight]],
+        first: bool | AnyTensor = False,
+        total: AnyTensor | None = None,
     ) -> None:
         """Adds the gradients of one micro-batch, which came in parts.
 
@@ -219,7 +221,7 @@ class GradientAccumulator:
         ]
 
     def mean(
-        self, sums: Sequence[tf.Tensor] | None = None
+        self, sums: Sequence[AnyTensor] | None = None
     ) -> list[tf.Tensor | None]:
         """Returns the weighted mean of the gradients since the last `reset`.
 

@@ -12,7 +12,7 @@ from typing import Self
 import keras
 import tensorflow as tf
 
-from keras_accum.gradients import Gradient
+from keras_accum.annotations import Gradient
 from keras_accum.gradients import add_two
 from keras_accum.gradients import as_gradient
 from keras_accum.gradients import check_lengths

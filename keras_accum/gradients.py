@@ -5,9 +5,7 @@ import tensorflow as tf
 from keras_accum import compat
 from keras_accum import outer_products
 from keras_accum import replicas
-
-# What a gradient may be: dense, rows of an embedding, or missing.
-Gradient = tf.Tensor | tf.IndexedSlices | None
+from keras_accum.annotations import Gradient
 
 
 def as_gradient(value) -> Gradient:

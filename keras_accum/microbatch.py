@@ -12,9 +12,9 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum.annotations import Gradient
 from keras_accum.calls import Call
 from keras_accum.finite import is_finite
-from keras_accum.gradients import Gradient
 from keras_accum.gradients import choose_all
 from keras_accum.gradients import select_all
 from keras_accum.layer_moments import Moments

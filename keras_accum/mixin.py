@@ -7,11 +7,16 @@ windows begin and end, and what Keras is told of it.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import Any
+from typing import Never
+from typing import Self
+from typing import Unpack
 
 import keras
 import tensorflow as tf
 
+from keras_accum import annotations
 from keras_accum import boundary
 from keras_accum import building
 from keras_accum import compat
@@ -27,11 +32,8 @@ from keras_accum import steps
 from keras_accum.accumulation import Accumulation
 from keras_accum.calls import make_call
 from keras_accum.checkpoint import WindowCheckpoint
-from keras_accum.gradients import Gradient
-from keras_accum.options import AccumSteps
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
-from keras_accum.options import takes_options
 from keras_accum.overrides import Overrides
 from keras_accum.saving import SavingMixin
 from keras_accum.saving import arguments_of
@@ -56,8 +58,8 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
 
     _accumulation: Accumulation | None = None
 
-    @takes_options
-    def __init__(self, *args, **kwargs) -> None:
+    @annotations.takes_options
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         options = Options.take_from(kwargs)
         if functional.is_functional_call(args, kwargs):
             self.__class__ = functional.class_of_clone(type(self))
@@ -76,7 +78,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
                 raise
             raise type(error)(f"{error}.{hint}") from error
 
-    def __init_subclass__(cls, **kwargs) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         ours = GradientAccumulationMixin
         in_front = cls.__mro__[: cls.__mro__.index(ours)]
@@ -101,8 +103,11 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
 
     @classmethod
     def from_model(
-        cls, model: keras.Model, *others, **arguments
-    ) -> keras.Model:
+        cls,
+        model: keras.Model,
+        *others: Never,
+        **arguments: Unpack[annotations.Arguments],
+    ) -> Self:
         """Makes a model that accumulates from one that exists already.
 
         It shares all with `model`: layers and variables, methods, names, and,
@@ -155,7 +160,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         return made
 
     @property
-    def accum_steps(self) -> AccumSteps:
+    def accum_steps(self) -> annotations.AccumSteps:
         """Micro-batches per window; may be set at any time.
 
         A change takes effect at the next window, and traces nothing again.
@@ -163,7 +168,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         return self._accumulation.position.accum_steps
 
     @accum_steps.setter
-    def accum_steps(self, value: AccumSteps) -> None:
+    def accum_steps(self, value: annotations.AccumSteps) -> None:
         self._accumulation.change(accum_steps=value, effective_batch_size=None)
 
     @property
@@ -176,7 +181,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         self._accumulation.change(accum_steps=1, effective_batch_size=value)
 
     @property
-    def microbatch_size(self) -> int | str | None:
+    def microbatch_size(self) -> annotations.MicrobatchSize:
         """Most rows of a micro-batch on each replica; may be set at any time.
 
         None where each batch is a micro-batch. "auto" until the first batch
@@ -185,20 +190,20 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         return self._accumulation.size.value
 
     @microbatch_size.setter
-    def microbatch_size(self, value: int | str | None) -> None:
+    def microbatch_size(self, value: annotations.MicrobatchSize) -> None:
         self._accumulation.change(microbatch_size=value)
 
     @property
-    def partial_window(self) -> str:
+    def partial_window(self) -> annotations.PartialWindow:
         """What becomes of a window that the epoch's end cuts short."""
         return self._accumulation.options.partial_window
 
     @partial_window.setter
-    def partial_window(self, value: str) -> None:
+    def partial_window(self, value: annotations.PartialWindow) -> None:
         self._accumulation.change(partial_window=value)
 
     @property
-    def nonfinite(self) -> str:
+    def nonfinite(self) -> annotations.Nonfinite:
         """What becomes of gradients with a NaN or an infinity.
 
         May be set at any time. A change forgets the micro-batches that the
@@ -207,7 +212,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         return self._accumulation.options.nonfinite
 
     @nonfinite.setter
-    def nonfinite(self, value: str) -> None:
+    def nonfinite(self, value: annotations.Nonfinite) -> None:
         self._accumulation.change(nonfinite=value)
 
     @property
@@ -247,7 +252,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         with rematerialization.exact():
             return super().__call__(*args, **kwargs)
 
-    def train_step(self, data) -> dict[str, tf.Tensor]:
+    def train_step(self, data: Any) -> dict[str, Any]:
         """Adds one micro-batch to the window; never updates.
 
         Args:
@@ -266,7 +271,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         with compat.instead_of_keras(self, "train_step", train):
             return super().train_step(data)
 
-    def test_step(self, data) -> dict[str, tf.Tensor]:
+    def test_step(self, data: Any) -> dict[str, Any]:
         """Evaluates one batch, or one of its micro-batches, as Keras does.
 
         Args:
@@ -287,8 +292,8 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
 
     def accumulate(
         self,
-        gradients: Iterable[Gradient | tuple[Gradient, keras.Variable]],
-        weight: float | tf.Tensor | None = 1.0,
+        gradients: annotations.GradientsOrPairs,
+        weight: annotations.Weight = 1.0,
         optimizer: keras.Optimizer | None = None,
     ) -> None:
         """Adds gradients to the window.
@@ -327,8 +332,8 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
             call.apply()
 
     def microbatch_weight(
-        self, x, y, y_pred, sample_weight=None
-    ) -> tf.Tensor | None:
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> annotations.Weight:
         """Returns how much a micro-batch counts: the denominator of its loss.
 
         The default takes it from the losses given to `compile`: the number of
@@ -375,8 +380,10 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         """Forgets the micro-batches that the window has so far."""
         self._accumulation.reset()
 
-    @functools.wraps(keras.Model.fit)
-    def fit(self, *args, **kwargs) -> keras.callbacks.History:  # noqa: D102
+    @annotations.documented_by(keras.Model.fit)
+    def fit(  # noqa: D102
+        self, *args: Any, **kwargs: Any
+    ) -> keras.callbacks.History:
         end_of_epoch = epochs.EndOfEpoch(self._accumulation)
         end_of_epoch.set_model(self)
         args, kwargs = epochs.prepend_callback(
@@ -398,17 +405,17 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         finally:
             self._accumulation.progress.end_training()
 
-    @functools.wraps(keras.Model.evaluate)
-    def evaluate(self, *args, **kwargs):  # noqa: D102
+    @annotations.documented_by(keras.Model.evaluate)
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         with iterators.ending():
             return super().evaluate(*args, **kwargs)
 
-    @functools.wraps(keras.Model.predict)
-    def predict(self, *args, **kwargs):  # noqa: D102
+    @annotations.documented_by(keras.Model.predict)
+    def predict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         with iterators.ending():
             return super().predict(*args, **kwargs)
 
-    def make_train_function(self, force: bool = False):
+    def make_train_function(self, force: bool = False) -> Callable:
         """Makes `self.train_function`, if it is not there or `force` is set."""
         if self.train_function is not None and not force:
             return self.train_function
@@ -417,7 +424,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         self.train_function = self._accumulation.make_train_function()
         return self.train_function
 
-    def make_test_function(self, force: bool = False):
+    def make_test_function(self, force: bool = False) -> Callable:
         """Makes `self.test_function`, if it is not there or `force` is set."""
         if self.test_function is not None and not force:
             return self.test_function
@@ -426,7 +433,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         self.test_function = evaluation.make_test_function(self._accumulation)
         return self.test_function
 
-    def make_predict_function(self, force: bool = False):
+    def make_predict_function(self, force: bool = False) -> Callable:
         """Makes `self.predict_function`, as `make_test_function`."""
         if self.predict_function is not None and not force:
             return self.predict_function

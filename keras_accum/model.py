@@ -1,10 +1,12 @@
 """`GradientAccumulationModel`: `keras.Model` with one update per window."""
 
+from typing import Any
+
 import keras
 
 from keras_accum import functional
+from keras_accum.annotations import takes_options
 from keras_accum.mixin import GradientAccumulationMixin
-from keras_accum.options import takes_options
 
 
 class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
@@ -99,7 +101,7 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
     """
 
     @takes_options
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if type(self) is GradientAccumulationModel:
             functional.check_positional(args)
         if functional.is_functional_call(args, kwargs):

@@ -36,7 +36,7 @@ from keras_accum import compat
 from keras_accum import finite
 from keras_accum import replicas
 from keras_accum import selection
-from keras_accum.gradients import Gradient
+from keras_accum.annotations import Gradient
 from keras_accum.microbatch import Microbatch
 from keras_accum.objectives import Update
 from keras_accum.window import Part

@@ -1,38 +1,39 @@
 """The arguments of models that accumulate, and what each may be."""
 
 import dataclasses
-import inspect
-from collections.abc import Callable
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Self
+from typing import get_args
 
 import numpy as np
 import tensorflow as tf
 
+from keras_accum.annotations import AccumSteps
+from keras_accum.annotations import MicrobatchSize
+from keras_accum.annotations import Nonfinite
+from keras_accum.annotations import PartialWindow
 from keras_accum.warned import did_you_mean
 
-# An int, or a function from the number of updates so far to an int.
-AccumSteps = int | Callable[[int], int]
-
 AUTO = "auto"
-PARTIAL_WINDOW_POLICIES = ("flush", "carry", "drop")
-NONFINITE_POLICIES = ("propagate", "skip_microbatch", "skip_window")
+PARTIAL_WINDOW_POLICIES = get_args(PartialWindow)
+NONFINITE_POLICIES = get_args(Nonfinite)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The options of a model that accumulates, as its user gave them.
 
-    The only place that lists these arguments. `GradientAccumulationModel` says
-    what they mean, and which errors they raise.
+    What runs takes the list of these arguments from here; `annotations.py`
+    repeats it for type checkers. `GradientAccumulationModel` says what they
+    mean, and which errors they raise.
     """
 
     accum_steps: AccumSteps = 1
-    microbatch_size: int | str | None = None
+    microbatch_size: MicrobatchSize = None
     effective_batch_size: int | None = None
-    partial_window: str = "flush"
-    nonfinite: str = "propagate"
+    partial_window: PartialWindow = "flush"
+    nonfinite: Nonfinite = "propagate"
     accumulator_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -111,26 +112,6 @@ class Options:
         )
 
 
-def takes_options(init: Callable) -> Callable:
-    """Decorates an `__init__` that passes `**kwargs` on to `take_from`.
-
-    Its signature, as `help` prints it, then lists the arguments one by one.
-    """
-    signature = inspect.signature(init)
-    options = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=field.type,
-        )
-        for field in dataclasses.fields(Options)
-    ]
-    *others, rest = signature.parameters.values()
-    init.__signature__ = signature.replace(parameters=[*others, *options, rest])
-    return init
-
-
 def check_one_way(options: Options) -> None:
     """Raises a `ValueError` if the size of a window is said twice."""
     steps = options.accum_steps
@@ -181,7 +162,7 @@ def check_effective_batch_size(value) -> None:
         )
 
 
-def check_microbatch_size(value) -> int | str | None:
+def check_microbatch_size(value) -> MicrobatchSize:
     """Returns `value`, or raises if it is no positive int, "auto" or None."""
     if value is None or (isinstance(value, str) and value == AUTO):
         return value

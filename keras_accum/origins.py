@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from keras_accum.gradients import Gradient
+from keras_accum.annotations import Gradient
 
 
 class Origins:

@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from keras_accum import weighting
-from keras_accum.gradients import Gradient
+from keras_accum.annotations import Gradient
 from keras_accum.weighting import Denominator
 
 

@@ -3,6 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Mapping
+from typing import Any
 from typing import Self
 
 import keras
@@ -27,7 +28,7 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
     _accum_checkpoint: WindowCheckpoint
 
     @compat.keeps_automatic_config
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         """Returns the configuration; with our arguments if functional."""
         inner = functional.other_class(type(self))
         config = (
@@ -68,7 +69,9 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
             output._accum_original = weakref.ref(self)
 
     @classmethod
-    def from_config(cls, config: dict, *args, **kwargs) -> Self:
+    def from_config(
+        cls, config: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Self:
         """Makes a model from its configuration."""
         config = dict(config)
         if isinstance(config.get("accum_steps"), dict):
@@ -89,7 +92,7 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
             model._accumulation.change(accumulator_dtype=dtype)
         return model
 
-    def load_weights(self, *args, **kwargs) -> None:
+    def load_weights(self, *args: Any, **kwargs: Any) -> None:
         """Loads weights, as `keras.Model.load_weights`, or changes nothing.
 
         Weights from the middle of a window come with what was gathered, and

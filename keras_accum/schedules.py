@@ -15,16 +15,27 @@ import re
 from collections.abc import Iterable
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
+from typing import Literal
 from typing import Self
+from typing import get_args
 
 import keras
 
 from keras_accum.options import check_positive_int
 
-UNITS = ("updates", "samples", "tokens")
+__all__ = ["LinearRamp", "PiecewiseConstant", "parse"]
+
+Unit = Literal["updates", "samples", "tokens"]
+UNITS = get_args(Unit)
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 PAIR = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMBT]?):([1-9][0-9]*)")
+
+
+def __dir__() -> list[str]:
+    """Lists the API, and not what makes it."""
+    return __all__
 
 
 def starts_in_updates(
@@ -69,7 +80,10 @@ class Schedule:
     """
 
     def __init__(
-        self, config: dict, boundaries: Sequence[int], values: Sequence[int]
+        self,
+        config: dict[str, Any],
+        boundaries: Sequence[int],
+        values: Sequence[int],
     ) -> None:
         self._config = config
         self._values = values
@@ -83,12 +97,12 @@ class Schedule:
         """Returns the micro-batches of a window that begins after `updates`."""
         return self._values[bisect.bisect_right(self._starts, updates)]
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         """Returns the arguments."""
         return copy.deepcopy(self._config)
 
     @classmethod
-    def from_config(cls, config: dict) -> Self:
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Makes a schedule from its configuration."""
         return cls(**config)
 
@@ -157,7 +171,7 @@ class PiecewiseConstant(Schedule):
         self,
         boundaries: Sequence[int],
         values: Sequence[int],
-        unit: str = "updates",
+        unit: Unit = "updates",
         microbatch: int = 1,
     ) -> None:
         boundaries = check_ints("boundaries", boundaries)
@@ -210,7 +224,7 @@ class LinearRamp(Schedule):
         initial: int,
         final: int,
         duration: int,
-        unit: str = "updates",
+        unit: Unit = "updates",
         microbatch: int = 1,
     ) -> None:
         ramp = {
@@ -225,7 +239,7 @@ class LinearRamp(Schedule):
 
 
 def parse(
-    text: str, unit: str = "updates", microbatch: int = 1
+    text: str, unit: Unit = "updates", microbatch: int = 1
 ) -> PiecewiseConstant:
     """Reads a schedule from a flag, as `"0:1 500:4 2000:16"`.
 

@@ -15,6 +15,7 @@ accumulates, with all random draws made alike, and puts everything back.
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -77,11 +78,8 @@ class Verification:
                 if reason not in reasons:
                     reasons.append(reason)
                 mark = f"({1 + reasons.index(reason)})"
-            name = (
-                "loss"
-                if each.what == "loss"
-                else (f"{each.what} of {each.name}")
-            )
+            is_loss = each.what == "loss"
+            name = "loss" if is_loss else f"{each.what} of {each.name}"
             lines.append(f"{each.distance:8.1e}  {mark:3}  {name}")
         lines += [
             f"({number}) {reason}" for number, reason in enumerate(reasons, 1)
@@ -89,7 +87,9 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(model: keras.Model, x, y=None, sample_weight=None) -> Verification:
+def verify(
+    model: keras.Model, x: Any, y: Any = None, sample_weight: Any = None
+) -> Verification:
     """Finds out whether a model accumulates exactly, and if not, why.
 
     It makes the model's own train step on a batch, whole and in uneven

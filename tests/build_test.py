@@ -22,7 +22,14 @@ FOLDERS = (
 # Modules of keras_accum import those of the rows above theirs, and no others. A
 # package among them counts as one.
 LAYERS = (
-    {"callers", "compat", "layer_moments", "outer_products", "warned"},
+    {
+        "annotations",
+        "callers",
+        "compat",
+        "layer_moments",
+        "outer_products",
+        "warned",
+    },
     {
         "checkpoint",
         "iterators",

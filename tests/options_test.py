@@ -1,12 +1,15 @@
 """The arguments of models that accumulate."""
 
+import dataclasses
 import inspect
+import typing
 
 import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
+from keras_accum import annotations
 from keras_accum import options
 from tests import test_utils
 
@@ -22,6 +25,23 @@ class SignatureTest(test_utils.TestCase):
                 list(parameters), ["args", *options.Options.names(), "kwargs"]
             )
             self.assertEqual(parameters["accum_steps"].default, 1)
+
+    def test_checkers_are_told_what_options_are(self):
+        fields = {
+            field.name: (field.type, field.default)
+            for field in dataclasses.fields(options.Options)
+        }
+        parameters = inspect.signature(
+            keras_accum.GradientAccumulationModel
+        ).parameters
+        told = {
+            name: (parameter.annotation, parameter.default)
+            for name, parameter in parameters.items()
+            if parameter.kind == inspect.Parameter.KEYWORD_ONLY
+        }
+        self.assertEqual(told, fields)
+        types = {name: annotation for name, (annotation, _) in fields.items()}
+        self.assertEqual(typing.get_type_hints(annotations.Arguments), types)
 
 
 class ErrorTest(test_utils.TestCase, parameterized.TestCase):

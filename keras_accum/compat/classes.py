@@ -1,12 +1,16 @@
 """The classes of models, and what is saved of them."""
 
 import copy
+from collections.abc import Callable
+from typing import TypeVar
 
 import keras
 from keras.src.models.functional import Functional
 from keras.src.models.functional import functional_like_constructor
 from keras.src.saving.keras_saveable import KerasSaveable
 from keras.src.utils import python_utils
+
+F = TypeVar("F", bound=Callable)
 
 
 def functional_class() -> type[keras.Model]:
@@ -97,7 +101,7 @@ class ToldOfClones:
         return outputs
 
 
-def keeps_automatic_config(get_config):
+def keeps_automatic_config(get_config: F) -> F:
     """Marks an override of `get_config` that only adds to Keras's.
 
     Keras writes the configuration of a subclass from the arguments of its
