@@ -16,7 +16,7 @@ from keras_accum.model import GradientAccumulationModel
 from keras_accum.rematerialization import rematerialize
 from keras_accum.verification import verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GradientAccumulationMixin",
