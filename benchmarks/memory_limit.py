@@ -64,7 +64,7 @@ FIRST_ROWS = 32
 MULTIPLES = (1, 16, 64)
 # How a process dies where TensorFlow is refused memory and does not say so.
 SIGNALS = ("SIGABRT", "SIGBUS", "SIGSEGV")
-PLAIN, OURS, LIMIT = "#b5460f", "#08519c", "#555555"
+PLAIN, OURS = "#b5460f", "#08519c"
 
 _LIMIT = flags.DEFINE_integer(
     "limit_mib",
@@ -192,61 +192,56 @@ def peaks(rows: list[Row], ours: bool) -> list[tuple[int, float]]:
     ]
 
 
-def with_unit(mib: float, position: int | None = None) -> str:
-    """Writes an amount of memory, as the picture's axis shows it."""
-    del position
-    return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.0f} GiB"
+def with_unit(mib: float) -> str:
+    """Writes an amount of memory, as the picture shows it."""
+    return f"{mib:.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
 
 
-def draw(dead: int, rows: list[Row], path: str) -> None:
+def draw(
+    plain: list[tuple[int, float]], ours: list[tuple[int, float]], path: str
+) -> None:
     """Writes a picture of the peak memory over the rows of the batch.
 
+    Both axes are linear: that one line rises and the other does not is what
+    there is to see.
+
     Args:
-        dead: The rows at which `keras.Model` died of the limit.
-        rows: `keras.Model` without the limit and the library under it.
+        plain: `peaks` of `keras.Model` without the limit.
+        ours: `peaks` of the library.
         path: The PNG file to write.
     """
-    picture = figure.Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    picture = figure.Figure(figsize=(7, 3.6), dpi=150, layout="constrained")
     axes = picture.add_subplot()
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    plain, ours = peaks(rows, ours=False), peaks(rows, ours=True)
-    for points, color in (plain, PLAIN), (ours, OURS):
-        axes.plot(*zip(*points, strict=True), "o-", color=color, lw=2, ms=5)
-    limit = _LIMIT.value
-    axes.axhline(limit, color=LIMIT, ls="--", lw=1.2)
-    axes.plot(dead, limit, "X", color=PLAIN, ms=11, mec="white", zorder=3)
-
-    last = rows[-1].training.rows
-    our_text = (
-        f"keras_accum under the limit, {_MICROBATCH_SIZE.value} rows at a time"
-    )
-    for text, place, offset, color in (
-        ("keras.Model, without a limit", plain[-2], (-10, 4), PLAIN),
-        (our_text, ours[-1], (0, -18), OURS),
-        (f"limit: {limit} MiB", (last, limit), (0, 5), LIMIT),
+    name = f"keras_accum, {_MICROBATCH_SIZE.value} rows at a time"
+    for points, color, label in (
+        (plain, PLAIN, "keras.Model"),
+        (ours, OURS, name),
     ):
+        rows, mib = zip(*points, strict=True)
+        gib = [each / 1024 for each in mib]
+        axes.plot(
+            rows, gib, "o-", color=color, lw=3, ms=6, clip_on=False, zorder=3
+        )
         axes.annotate(
-            text,
-            place,
-            offset,
-            "data",
-            "offset points",
+            f"{label}: {with_unit(mib[-1])}",
+            (rows[-1], gib[-1]),
+            (-12, 6),
+            textcoords="offset points",
             color=color,
+            fontsize=12,
+            fontweight="bold",
             ha="right",
         )
-    axes.annotate(
-        f"keras.Model under the limit dies at {dead:,} rows",
-        (dead, limit),
-        (10, 5),
-        textcoords="offset points",
-        color=PLAIN,
+    axes.set_xlim(0, 1.02 * plain[-1][0])
+    axes.set_ylim(bottom=0)
+    axes.set_title(
+        "Memory that one update needs", loc="left", fontsize=13, pad=14
     )
-    axes.set_ylim(bottom=min(peak for _, peak in ours) / 2.5)
-    axes.set_xlabel("rows of the batch, which is one update")
-    axes.set_ylabel("peak memory beyond the start")
+    axes.set_xlabel("rows in the batch")
+    axes.set_ylabel("peak memory, GiB")
+    axes.set_xticks([rows for rows, _ in plain])
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter(with_unit)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     picture.savefig(path)
@@ -273,7 +268,7 @@ def main(argv: list[str]) -> None:
         if ours.outcome.died:
             sys.exit("Lower --microbatch_size, or raise --limit_mib.")
         rows += [plain, ours]
-    draw(limited[-1].training.rows, rows, _PICTURE.value)
+    draw(peaks(rows, ours=False), peaks(rows, ours=True), _PICTURE.value)
 
 
 if __name__ == "__main__":

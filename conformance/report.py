@@ -161,7 +161,7 @@ def row(cells) -> str:
 
 def totals(results: dict[str, dict]) -> list[str]:
     """Returns a table of how many checks each system passes."""
-    lines = [row(["", "passes", "of those that apply", "releases"])]
+    lines = [row(["", "checks passed", "checks that apply", "releases"])]
     lines.append(row(["---", "---:", "---:", "---"]))
     for name, result in results.items():
         applying = [r for r in result["checks"].values() if applies(r)]

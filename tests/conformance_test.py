@@ -134,7 +134,7 @@ class ReportTest(tf.test.TestCase):
         readme = f"a\n{begin}\nold\n{end}\nb\n"
         replaced = report.with_totals(readme, {"keras": self.results()})
         self.assertNotIn("old", replaced)
-        self.assertStartsWith(replaced, f"a\n{begin}\n|  | passes")
+        self.assertStartsWith(replaced, f"a\n{begin}\n|  | checks passed")
         self.assertEndsWith(replaced, f"|\n{end}\nb\n")
 
     def test_the_page_is_of_these_checks_and_systems(self):

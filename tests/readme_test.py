@@ -1,15 +1,18 @@
 """The README's examples run as they stand, and train as they say.
 
 Each number of devices has a process: TensorFlow splits the CPU once, and the
-last block takes all that there are.
+last block takes all that there are. The lines that swap the class run twice:
+without what they add, and without what they remove.
 """
 
+import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import numpy as np
 from absl.testing import absltest
 from absl.testing import parameterized
 
@@ -24,6 +27,30 @@ tf.config.set_logical_device_configuration(
     [tf.config.LogicalDeviceConfiguration()] * {devices},
 )
 """
+# What a program has before the lines of the swap, and after them.
+BEFORE = """
+import keras
+import numpy as np
+
+keras.utils.set_random_seed(1)
+rng = np.random.default_rng(0)
+x = rng.normal(size=(1024, 32)).astype("float32")
+y = rng.integers(0, 10, 1024)
+inputs = keras.Input((32,))
+hidden = keras.layers.Dense(16, activation="relu")(inputs)
+outputs = keras.layers.Dense(10)(hidden)
+loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+start = np.concatenate(
+    [w.numpy().ravel() for w in keras.Model(inputs, outputs).weights]
+)
+np.random.seed(1)  # The order of the rows.
+"""
+AFTER = """
+weights = np.concatenate([w.numpy().ravel() for w in model.weights])
+print('class', type(model).__name__)
+print('updates', model.optimizer.iterations.numpy())
+print('weights', (weights - start).tolist())
+"""
 # What TensorFlow says of the machine, whoever trains.
 HARMLESS = re.compile(
     r"^([EIW]0000 |WARNING: All log messages|To enable the following)"
@@ -31,10 +58,15 @@ HARMLESS = re.compile(
 )
 
 
-def blocks():
-    """Returns the Python of the README, in its order."""
+def blocks(language="python"):
+    """Returns the code of the README in a language, in its order."""
     text = README.read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def side(diff, mark):
+    """Returns the lines of a diff that are not marked."""
+    return "\n".join(line[1:] for line in diff.splitlines() if line[0] != mark)
 
 
 def run(*code):
@@ -49,21 +81,36 @@ def run(*code):
 
 
 class ReadmeTest(parameterized.TestCase):
+    def test_swap(self):
+        (diff,) = blocks("diff")
+        moved = []
+        for mark, name in ("+", "Functional"), ("-", "GradientAccumulation"):
+            finished = run(BEFORE, side(diff, mark), AFTER)
+            self.assertEqual(finished.returncode, 0, finished.stderr)
+            self.assertIn(f"class {name}", finished.stdout)
+            # 1024 rows make 4 updates of 256.
+            self.assertIn("updates 4\n", finished.stdout)
+            (weights,) = re.findall("weights (.*)", finished.stdout)
+            moved.append(np.array(json.loads(weights)))
+        distance = np.linalg.norm(moved[0] - moved[1])
+        self.assertGreater(np.linalg.norm(moved[0]), 0.01)
+        self.assertLess(distance / np.linalg.norm(moved[0]), 1e-4)
+
     @parameterized.parameters(1, 2)
     def test_examples(self, devices):
-        accumulated, microbatched, replicated = blocks()
+        accumulated, replicated = blocks()
         updates = "print('updates', model.optimizer.iterations.numpy())"
         finished = run(
             SPLIT.format(devices=devices),
-            *(accumulated, updates, microbatched, updates, replicated, updates),
+            *(accumulated, updates, replicated, updates),
             "print('replicas', strategy.num_replicas_in_sync)",
         )
         self.assertEqual(finished.returncode, 0, finished.stderr)
-        # 1024 rows make 8 updates of 8 x 16 rows, in each of two epochs; 4 of
-        # 256; and of 16 micro-batches of 64 rows, 2.
+        # 1024 rows make 8 updates of 8 x 16 rows, in each of two epochs; and of
+        # 16 micro-batches of 64 rows, 2.
         self.assertEqual(
             re.findall(r"(?:updates|replicas) \d+", finished.stdout),
-            ["updates 16", "updates 4", "updates 2", f"replicas {devices}"],
+            ["updates 16", "updates 2", f"replicas {devices}"],
         )
         complaints = [
             line
