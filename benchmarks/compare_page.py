@@ -42,6 +42,12 @@ def ratio_cell(quartiles) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
+def percent(value: float) -> str:
+    """Writes a ratio in words: "14 % less", "29 % more"."""
+    word = "less" if value < 1 else "more"
+    return f"{abs(100 * (value - 1)):.0f} % {word}"
+
+
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Returns a Markdown table: first a column of text, then numbers."""
     return [
@@ -266,67 +272,89 @@ def draw_ratios(axis, times, bottom, label) -> None:
 INTRODUCTION = """\
 # Performance
 
-What accumulation costs, in time and memory, on a CPU. `python -m
-benchmarks.compare` measured it and wrote this page. Each system trains three
-models, the same in every framework and from the same data, in processes that
-take turns, with as many threads as there are cores. Ratios are medians over the
-rounds, with the middle half of them in brackets.
+What accumulation costs on a CPU, in time and memory. `python -m
+benchmarks.compare` measured it and wrote this page. Each system trains the
+same three models from the same data. The processes take turns, and each uses
+as many threads as there are cores.
 
 - **MLP**: 8.9 million parameters, micro-batches of 4 rows, k = 8, Adam.
-- **transformer**: decoder-only, 2.9 million parameters, 4 rows of 64 tokens,
-  k = 8, AdamW.
+- **transformer**: decoder-only, 2.9 million parameters, 4 rows of 64 tokens, k
+  = 8, AdamW.
 - **convolutional**: 1.1 million parameters, with batch normalization, 8 images
   of 32 x 32, k = 4, SGD.
 
-"k plain steps" are updates without accumulation, one for each micro-batch; "one
-step of the whole" is one update from all rows at once, for those who have the
-memory; "its ideal" is k gradients that nothing is done with, and one update.
-All three are of the same framework as the row, so that frameworks' kernels do
-not count. "/ `accum_steps`" compares across frameworks, where they do; how much
-is in the last column, which has no accumulation in it. PyTorch is not compiled,
-the others are. XLA on a CPU has slow convolutions inside a loop of its own:
-that is optax.microbatching's time on the convolutional network, and why our
-loop over micro-batches stands outside of XLA there
-(`python -m benchmarks.loop_forms`).
+For each model there are two tables. The first has the time of a window: k
+micro-batches and one update. The columns with "/" divide it by another time.
+0.54 means 46 % less time, 1.59 means 59 % more. Each ratio is a median over
+the rounds. The middle half of the rounds is in brackets.
 
-Peaks are of a process that only trains in this way. "over plain" is what it
-takes more than a process with plain steps. A first step is a new model's: it
-takes a micro-batch, or a whole window where a call does. So it does k times the
-work with `steps_per_execution=k`, with `microbatch_size` and in
-optax.microbatching. Traces are how often a change of k makes Python run through
-the model again, or JAX compile.
+| the time is divided by | what this is |
+| --- | --- |
+| k plain steps | one update for each micro-batch: no accumulation |
+| one step of the whole | one update from all rows at once |
+| its ideal | k gradients that are not stored, and one update |
+| `accum_steps` | the window of keras_accum with `accum_steps` |
 
-![Times of windows, over k plain steps and over ours](performance.png)
+The first three use the same framework as the row. So the speed of the
+framework does not count. "/ `accum_steps`" compares different frameworks, and
+there it does count. The last column shows how much: it compares plain steps of
+the two frameworks, without accumulation.
+
+PyTorch is not compiled here; the other systems are. XLA on a CPU has slow
+convolutions inside its own loops. This explains the time of
+optax.microbatching on the convolutional network. It is also the reason why the
+loop of keras_accum over micro-batches is outside of XLA there (`python -m
+benchmarks.loop_forms`).
+
+The second table has memory and the first step:
+
+- **peak**: the peak memory of a process that trains only in this way. **over
+  plain**: how much more this is than in a process with plain steps.
+- **first step**: the time of the first step of a new model. A step is a
+  micro-batch. It is a whole window with `steps_per_execution=k`, with
+  `microbatch_size` and in optax.microbatching. So there the step does k times
+  the work.
+- **traces**: how often a change of k makes Python run through the model again,
+  or JAX compile again.
+
+![Times of windows, divided by k plain steps and by ours](performance.png)
 """
 
 
 LIMIT = """\
 ## Where the limit is
 
-What a window of k micro-batches has to move and to compute, at the least. With
-P bytes of weights in float32, each micro-batch reads them twice, forward and
-backward; the first writes P bytes of sums, each further one reads and writes
-them; the update moves 7P with Adam, 3P without moments. Operations are those of
-matrix products and convolutions, forward, and twice that backward.
-[compare_limits.py](../benchmarks/compare_limits.py) counts them. Activations
-are left out, and so is that a cache keeps something: a model whose weights fit
-the cache can be faster than the floor of its bytes.
+How much must a window of k micro-batches move and compute, at the least? The
+weights have P bytes in float32.
 
-The floors follow from what this machine does at best: {bytes:.1f} GB/s in a
-sum of two long vectors, {operations:.0f} * 10^9 operations a second in a
+- Each micro-batch reads them twice: forward and backward.
+- The first micro-batch writes P bytes of sums. Each further one reads and
+  writes them.
+- The update moves 7P bytes with Adam, and 3P bytes without moments.
+- The operations are matrix products and convolutions: once forward, and twice
+  as many backward.
+
+[compare_limits.py](../benchmarks/compare_limits.py) counts them. It leaves out
+activations. It also leaves out the cache of the processor. If the weights fit
+into the cache, a model can be faster than the floor of its bytes.
+
+The floors follow from the best that this machine does: {bytes:.1f} GB/s in a
+sum of two long vectors, and {operations:.0f} * 10^9 operations a second in a
 product of two matrices of 2048 by 2048.
 
 {table}
 
-The same by arithmetic, on one H200 ({hbm} TB/s; {tf32:.0f} * 10^12 operations
-a second in TF32), on {gpus} of them with NVLink ({nvlink:.0f} GB/s each way),
-and on {hosts} hosts of {gpus} with 400 Gbit/s of Ethernet each; every GPU has
-micro-batches of its own. A ring reduces P bytes once a window, or, without
-accumulation, k times; none of it is hidden behind anything. {large} stands for
-a model of a size that is trained there: 1.4 billion parameters, 2048 tokens,
-4 rows, k = 8, in bfloat16 with float32 sums ({bf16:.0f} * 10^12 operations a
-second). **None of this was measured**: there was no GPU to run it on. The times
-are of the higher floor, and of the reductions.
+The next table is the same by arithmetic, for three machines: one H200 ({hbm}
+TB/s; {tf32:.0f} * 10^12 operations a second in TF32); {gpus} of them with
+NVLink ({nvlink:.0f} GB/s each way); and {hosts} hosts with {gpus} each, and
+400 Gbit/s of Ethernet for each host. Every GPU has its own micro-batches. The
+GPUs add up P bytes in a ring, once per window, or k times without
+accumulation. None of this time is hidden behind other work. {large} stands for
+a model of a size that is trained on such machines: 1.4 billion parameters,
+2048 tokens, 4 rows, k = 8, in bfloat16 with float32 sums ({bf16:.0f} * 10^12
+operations a second). **None of this was measured**: there was no GPU to run it
+on. Each time is the higher of the two floors, plus the time of the exchanges
+between GPUs.
 
 {arithmetic}
 """
@@ -366,12 +394,12 @@ def page(results: dict[str, dict], versions: dict[str, str]) -> str:
         if ours := result["ours"]:
             scratch, host = ours["scratch"], ours["host"]
             lines += [
-                f"Scratch memory that XLA plans, `accum_steps`: "
-                f"{scratch['window'] / 1e6:.1f} MB for a micro-batch in a "
-                f"window, {scratch['plain'] / 1e6:.1f} MB for a plain step: "
-                f"{scratch['window'] / scratch['plain']:.2f}.",
+                f"XLA plans {scratch['window'] / 1e6:.1f} MB of scratch memory "
+                f"for a micro-batch with `accum_steps`, and "
+                f"{scratch['plain'] / 1e6:.1f} MB for a plain step.",
                 "",
-                "Host work per micro-batch, an almost empty model in `fit`, "
-                f"over `keras.Model`: {ratio_cell(host)}.",
+                "For one micro-batch of an almost empty model, `fit` takes "
+                f"{percent(host[1])} time than `keras.Model` (the middle half "
+                f"of the rounds: {percent(host[0])} to {percent(host[2])}).",
             ]
     return "\n".join([*lines, "", limit(results)])

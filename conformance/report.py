@@ -37,24 +37,34 @@ _FOLDER = environments.FOLDER
 INTRODUCTION = """\
 # Conformance
 
-Who computes the right thing. Each row is a claim about gradient accumulation,
-each column a way to accumulate. Every system trains the same small models, from
-the same weights on the same rows, twice: on the large batch, without
-accumulation, and in micro-batches, as its documentation says. The figure is the
-distance between the two sets of weights, over the distance that the large batch
-moved them, where the row says nothing else. Systems are compared with
-themselves only: differences between frameworks do not count.
+Which ways to accumulate compute the right thing? Each row is a claim about
+gradient accumulation. Each column is a way to accumulate. Every system trains
+the same small models twice, from the same weights and on the same rows: first
+on the large batch, without accumulation; then in micro-batches, as its
+documentation says.
 
-A figure within the row's bound is a pass; a figure **in bold** is not. "no
-option" says that the system cannot be told to do it, which is no pass, and
-"raises" that it fails with an error; "–" says that the claim does not apply.
-A figure in bold with "warns" is no pass either, but the system says so itself.
-The reasons are below the tables.
+If the row says nothing else, the figure is the distance between the two sets
+of weights, divided by the distance that the large batch moved them. So 1e-07
+is rounding, and 1 means that the error is as large as the change by training.
+Each system is compared with itself only: differences between frameworks do not
+count.
 
-`python -m conformance.report` wrote this page: it makes an environment for each
-system, installs it, and runs [the checks](../conformance/checks.py) there. How
-each system is used is in the adapters beside them. Corrections by those who
-know a system better are welcome.
+| in the table | meaning | passed? |
+| --- | --- | --- |
+| a figure | It is within the bound of the row. | yes |
+| a figure **in bold** | It is not within the bound. | no |
+| the same, and "warns" | The same, but the system warns. | no |
+| "no option" | The system has no setting for it. | no |
+| "error" | The system fails with an error. | no |
+| "–" | The claim does not apply to the system. | not counted |
+
+A number in brackets leads to the reasons, below the tables.
+
+`python -m conformance.report` wrote this page. It makes an environment for
+each system, installs the system, and runs [the
+checks](../conformance/checks.py) there. Beside the checks is an adapter for
+each system, which shows how it is used. Corrections by people who know a
+system better are welcome.
 """
 
 
@@ -140,7 +150,7 @@ def cell(result: dict, notes: Notes) -> str:
     for key, text in (
         ("does_not_apply", "–"),
         ("no_option", "**no option**"),
-        ("error", "**raises**"),
+        ("error", "**error**"),
     ):
         if key in result:
             return f"{text} [{notes.number(escaped(result[key]))}]"

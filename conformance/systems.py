@@ -40,7 +40,7 @@ SYSTEMS = {
         (".",),
         ("keras_accum", "keras", "tensorflow"),
         "`GradientAccumulationModel(microbatch_size=n)`, large batches in "
-        "`fit`; n is the rows of the largest micro-batch.",
+        "`fit`; n is the number of rows in the largest micro-batch.",
     ),
     "keras": About(
         "Keras",
@@ -89,8 +89,8 @@ SYSTEMS = {
         "SummingLoop",
         ("torch", "numpy"),
         ("torch",),
-        "Losses as sums; before `step`, the gradients are divided by what all "
-        "of the window's losses together are to be divided by.",
+        "Losses as sums. Before `step`, the gradients are divided once, by the "
+        "number that the loss of the whole window is divided by.",
     ),
     "lightning": About(
         "Lightning",
@@ -106,7 +106,7 @@ SYSTEMS = {
         "Accelerate",
         ("accelerate", "numpy"),
         ("accelerate", "torch"),
-        "`accelerator.accumulate(model)`; for samples of uneven size the loop "
-        "of its guide on them.",
+        "`accelerator.accumulate(model)`; for samples of uneven size, the loop "
+        "in its guide on such samples.",
     ),
 }

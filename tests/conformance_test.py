@@ -109,9 +109,9 @@ class ReportTest(tf.test.TestCase):
                 "**0.5** warns [1]",
                 "2e-07",
                 "**not finite**",
-                "**raises** [2]",
+                "**error** [2]",
                 "– [3]",
-                "**raises** [2]",
+                "**error** [2]",
             ],
         )
         self.assertEqual(

@@ -236,7 +236,7 @@ def comparable(printed):
 def figure(cell):
     """Returns a figure of conformance.md as it is written, or what failed."""
     cell = cell.replace("*", "").split("[")[0].strip()
-    return {"raises": "an error"}.get(cell, cell)
+    return {"error": "an error"}.get(cell, cell)
 
 
 class PagesTest(parameterized.TestCase):
