@@ -37,37 +37,46 @@ _ROUNDS = flags.DEFINE_integer(
 INTRODUCTION = """\
 # Programs
 
-What happens to a program when its class is swapped. Each row is a short program
-for plain Keras, after the structure of a public one, that trains for {epochs}
-epochs with batches of {rows} rows; then with `accum_steps={steps}`, on batches
-of {small}; then with `microbatch_size={small}`, on batches of {rows}.
+What happens to a program when its class is swapped? Each row is a short
+program for plain Keras, written after a public one. It trains three times, for
+{epochs} epochs:
 
-- **Lines**: how many the swap removes and adds, the `import` among them. All
-  diffs are below.
-- **Weights**: how far those of the end are from plain Keras's, over how far
-  plain Keras moved them in its last epoch. **Logs**: the largest relative
-  distance of what `fit` reports of the last epoch.
-- **Time** and **memory**: of the process, over plain Keras's. Models are tiny
-  here: it is the time to trace and compile, and the memory of TensorFlow.
-  [Performance](performance.md) has the figures of models of some size.
+1. as it stands, with batches of {rows} rows;
+2. with `accum_steps={steps}`, on batches of {small};
+3. with `microbatch_size={small}`, on batches of {rows}.
 
-A distance **in bold** is beyond {bound:.0e}. The number behind it leads to what
-the library says of it, in a warning or by `keras_accum.verify`.
+The columns:
 
-`python -m conformance.program_report` wrote this page, from [the
-programs](../conformance/programs) and [their
-runner](../conformance/program_suite.py).
+- **lines**: how many lines the swap removes and adds, with the `import`. All
+  changes are below the table.
+- **weights**: the distance between the last weights and the last weights of
+  plain Keras, divided by the distance that plain Keras moved them in its last
+  epoch.
+- **logs**: the same for the values that `fit` reports: the largest relative
+  distance in the last epoch.
+- **time** and **memory** of the process, divided by the process of plain
+  Keras. The models are tiny here. So this is the time to trace and compile,
+  and the memory of TensorFlow. [Performance](performance.md) has the figures
+  of larger models.
+
+A distance **in bold** is larger than {bound:.0e}. The number behind it leads to
+the reason, below the table: a warning of the library, or what
+`keras_accum.verify` prints.
+
+`python -m conformance.program_report` wrote this page. It uses [the
+programs](../conformance/programs) and [a module that runs
+them](../conformance/program_suite.py).
 """
 # What the table has of each program, for both ways.
 COLUMNS = ("weights", "logs", "time", "memory")
 # Reasons that are not the library's words.
 DRAWS = (
-    "Exact, says `verify`, but for random draws, which are others in "
-    "micro-batches, or for rounding in half precision."
+    "`verify` finds the model exact. The difference comes from random numbers, "
+    "which each micro-batch draws anew, or from rounding in half precision."
 )
 LOGS = (
-    "What a `train_step` returns that is no metric is of its last rows alone: "
-    "of the last micro-batch."
+    "The `train_step` returns a value that is not a metric. `fit` reports it "
+    "for the last micro-batch alone."
 )
 
 
@@ -170,9 +179,11 @@ def page(results: dict[str, dict]) -> str:
             "## Results",
             "",
             f"{len(results)} programs, {versions}, "
-            f"{datetime.date.today().isoformat()}. {totals}. Each cell has "
-            + " and ".join(f"`{way}`" for way in suite.WAYS)
-            + ", in this order.",
+            f"{datetime.date.today().isoformat()}. How many have weights "
+            f"within the bound, or beyond it, or are refused: {totals}. Each "
+            "cell has two values: "
+            + ", then ".join(f"`{way}`" for way in suite.WAYS)
+            + ".",
             "",
             *table,
             "",
