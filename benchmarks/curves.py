@@ -7,7 +7,7 @@ A row is a paragraph, or 256 bytes of a long one; the rest is padding, which the
 embedding masks. Each update is made of the same 16 rows, whatever k is: they
 come in one micro-batch of 16 rows, in two of 8, and so on, to sixteen of one
 row. They are shuffled in each pass, and not sorted by length: a micro-batch of
-one row has 1 to 256 bytes that count. The initial weights, the learning rate and
+one row has 1 to 256 bytes that count. Initial weights, the learning rate and
 the order of the rows are the same, and there is no dropout. So all curves
 should lie on each other.
 
