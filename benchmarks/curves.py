@@ -37,9 +37,10 @@ With TensorFlow 2.21.0 and Keras 3.15.1:
     Keras        8      2.536   9.8e-02     2.633           2.7e-01      42 %
     Keras       16      2.521   1.0e-01     2.627           4.7e-01      71 %
 
-"Apart by" is the largest distance of a curve's point to that of k = 1. Keras's
-weights are other ones than the large batch's, and not worse. It took less than
-five minutes of CPU time.
+"Apart by" is the largest distance of a curve's point to that of k = 1. It took
+less than five minutes of CPU time. With `--seed=1`, Keras's weights for k = 16
+are 61 % off, ours 0.00012 %; the held-out loss is 2.617, for 2.602 with k = 1.
+With the one seed it is lower, with the other one higher.
 """
 
 import dataclasses
@@ -68,6 +69,9 @@ OURS, KERAS = "keras_accum", "Keras"
 COLORS = {1: "#000000", 2: "#7F7F7F", 4: "#009E73", 8: "#0072B2", 16: "#D55E00"}
 
 _PICTURE = flags.DEFINE_string("picture", None, "The PNG file to write.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Decides the initial weights and the order of the rows."
+)
 _RESULTS = flags.DEFINE_string(
     "results",
     None,
@@ -106,7 +110,7 @@ def paragraphs(texts: list[str]) -> language_model_text.Rows:
 
 def in_order(rows: language_model_text.Rows) -> tuple[np.ndarray, np.ndarray]:
     """Returns inputs and targets of a training, shuffled for every pass."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(_SEED.value)
     count = UPDATES * POINTS * ROWS
     passes = -(-count // len(rows))
     order = [rng.permutation(len(rows)) for _ in range(passes)]
@@ -116,7 +120,7 @@ def in_order(rows: language_model_text.Rows) -> tuple[np.ndarray, np.ndarray]:
 
 def build(cls: type[keras.Model], **kwargs) -> keras.Model:
     """Returns a transformer whose loss does not count the padding."""
-    keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(_SEED.value)
     inputs = keras.Input((CONTEXT,), dtype="int32")
     tokens = keras.layers.Embedding(
         language_model_text.VOCABULARY_SIZE, WIDTH, mask_zero=True

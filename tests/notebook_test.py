@@ -75,7 +75,9 @@ class NotebookTest(absltest.TestCase):
             if output.output_type == "stream":
                 self.assertEqual(output.name, "stdout")
                 # Neither paths nor the colours of a terminal.
-                self.assertNotRegex(output.text, r"(?<!\w)/\w+/\w|\b[A-Z]:\\|\x1b")
+                self.assertNotRegex(
+                    output.text, r"(?<!\w)/\w+/\w|\b[A-Z]:\\|\x1b"
+                )
             else:
                 self.assertEqual(output.output_type, "display_data")
         self.assertEqual(set(notebook.metadata.language_info), {"name"})
