@@ -16,9 +16,9 @@ from absl.testing import parameterized
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 DOCS = ROOT / "docs"
-PAGES = ("start", "glossary", "coming_from")
+PAGES = ("start", "glossary", "coming_from", "index")
 # The pages that run on 1 and on 2 devices.
-PAGES_ON = {1: ("start", "coming_from"), 2: ("glossary",)}
+PAGES_ON = {1: ("start", "coming_from", "index"), 2: ("glossary",)}
 
 # Runs the blocks of each page in turn, and prints what each one printed.
 RUN = """
@@ -253,7 +253,7 @@ class PagesTest(parameterized.TestCase):
                         )
 
     def test_pages_have_outputs(self):
-        for page, outputs in zip(PAGES, (1, 1, 7), strict=True):
+        for page, outputs in zip(PAGES, (1, 1, 7, 0), strict=True):
             found = [expected for _, expected in blocks(page) if expected]
             self.assertLen(found, outputs, page)
 
