@@ -108,6 +108,7 @@ class EndOfEpoch(keras.callbacks.Callback):
 
     def __init__(self, accumulation) -> None:
         super().__init__()
+        self.set_model(accumulation.model)
         self._accumulation = accumulation
 
     def on_train_begin(self, logs=None):

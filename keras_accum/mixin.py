@@ -26,7 +26,6 @@ from keras_accum import evaluation
 from keras_accum import functional
 from keras_accum import iterators
 from keras_accum import microbatch
-from keras_accum import rematerialization
 from keras_accum import sharing
 from keras_accum import steps
 from keras_accum.accumulation import Accumulation
@@ -35,13 +34,16 @@ from keras_accum.checkpoint import WindowCheckpoint
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
 from keras_accum.overrides import Overrides
+from keras_accum.rematerialization import ExactCalls
 from keras_accum.saving import SavingMixin
 from keras_accum.saving import arguments_of
 from keras_accum.saving import take_original
 from keras_accum.warned import did_you_mean
 
 
-class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
+class GradientAccumulationMixin(
+    ExactCalls, SavingMixin, compat.SymbolicBuildMixin
+):
     """A mixin that puts gradient accumulation in front of any model class.
 
     ```python
@@ -247,11 +249,6 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         shown = losses.shown()
         return losses.of(super().losses) if shown is None else shown
 
-    def __call__(self, *args, **kwargs):
-        """Calls the model as Keras does; what is recomputed is exact."""
-        with rematerialization.exact():
-            return super().__call__(*args, **kwargs)
-
     def train_step(self, data: Any) -> dict[str, Any]:
         """Adds one micro-batch to the window; never updates.
 
@@ -281,8 +278,7 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
             The logs: a dict of scalars.
         """
         accumulation = self._accumulation
-        is_whole = not self.microbatch_size or not microbatch.current(self)
-        if is_whole:
+        if not (self.microbatch_size and microbatch.current(self)):
             return super().test_step(data)
         test = functools.partial(default_steps.test, accumulation)
         if not accumulation.overrides.is_behind("test_step"):
@@ -385,7 +381,6 @@ class GradientAccumulationMixin(SavingMixin, compat.SymbolicBuildMixin):
         self, *args: Any, **kwargs: Any
     ) -> keras.callbacks.History:
         end_of_epoch = epochs.EndOfEpoch(self._accumulation)
-        end_of_epoch.set_model(self)
         args, kwargs = epochs.prepend_callback(
             super().fit, args, kwargs, end_of_epoch
         )

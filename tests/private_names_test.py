@@ -50,6 +50,7 @@ OPTIONAL = {
     "GLOBAL_SEED_GENERATOR",
     "_autoconvert_optionals",
     "_keras_logits",
+    "_remat_mode",
     "_update_renorm_statistics",
 }
 # Attributes of ours on objects of others.

@@ -44,7 +44,10 @@ NAMES = {
         "compute_output_spec",
         "standardize_dtype",
     ),
-    "keras.src.backend.common.global_state": ("get_global_attribute",),
+    "keras.src.backend.common.global_state": (
+        "get_global_attribute",
+        "set_global_attribute",
+    ),
     "keras.src.backend.common.masking": ("get_keras_mask", "set_keras_mask"),
     "keras.src.backend.tensorflow.trainer": (
         "TFEpochIterator",
