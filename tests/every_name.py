@@ -237,7 +237,8 @@ def train_by_hand() -> None:
     optimizer.apply(accumulator.mean(sums=accumulator.sums()), variables)
 
     state = accumulator.state(num_replicas=1)
-    assert_type(state, dict[str, np.ndarray])
+    assert_type(list(state), list[str])
+    assert state["weight"].shape == ()
     accumulator.check_state(state=state)
     accumulator.forget()
     accumulator.restore(state=state, num_replicas=1)
