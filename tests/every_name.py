@@ -250,6 +250,20 @@ def train_by_hand() -> None:
     assert int(accumulator.count) == 0
 
 
+def recompute() -> None:
+    model = keras_accum.GradientAccumulationModel(*plain(), accum_steps=2)
+    first: Any = model.layers[1]
+    model.compile("sgd", loss_of_logits())
+    try:
+        keras_accum.rematerialize(model=model, layers=[first.name])
+        keras_accum.rematerialize(model, [keras.layers.Dense, first])
+    except ImportError:
+        # Keras before 3.9 has nothing to recompute with.
+        assert not hasattr(keras, "RematScope")
+    model.fit(x, y, batch_size=8, verbose=0)
+    assert updates_of(model) == 4
+
+
 def save_and_load(model: keras_accum.GradientAccumulationModel) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "model.keras"
@@ -277,6 +291,7 @@ def main() -> None:
     train_by_schedules()
     train_classes()
     train_by_hand()
+    recompute()
     print(
         f"keras_accum {keras_accum.__version__}, Keras {keras.__version__}, "
         f"TensorFlow {tf.__version__}: all passed."
