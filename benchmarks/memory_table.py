@@ -1,0 +1,443 @@
+"""The memory of a training, in bytes for each parameter.
+
+    python -m benchmarks.memory_table
+
+It prints the three tables of `docs/choosing.md`; `--page` writes them there.
+Two are of what stays from step to step: variables, whose bytes are counted in a
+model that has trained. The third is of what comes and goes: what XLA plans for
+each program of a window, and the vectors that replicas exchange.
+`tests/memory_table_test.py` compares the first two with the page, and the third
+in the thorough tests. All is of one replica.
+
+The model of the third is a stack of dense layers that are all alike, and the
+batch is small: activations take next to nothing.
+
+What TensorFlow takes without XLA is not known before it runs. `--peaks`
+measures it, on one replica: the most memory that a process ever had, which
+trained on three windows. Two such processes, with 8 and with 34 million
+parameters, differ by the bytes of 25 million parameters: those that stay, and
+the rest. It needs Linux, and some five minutes. Two runs on two busy cores, in
+bytes that come and go for each parameter:
+
+    `keras.Model`                                  2.4   2.4
+    the same, `gradient_accumulation_steps`        3.3   2.6
+    `accum_steps=4`                                7.7   8.1
+    `microbatch_size`                              5.7  11.1
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app
+from absl import flags
+
+import keras_accum
+from keras_accum import boundary
+from keras_accum import compat
+from keras_accum import replicas
+from keras_accum import steps
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+PAGE = ROOT / "docs" / "choosing.md"
+POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "bfloat16")
+OPTIMIZERS: dict[str, Callable[..., keras.Optimizer]] = {
+    "`SGD`": keras.optimizers.SGD,
+    "`SGD(momentum=0.9)`": lambda **own: keras.optimizers.SGD(
+        momentum=0.9, **own
+    ),
+    "`RMSprop`": keras.optimizers.RMSprop,
+    "`Adam`": keras.optimizers.Adam,
+    "`AdamW`": keras.optimizers.AdamW,
+    "`Adam(amsgrad=True)`": lambda **own: keras.optimizers.Adam(
+        amsgrad=True, **own
+    ),
+    "`Adam(use_ema=True)`": lambda **own: keras.optimizers.Adam(
+        use_ema=True, **own
+    ),
+    "`Lion`": keras.optimizers.Lion,
+    "`Adafactor`": keras.optimizers.Adafactor,
+}
+STEPS = 4
+# What a model is made with, by what the table calls it.
+WAYS: dict[str, dict] = {
+    "`keras.Model`": {},
+    "`keras.Model`, `gradient_accumulation_steps` of the optimizer": {
+        "gradient_accumulation_steps": STEPS
+    },
+    "`accum_steps=1`": {"accum_steps": 1},
+    "`accum_steps=4`": {"accum_steps": STEPS},
+    "`effective_batch_size`": {"effective_batch_size": 32},
+    "`microbatch_size`": {"microbatch_size": 32 // STEPS},
+    '`accum_steps=4, accumulator_dtype="bfloat16"`': {
+        "accum_steps": STEPS,
+        "accumulator_dtype": "bfloat16",
+    },
+    '`accum_steps=4, accumulator_dtype="float64"`': {
+        "accum_steps": STEPS,
+        "accumulator_dtype": "float64",
+    },
+}
+# The ways whose transient memory is measured.
+MEASURED = (
+    "`keras.Model`",
+    "`keras.Model`, `gradient_accumulation_steps` of the optimizer",
+    "`accum_steps=4`",
+    "`microbatch_size`",
+)
+ROWS = 8
+# Units and layers, of models whose peak memory is measured.
+WIDTHS, DEPTH = (1024, 2048), 8
+
+# What the update's cell has where a step is a micro-batch and an update.
+IN_STEP = "in the step"
+
+_PAGE = flags.DEFINE_bool("page", False, "Whether to write the page.")
+_PEAKS = flags.DEFINE_bool("peaks", False, "Whether to measure without XLA.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A training.
+
+    Attributes:
+        way: A key of `WAYS`.
+        optimizer: A key of `OPTIMIZERS`.
+        policy: The dtype policy of the layers.
+        jit_compile: Whether XLA compiles.
+        replicas: How many replicas there are.
+        run_eagerly: Whether nothing is traced.
+        width: Units of each layer.
+        depth: Layers.
+    """
+
+    way: str = "`keras.Model`"
+    optimizer: str = "`Adam`"
+    policy: str = "float32"
+    jit_compile: bool = False
+    replicas: int = 1
+    run_eagerly: bool = False
+    width: int = 512
+    depth: int = 2
+
+
+def compiled(case: Case) -> keras.Model:
+    """Returns the model of a case."""
+    arguments = dict(WAYS[case.way])
+    accumulates = arguments.pop("gradient_accumulation_steps", None)
+    own = {"gradient_accumulation_steps": accumulates} if accumulates else {}
+    cls = keras_accum.GradientAccumulationModel if arguments else keras.Model
+    x = inputs = keras.Input((case.width,))
+    for _ in range(case.depth):
+        x = keras.layers.Dense(case.width, "tanh", dtype=case.policy)(x)
+    model = cls(inputs, x, **arguments)
+    model.compile(
+        OPTIMIZERS[case.optimizer](**own),
+        loss="mse",
+        jit_compile=case.jit_compile,
+        run_eagerly=case.run_eagerly,
+    )
+    return model
+
+
+def train(case: Case, model: keras.Model) -> None:
+    """Makes one update: of 4 micro-batches, or plain Keras's of one."""
+    rows = ROWS * case.replicas
+    window = rows if case.way == "`keras.Model`" else STEPS * rows
+    if "accum_steps=1`" in case.way:
+        window = rows
+    batch = window if "microbatch_size" in WAYS[case.way] else rows
+    x = np.zeros((window, case.width), "float32")
+    model.fit(x, x, batch_size=batch, verbose=0)
+
+
+def trained(case: Case) -> keras.Model:
+    """Returns the model of a case, with all the variables that it makes."""
+    # They are the same, and there is nothing to trace.
+    case = dataclasses.replace(case, run_eagerly=True)
+    model = compiled(case)
+    train(case, model)
+    return model
+
+
+def as_tensorflow(variable: keras.Variable | tf.Variable) -> tf.Variable:
+    """Returns TensorFlow's variable, of Keras's too."""
+    if isinstance(variable, keras.Variable):
+        return variable.value
+    return variable
+
+
+def bytes_of(variables: Iterable) -> int:
+    """Returns the bytes of variables on one replica."""
+    local = tf.distribute.get_strategy().experimental_local_results
+    return sum(
+        int(np.prod(variable.shape)) * tf.as_dtype(variable.dtype).size
+        for each in variables
+        for variable in local(as_tensorflow(each))[:1]
+    )
+
+
+def persistent(model: keras.Model) -> dict[str, float]:
+    """Returns the bytes for each parameter of a model that has trained.
+
+    Returns:
+        Those of its "weights", of the "buffers" that gradients are added up
+        in, and of all else that the optimizer has: its "moments".
+    """
+    parameters = model.count_params()
+    optimizer = model.optimizer
+    # One that scales the loss has another one inside.
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    buffers = list(getattr(inner, "_accumulated_gradients", ()))
+    mine = {id(each) for each in buffers}
+    moments = [each for each in optimizer.variables if id(each) not in mine]
+    if isinstance(model, keras_accum.GradientAccumulationModel):
+        buffers += model._accumulation.window["gradients"].variables
+    return {
+        "weights": bytes_of(model.weights) / parameters,
+        "buffers": bytes_of(buffers) / parameters,
+        "moments": bytes_of(moments) / parameters,
+    }
+
+
+def figure(value: float) -> str:
+    """Writes bytes for each parameter in two digits behind the point."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Returns a Markdown table: first a column of text, then numbers."""
+    return [
+        f"| {' | '.join(cells)} |"
+        for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)
+    ]
+
+
+def policy_head(first: str) -> list[str]:
+    """Returns the head of a table with a column for each policy."""
+    return [first, *(f"`{policy}`" for policy in POLICIES)]
+
+
+def moments_table() -> list[str]:
+    """Returns the table of the weights and the optimizers' moments."""
+    rows: dict[str, list[str]] = {"the weights, with any optimizer": []}
+    for policy in POLICIES:
+        for name in OPTIMIZERS:
+            found = persistent(trained(Case(optimizer=name, policy=policy)))
+            cells = rows.setdefault(f"moments of {name}", [])
+            cells.append(figure(found["moments"]))
+        rows["the weights, with any optimizer"].append(figure(found["weights"]))
+    return table(
+        policy_head("what stays"),
+        [[name, *cells] for name, cells in rows.items()],
+    )
+
+
+def buffers_table() -> list[str]:
+    """Returns the table of the buffers of each way to accumulate."""
+    rows = []
+    for way in WAYS:
+        found = [
+            persistent(trained(Case(way, policy=policy)))["buffers"]
+            for policy in POLICIES
+        ]
+        rows.append([way, *map(figure, found)])
+    return table(policy_head("buffers"), rows)
+
+
+def split_cpu(replicas: int) -> tf.distribute.Strategy:
+    """Returns a strategy of that many replicas on the CPU.
+
+    TensorFlow splits it once in a process.
+    """
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * replicas,
+    )
+    return tf.distribute.MirroredStrategy()
+
+
+def transient(case: Case, strategy: tf.distribute.Strategy) -> dict:
+    """Returns the bytes for each parameter that the programs of a window take.
+
+    Args:
+        case: The training, compiled by XLA.
+        strategy: Where it trains.
+
+    Returns:
+        Those that XLA plans for a "step", which is a micro-batch or, in
+        `keras.Model`, also an update; for the "update", unless the step has it;
+        and those of the vectors that are "exchanged" by several replicas.
+    """
+    with strategy.scope():
+        model = compiled(case)
+    x = tf.zeros((ROWS, case.width))
+    if WAYS[case.way].keys() <= {"gradient_accumulation_steps"}:
+        model.optimizer.build(model.trainable_variables)
+        found = {"step": planned(model.train_step, (x, x))}
+    else:
+        # Makes all variables.
+        train(case, model)
+        window = model._accumulation.window
+        step = functools.partial(
+            steps.train_microbatch, model._accumulation, None
+        )
+        if not replicas.has_several(strategy):
+            found = {
+                "step": planned(step, (x, x)),
+                "update": planned(model.update_step),
+            }
+        else:
+            found = of_first(strategy, lambda: {"step": planned(step, (x, x))})
+            # As in `boundary.make_update`.
+            vectors = strategy.run(lambda: replicas.pack(window.sums()))
+            sums = replicas.reduce_across(
+                strategy, vectors, window["gradients"].accumulator.weight
+            )
+            found["exchanged"] = sum(
+                strategy.experimental_local_results(each)[0].numpy().nbytes
+                for each in (vectors, sums)
+            )
+            end = functools.partial(boundary.end_window, model, window)
+            found |= of_first(
+                strategy, lambda total: {"update": planned(end, total)}, sums
+            )
+    return {name: size / model.count_params() for name, size in found.items()}
+
+
+def of_first(strategy: tf.distribute.Strategy, function: Callable, *args):
+    """Returns what a function returns on the first replica."""
+    results = []
+    # `run` makes tensors of what it returns.
+    strategy.run(lambda *local: results.append(function(*local)), args=args)
+    return results[0]
+
+
+def planned(step: Callable, *args) -> int:
+    """Returns the bytes that XLA plans for a call."""
+    program = tf.function(step, jit_compile=True, autograph=False)
+    return compat.planned_bytes(program, *args)
+
+
+def transient_table(
+    strategy: tf.distribute.Strategy | None = None,
+) -> list[str]:
+    """Returns the table of what comes and goes within a window.
+
+    Args:
+        strategy: One of two replicas; None splits the CPU.
+    """
+    strategy = strategy or split_cpu(2)
+    rows = []
+    for way in MEASURED:
+        case = Case(way, jit_compile=True, width=WIDTHS[0], depth=DEPTH)
+        one = transient(case, tf.distribute.get_strategy())
+        cells = [
+            f"{one[name]:.1f}" if name in one else IN_STEP
+            for name in ("step", "update")
+        ]
+        if "update" in one:
+            case = dataclasses.replace(case, replicas=2)
+            two = transient(case, strategy)
+            names = ("step", "exchanged", "update")
+            cells += [f"{two[name]:.1f}" for name in names]
+        else:
+            # Keras fails with XLA on two replicas, and where it accumulates.
+            cells += ["error"] * 3
+        rows.append([way, *cells])
+    return table(
+        [
+            "comes and goes, with XLA",
+            "micro-batch",
+            "update",
+            "2 replicas: micro-batch",
+            "2 replicas: exchange",
+            "2 replicas: update",
+        ],
+        rows,
+    )
+
+
+def peak_bytes(case: Case) -> int:
+    """Trains in this process; returns the most memory that it ever had."""
+    model = compiled(case)
+    for _ in range(3):
+        train(case, model)
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 2**10
+
+
+def beyond(case: Case) -> float:
+    """Measures what the peak has beyond what stays, in two processes."""
+    peaks = []
+    for width in WIDTHS:
+        each = dataclasses.replace(case, width=width, depth=DEPTH)
+        finished = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.memory_table",
+                json.dumps(dataclasses.asdict(each)),
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        if finished.returncode:
+            raise RuntimeError(f"{each} failed:\n{finished.stderr[-2000:]}")
+        peaks.append(json.loads(finished.stdout.splitlines()[-1]))
+    small, large = (DEPTH * (width * width + width) for width in WIDTHS)
+    # TensorFlow, tracing and compiling take as much for both.
+    grown = (peaks[1] - peaks[0]) / (large - small)
+    return grown - sum(persistent(trained(Case(case.way))).values())
+
+
+def marked(name: str, lines: list[str]) -> str:
+    """Returns a table between the marks that the page has around it."""
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
+    return "\n".join([begin, *lines, end])
+
+
+def with_table(page: str, name: str, lines: list[str]) -> str:
+    """Returns the page, with this table between its marks."""
+    begin, _, end = marked(name, [""]).split("\n")
+    pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
+    return re.sub(pattern, lambda _: marked(name, lines), page, flags=re.DOTALL)
+
+
+TABLES = {
+    "moments": moments_table,
+    "buffers": buffers_table,
+    "transient": transient_table,
+}
+
+
+def main(argv: list[str]) -> None:
+    """Prints the tables; or measures the case that it is given."""
+    if len(argv) > 1:
+        print(json.dumps(peak_bytes(Case(**json.loads(argv[1])))))
+        return
+    if _PEAKS.value:
+        for way in MEASURED:
+            print(f"{way}: {beyond(Case(way)):.1f}", flush=True)
+        return
+    strategy = split_cpu(2)
+    for name, make in TABLES.items():
+        lines = make(strategy) if name == "transient" else make()
+        print("\n".join([*lines, ""]), flush=True)
+        if _PAGE.value:
+            page = PAGE.read_text(encoding="utf-8")
+            PAGE.write_text(with_table(page, name, lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main)
