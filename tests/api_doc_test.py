@@ -4,12 +4,25 @@ import ast
 import inspect
 import pathlib
 import re
+from typing import ParamSpec
+from typing import TypeVar
 
 import keras
 from absl.testing import absltest
 
 import keras_accum
+from keras_accum import annotations
 
+# What `annotations` imports.
+IMPORTED = (
+    "Any",
+    "Callable",
+    "Iterable",
+    "Literal",
+    "ParamSpec",
+    "TypeVar",
+    "TypedDict",
+)
 PAGE = pathlib.Path(__file__).absolute().parent.parent / "docs/api.md"
 
 
@@ -104,6 +117,18 @@ class ApiDocTest(absltest.TestCase):
             re.findall(r"^ {4}([\w*]+):", arguments, re.MULTILINE),
             ["*args", *options(), "**kwargs"],
         )
+
+    def test_types(self):
+        types = {
+            name
+            for name, value in vars(annotations).items()
+            if name[0].isupper()
+            and name not in IMPORTED
+            and not isinstance(value, (ParamSpec, TypeVar))
+        }
+        self.assertGreater(len(types), 5)
+        names = [code(name) for name, _ in rows("Types in signatures")]
+        self.assertCountEqual(names, types | {"Unit"})
 
     def test_members_of_model(self):
         members = shown()["GradientAccumulationModel"]

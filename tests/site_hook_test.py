@@ -33,6 +33,7 @@ class RewriteTest(parameterized.TestCase):
         ("[the tool](../tools/a.py)", "the tool (`tools/a.py`)"),
         ("[the\ntool](../tools/a.py).", "the\ntool (`tools/a.py`)."),
         ("[README.md](../README.md#x)", "`README.md`"),
+        ("[README](../README.md)", "`README.md`"),
         ("[`a.py`](../tools/a.py)", "`tools/a.py`"),
         ("| [`f[0]`](../tools) |", "| `f[0]` (`tools`) |"),
     )

@@ -101,6 +101,7 @@ def rewrite(
 def as_text(text: str, path: str) -> str:
     """Returns a link's text, with the path that it leads to."""
     shown = text.strip("`")
-    if shown in (path, pathlib.PurePosixPath(path).name):
+    file = pathlib.PurePosixPath(path)
+    if shown in (path, file.name, file.stem):
         return f"`{path}`"
     return f"{text} (`{path}`)"
