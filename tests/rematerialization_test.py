@@ -6,6 +6,7 @@ import unittest
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -162,7 +163,7 @@ class ScopeTest(RematerializationTest):
         (LISTED, WINDOW, {"jit_compile": False}),
         (LISTED, WINDOW, {"run_eagerly": True}),
     )
-    @test_utils.first_command(0, 2, 4)
+    @test_utils.first_command(1, 2)
     def test_is_as_without(self, scope, options, compiled):
         make = functools.partial(functional, scope=scope)
         self.assert_same(
@@ -170,6 +171,7 @@ class ScopeTest(RematerializationTest):
             plain(tuple(options.items()), tuple(compiled.items())),
         )
 
+    @pytest.mark.thorough
     def test_replicas(self):
         strategy = test_utils.mirrored(2)
         make = functools.partial(functional, scope=FULL)
@@ -179,6 +181,7 @@ class ScopeTest(RematerializationTest):
             plain(tuple(WINDOW.items()), tuple(compiled.items()), 2),
         )
 
+    @pytest.mark.thorough
     def test_loss_that_couples_rows(self):
         some, others = (
             trained(
@@ -191,6 +194,7 @@ class ScopeTest(RematerializationTest):
         )
         self.assert_same(some, others)
 
+    @pytest.mark.thorough
     def test_half_precision(self):
         def run(scope):
             policy = keras.dtype_policies.get("mixed_bfloat16")
@@ -246,6 +250,7 @@ class FunctionTest(RematerializationTest):
         (tf.recompute_grad, {"jit_compile": True}),
         (getattr(keras, "remat", None), {"run_eagerly": True}),
     )
+    @test_utils.first_command(1)
     def test_is_as_without(self, recompute, compiled):
         if recompute is None:
             self.skipTest("Keras 3.9 has the first.")
@@ -291,6 +296,7 @@ class FunctionTest(RematerializationTest):
 @needs_scope
 class RematerializeTest(RematerializationTest):
     @parameterized.parameters("block_0", Block)
+    @test_utils.first_command(0)
     def test_is_as_without(self, layer):
         def make(options):
             model = keras.Model(*network())

@@ -13,9 +13,9 @@ from tests import test_utils
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 REPLICAS = "tests/replicas_test.py"
-ROWS, STATE, PRECISION, WINDOWS, STEPS = (
+ROWS, STATE, PRECISION, WINDOWS = (
     f"{REPLICAS}::{name}Test"
-    for name in ("Rows", "State", "Precision", "Window", "Step")
+    for name in ("Rows", "State", "Precision", "Window")
 )
 # All that goes over two replicas, in whatever module.
 EVERYTHING = (
@@ -35,7 +35,7 @@ class ReplicaCountsTest(parameterized.TestCase):
                 # Scripts for any number of GPUs run on one of them mostly.
                 ("one_device", ROWS, STATE, PRECISION),
                 ("mirrored_1", *EVERYTHING),
-                ("multi_worker_1", ROWS, STATE, PRECISION, WINDOWS, STEPS),
+                ("multi_worker_1", ROWS, WINDOWS),
                 ("mirrored_4", ROWS, PRECISION),
             ],
             [
