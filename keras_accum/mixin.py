@@ -15,6 +15,7 @@ from typing import Unpack
 
 import keras
 import tensorflow as tf
+from keras.callbacks import History
 
 from keras_accum import annotations
 from keras_accum import boundary
@@ -29,6 +30,7 @@ from keras_accum import microbatch
 from keras_accum import sharing
 from keras_accum import steps
 from keras_accum.accumulation import Accumulation
+from keras_accum.annotations import Arguments
 from keras_accum.calls import make_call
 from keras_accum.checkpoint import WindowCheckpoint
 from keras_accum.options import Options
@@ -105,10 +107,7 @@ class GradientAccumulationMixin(
 
     @classmethod
     def from_model(
-        cls,
-        model: keras.Model,
-        *others: Never,
-        **arguments: Unpack[annotations.Arguments],
+        cls, model: keras.Model, *others: Never, **arguments: Unpack[Arguments]
     ) -> Self:
         """Makes a model that accumulates from one that exists already.
 
@@ -377,9 +376,7 @@ class GradientAccumulationMixin(
         self._accumulation.reset()
 
     @annotations.documented_by(keras.Model.fit)
-    def fit(  # noqa: D102
-        self, *args: Any, **kwargs: Any
-    ) -> keras.callbacks.History:
+    def fit(self, *args: Any, **kwargs: Any) -> History:  # noqa: D102
         end_of_epoch = epochs.EndOfEpoch(self._accumulation)
         args, kwargs = epochs.prepend_callback(
             super().fit, args, kwargs, end_of_epoch

@@ -69,9 +69,7 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
             output._accum_original = weakref.ref(self)
 
     @classmethod
-    def from_config(
-        cls, config: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Self:
+    def from_config(cls, config: dict, *args: Any, **kwargs: Any) -> Self:
         """Makes a model from its configuration."""
         config = dict(config)
         if isinstance(config.get("accum_steps"), dict):

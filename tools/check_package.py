@@ -132,7 +132,7 @@ def check(folder: pathlib.Path) -> list[str]:
         found += check_wheel(archive.namelist(), tracked, version)
         metadata = archive.read(f"{PACKAGE}-{version}.dist-info/METADATA")
         found += check_description(metadata.decode())
-    with tarfile.open(sdist, mode="r:gz") as archive:
+    with tarfile.TarFile.gzopen(sdist) as archive:
         files = [member.name for member in archive if member.isfile()]
         found += check_sdist(files, tracked, version)
     for file in (wheel, sdist):
