@@ -1,44 +1,16 @@
-"""The pages for newcomers run as they stand, and their numbers are true.
-
-Each number of devices has a process: TensorFlow splits the CPU once.
-"""
+"""The pages for newcomers run as they stand, and their numbers are true."""
 
 import functools
-import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 from absl.testing import absltest
 from absl.testing import parameterized
 
-ROOT = pathlib.Path(__file__).absolute().parent.parent
-DOCS = ROOT / "docs"
+from tests import pages
+
 PAGES = ("start", "glossary", "coming_from", "index")
 # The pages that run on 1 and on 2 devices.
 PAGES_ON = {1: ("start", "coming_from", "index"), 2: ("glossary",)}
-
-# Runs the blocks of each page in turn, and prints what each one printed.
-RUN = """
-import contextlib, io, json, sys
-import tensorflow as tf
-
-given = json.load(sys.stdin)
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * given["devices"],
-)
-results = {}
-for page, blocks in given["pages"].items():
-    names, results[page] = {"__name__": page}, []
-    for block in blocks:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(block, page, "exec"), names)
-        results[page].append(printed.getvalue())
-print(json.dumps(results))
-"""
 
 # Counts what the glossary's tables have, one `fit` for each column.
 COUNT = """
@@ -149,17 +121,6 @@ CLAIMS = {
 }
 
 
-@functools.cache
-def text_of(page):
-    return (DOCS / f"{page}.md").read_text(encoding="utf-8")
-
-
-def blocks(page):
-    """Returns the Python of a page, each with the output below it or None."""
-    pattern = r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?"
-    return re.findall(pattern, text_of(page), re.DOTALL)
-
-
 def table_rows(text):
     """Returns the cells of the lines of Markdown tables, but for rulers."""
     lines = [line for line in text.splitlines() if line.startswith("| ")]
@@ -171,7 +132,7 @@ def table_rows(text):
 
 def example_table(devices):
     """Returns the glossary's table of 1 or 2 devices: header and rows."""
-    section = text_of("glossary").split("### An example with numbers")[1]
+    section = pages.text_of("glossary").split("### An example with numbers")[1]
     begin = section.index(f"On **{devices} device")
     found = re.search(r"^\|.*?\n\n", section[begin:], re.DOTALL | re.MULTILINE)
     return table_rows(found.group())
@@ -189,48 +150,24 @@ def columns(devices):
     ]
 
 
-def start(devices, pages):
-    """Starts a process that runs pages and counts columns."""
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN + COUNT],
-        env=os.environ | {"PYTHONPATH": path},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-    wanted = {
-        "devices": devices,
-        "pages": {page: [code for code, _ in blocks(page)] for page in pages},
-        "columns": columns(devices) + (list(FORGETFUL) * (devices == 2)),
-    }
-    process.stdin.write(json.dumps(wanted))
-    process.stdin.close()
-    process.stdin = None
-    return process
-
-
 @functools.cache
 def results():
     """Returns what was printed and counted, by the number of devices."""
     processes = {
-        devices: start(devices, PAGES_ON[devices]) for devices in (1, 2)
+        devices: pages.start(
+            devices,
+            {
+                page: [code for code, _ in pages.blocks(page)]
+                for page in PAGES_ON[devices]
+            },
+            COUNT,
+            columns=columns(devices) + (list(FORGETFUL) * (devices == 2)),
+        )
+        for devices in (1, 2)
     }
-    found = {}
-    for devices, process in processes.items():
-        out, err = process.communicate()
-        if process.returncode:
-            raise AssertionError(err)
-        found[devices] = [json.loads(line) for line in out.splitlines()]
-    return found
-
-
-def comparable(printed):
-    """Returns lines in an order that rounding does not change."""
-    rounding = re.compile(r"\b\d\.\de-(0[789]|1\d)|\b0\.0e\+00")
-    return sorted(rounding.sub("rounding", printed).split("\n"))
+    return {
+        devices: pages.finish(process) for devices, process in processes.items()
+    }
 
 
 def figure(cell):
@@ -244,41 +181,24 @@ class PagesTest(parameterized.TestCase):
     def test_blocks_print_what_is_below_them(self, devices):
         printed, _ = results()[devices]
         for page in PAGES_ON[devices]:
-            pairs = zip(blocks(page), printed[page], strict=True)
+            pairs = zip(pages.blocks(page), printed[page], strict=True)
             for (code, expected), actual in pairs:
                 with self.subTest(page=page, code=code):
                     if expected:
                         self.assertEqual(
-                            comparable(actual), comparable(expected)
+                            pages.comparable(actual), pages.comparable(expected)
                         )
 
     def test_pages_have_outputs(self):
         for page, outputs in zip(PAGES, (1, 1, 7, 0), strict=True):
-            found = [expected for _, expected in blocks(page) if expected]
+            found = [expected for _, expected in pages.blocks(page) if expected]
             self.assertLen(found, outputs, page)
 
     @parameterized.product(page=PAGES)
     def test_links_exist(self, page):
-        links = re.findall(r"\]\(([^)\s]+)\)", text_of(page))
-        local = [link for link in links if "://" not in link]
+        broken, local = pages.broken_links(page)
         self.assertNotEmpty(local)
-        for link in local:
-            with self.subTest(link):
-                name, _, anchor = link.partition("#")
-                file = DOCS / (name or f"{page}.md")
-                self.assertTrue(file.is_file())
-                if anchor:
-                    self.assertIn(anchor, anchors(file))
-
-
-def anchors(file):
-    """Returns what links to a page may have behind `#`."""
-    text = file.read_text(encoding="utf-8")
-    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
-    return [
-        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-        for heading in headings
-    ]
+        self.assertEqual(broken, [])
 
 
 class NumbersTest(parameterized.TestCase):
@@ -318,10 +238,10 @@ class NumbersTest(parameterized.TestCase):
         ("## optax", "optax.MultiSteps"),
     )
     def test_figures_are_those_of_conformance(self, heading, system):
-        claims = table_rows(text_of("conformance"))
+        claims = table_rows(pages.text_of("conformance"))
         head = next(row for row in claims if row[:2] == ["", "bound"])
         figures = {row[0]: row for row in claims if len(row) == len(head)}
-        (_, section) = text_of("coming_from").split(f"\n{heading}", 1)
+        (_, section) = pages.text_of("coming_from").split(f"\n{heading}", 1)
         rows = [
             row
             for row in table_rows(section.split("\n## ")[0])
