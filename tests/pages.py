@@ -26,14 +26,82 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
     [tf.config.LogicalDeviceConfiguration()] * given["devices"],
 )
-results = {}
+results, spaces = {}, {}
 for page, programs in given["pages"].items():
-    names, results[page] = {"__name__": page}, []
+    names = spaces[page] = {"__name__": page}
+    results[page] = []
     for program in programs:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(program, page, "exec"), names)
         results[page].append(printed.getvalue())
 print(json.dumps(results))
+"""
+
+# Counts what tables of batch sizes have, one `fit` for each column.
+COUNT = """
+import json
+import keras, keras_accum
+import numpy as np
+import tensorflow as tf
+
+rows = []
+
+
+class Counting(keras_accum.GradientAccumulationModel):
+    def train_step(self, data):
+        rows.append(int(data[0].shape[0]))
+        # No pass is needed to count, and these take less time.
+        gradients = [tf.zeros_like(v) for v in self.trainable_weights]
+        self.accumulate(gradients, rows[-1])
+        return {}
+
+
+class Steps(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.steps, self.window = 0, None
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps += 1
+        if self.window is None and self.model.optimizer.iterations.numpy():
+            self.window = list(rows)
+
+
+def counts(strategy, rows_of_data, batch_size, **arguments):
+    rows.clear()
+    replicas = strategy.num_replicas_in_sync
+    with strategy.scope():
+        inputs = keras.Input((4,))
+        outputs = keras.layers.Dense(1)(inputs)
+        model = Counting(inputs, outputs, **arguments)
+        model.compile("sgd", "mse", run_eagerly=True)
+    x, counting = np.zeros((rows_of_data, 4), "float32"), Steps()
+    try:
+        model.fit(
+            x, x[:, :1], batch_size=batch_size, callbacks=[counting], verbose=0
+        )
+    except ValueError as error:
+        return str(error)
+    window = counting.window
+    return {
+        "`batch_size` of `fit`": batch_size,
+        "micro-batch rows": max(rows),
+        "micro-batches per window": len(window) / replicas,
+        "micro-batches per window on one replica": len(window) / replicas,
+        "rows per window per replica": sum(window) / replicas,
+        "effective batch size": sum(window),
+        "steps per epoch": counting.steps,
+        "updates per epoch": int(model.optimizer.iterations.numpy()),
+        "last window": sum(rows) % sum(window),
+    }
+
+
+# A page's own: with two of them TensorFlow fails, if models differ in size.
+strategy = names.get("strategy") or tf.distribute.get_strategy()
+found = []
+for column in given["columns"]:
+    found.append(counts(strategy, column.pop("rows"), **column))
+print(json.dumps(found))
 """
 
 
@@ -71,7 +139,8 @@ def programs(page):
 
 def _fences(page):
     pattern = r"```(python|diff)\n(.*?)```\n(?:\n```text\n(.*?)```\n)?"
-    return re.findall(pattern, text_of(page), re.DOTALL)
+    found = re.finditer(pattern, text_of(page), re.DOTALL)
+    return [fence.groups() for fence in found]
 
 
 def hunks(diff):
@@ -110,10 +179,11 @@ def start(devices, pages, more="", **given):
         **given: What else it gets, as JSON.
     """
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    folder = tempfile.TemporaryDirectory()
     process = subprocess.Popen(
         [sys.executable, "-c", RUN + more],
         env=os.environ | {"PYTHONPATH": path},
-        cwd=tempfile.mkdtemp(),
+        cwd=folder.name,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -124,12 +194,14 @@ def start(devices, pages, more="", **given):
     process.stdin.write(json.dumps(wanted))
     process.stdin.close()
     process.stdin = None
+    process.folder = folder
     return process
 
 
 def finish(process):
     """Returns the lines that a process of `start` printed, each from JSON."""
-    out, err = process.communicate()
+    with process.folder:
+        out, err = process.communicate()
     if process.returncode:
         raise AssertionError(err)
     return [json.loads(line) for line in out.splitlines()]
@@ -145,15 +217,21 @@ def is_alike(actual, expected):
     """Returns whether two outputs differ in times and last digits alone."""
     time = re.compile(r"\b\d+m?s\b")
     decimal = re.compile(r"\d+\.\d+(?:e[+-]\d+)?")
-    texts = [
-        time.sub("time", "\n".join(comparable(each)))
-        for each in (actual, expected)
-    ]
+    texts = [time.sub("time", each) for each in (actual, expected)]
     words = [decimal.split(text) for text in texts]
     numbers = [map(float, decimal.findall(text)) for text in texts]
     return words[0] == words[1] and all(
         math.isclose(*pair, rel_tol=0.01) for pair in zip(*numbers, strict=True)
     )
+
+
+def table_rows(text):
+    """Returns the cells of the lines of Markdown tables, but for rulers."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+    ]
+    return [row for row in cells if not set("".join(row)) <= set(":- ")]
 
 
 def broken_links(page):

@@ -12,76 +12,11 @@ PAGES = ("start", "glossary", "coming_from", "index")
 # The pages that run on 1 and on 2 devices.
 PAGES_ON = {1: ("start", "coming_from", "index"), 2: ("glossary",)}
 
-# Counts what the glossary's tables have, one `fit` for each column.
-COUNT = """
-import json
-import keras, keras_accum
-import numpy as np
-import tensorflow as tf
-
-rows = []
-
-
-class Counting(keras_accum.GradientAccumulationModel):
-    def train_step(self, data):
-        rows.append(int(data[0].shape[0]))
-        # No pass is needed to count, and these take less time.
-        gradients = [tf.zeros_like(v) for v in self.trainable_weights]
-        self.accumulate(gradients, rows[-1])
-        return {}
-
-
-class Steps(keras.callbacks.Callback):
-    def __init__(self):
-        super().__init__()
-        self.steps, self.window = 0, None
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.steps += 1
-        if self.window is None and self.model.optimizer.iterations.numpy():
-            self.window = list(rows)
-
-
-def counts(strategy, batch_size, **arguments):
-    rows.clear()
-    replicas = strategy.num_replicas_in_sync
-    with strategy.scope():
-        inputs = keras.Input((4,))
-        outputs = keras.layers.Dense(1)(inputs)
-        model = Counting(inputs, outputs, **arguments)
-        model.compile("sgd", "mse", run_eagerly=True)
-    x, counting = np.zeros((200, 4), "float32"), Steps()
-    try:
-        model.fit(
-            x, x[:, :1], batch_size=batch_size, callbacks=[counting], verbose=0
-        )
-    except ValueError as error:
-        return str(error)
-    window = counting.window
-    return {
-        "`batch_size` of `fit`": batch_size,
-        "micro-batch rows": max(rows),
-        "micro-batches per window": len(window) / replicas,
-        "micro-batches per window on one replica": len(window) / replicas,
-        "rows per window per replica": sum(window) / replicas,
-        "effective batch size": sum(window),
-        "steps per epoch": counting.steps,
-        "updates per epoch": int(model.optimizer.iterations.numpy()),
-        "last window": sum(rows) % sum(window),
-    }
-
-
-strategy = tf.distribute.get_strategy()
-if given["devices"] > 1:
-    strategy = tf.distribute.MirroredStrategy()
-print(json.dumps([counts(strategy, **each) for each in given["columns"]]))
-"""
-
 # What those do who forget something, on 2 devices.
 FORGETFUL = (
-    {"batch_size": 8, "accum_steps": 8},
-    {"batch_size": 16, "accum_steps": 8},
-    {"batch_size": 24, "effective_batch_size": 64},
+    {"rows": 200, "batch_size": 8, "accum_steps": 8},
+    {"rows": 200, "batch_size": 16, "accum_steps": 8},
+    {"rows": 200, "batch_size": 24, "effective_batch_size": 64},
 )
 
 # Rows of coming_from.md, and the claims of conformance.md that they are of.
@@ -121,21 +56,12 @@ CLAIMS = {
 }
 
 
-def table_rows(text):
-    """Returns the cells of the lines of Markdown tables, but for rulers."""
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in lines
-    ]
-    return [row for row in cells if not set("".join(row)) <= set(":- ")]
-
-
 def example_table(devices):
     """Returns the glossary's table of 1 or 2 devices: header and rows."""
     section = pages.text_of("glossary").split("### An example with numbers")[1]
     begin = section.index(f"On **{devices} device")
     found = re.search(r"^\|.*?\n\n", section[begin:], re.DOTALL | re.MULTILINE)
-    return table_rows(found.group())
+    return pages.table_rows(found.group())
 
 
 def columns(devices):
@@ -143,7 +69,8 @@ def columns(devices):
     (_, *heads), *rows = example_table(devices)
     sizes = dict((name, cells) for name, *cells in rows)
     return [
-        eval(f"dict({head.strip('`')})") | {"batch_size": int(size)}
+        eval(f"dict({head.strip('`')})")
+        | {"batch_size": int(size), "rows": 200}
         for head, size in zip(
             heads, sizes["`batch_size` of `fit`"], strict=True
         )
@@ -160,7 +87,7 @@ def results():
                 page: [code for code, _ in pages.blocks(page)]
                 for page in PAGES_ON[devices]
             },
-            COUNT,
+            pages.COUNT,
             columns=columns(devices) + (list(FORGETFUL) * (devices == 2)),
         )
         for devices in (1, 2)
@@ -190,7 +117,7 @@ class PagesTest(parameterized.TestCase):
                         )
 
     def test_pages_have_outputs(self):
-        for page, outputs in zip(PAGES, (1, 1, 7, 0), strict=True):
+        for page, outputs in zip(PAGES, (2, 1, 7, 0), strict=True):
             found = [expected for _, expected in pages.blocks(page) if expected]
             self.assertLen(found, outputs, page)
 
@@ -238,13 +165,13 @@ class NumbersTest(parameterized.TestCase):
         ("## optax", "optax.MultiSteps"),
     )
     def test_figures_are_those_of_conformance(self, heading, system):
-        claims = table_rows(pages.text_of("conformance"))
+        claims = pages.table_rows(pages.text_of("conformance"))
         head = next(row for row in claims if row[:2] == ["", "bound"])
         figures = {row[0]: row for row in claims if len(row) == len(head)}
         (_, section) = pages.text_of("coming_from").split(f"\n{heading}", 1)
         rows = [
             row
-            for row in table_rows(section.split("\n## ")[0])
+            for row in pages.table_rows(section.split("\n## ")[0])
             if row[0] in CLAIMS
         ]
         self.assertGreater(len(rows), 1)
