@@ -44,7 +44,7 @@ class MicrobatchSize:
         if before == 0 or self.limit is not None:
             logging.warning(
                 'microbatch_size="auto": found that %d rows at once fit on '
-                "each replica.",
+                "each device.",
                 found,
             )
         return True

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 ONE_WEIGHT = (
     "One weight per micro-batch may not be exact for this model: the masks or "
     "reductions of its losses differ, or a loss returns a scalar that its "
-    "`reduction` or the sample weights do not fit. See `microbatch_weight`."
+    "`reduction` or the sample weights do not fit. Use `microbatch_size`, or "
+    "override `microbatch_weight`."
 )
 REGULARIZERS = (
     "`microbatch_weight` does not agree with the `reduction` of the loss given "
@@ -47,10 +48,11 @@ def coupled_layers(names: Sequence[str]) -> str:
 def unmeasured_layers(names: Sequence[str]) -> str:
     """Returns what to say of added losses that nobody knows how to cut."""
     return (
-        f"A layer adds a loss: {quoted(names)}. Inputs and labels have not the "
-        "same rows, so that it cannot be measured how it counts. It is taken "
-        "for a mean over the rows of the labels; if it is none, override "
-        "`microbatch_weight`, or make it an output with a loss in `compile`."
+        f"A layer adds a loss: {quoted(names)}. Inputs and labels have "
+        "different numbers of rows, so it cannot be measured how the loss "
+        "counts. It is taken for a mean over the rows of the labels. If it is "
+        "no mean, override `microbatch_weight`, or make it an output with a "
+        "loss in `compile`."
     )
 
 
