@@ -31,6 +31,7 @@ from keras_accum.differentiable import Outputs
 from keras_accum.differentiable import computed_after
 from keras_accum.differentiable import flat
 from keras_accum.differentiable import places_with_gradients
+from keras_accum.second_call import Variables
 
 # By how much two calls may differ in rounding, of the largest output.
 ROUNDING = 1e-3
@@ -127,32 +128,31 @@ class Recomputed:
             variables: What other gradients are asked for.
             upstream: The gradients of its outputs.
         """
-        assigned = [variable for variable, _ in self._before.values()]
-        before = [value for _, value in self._before.values()]
         # Or the two calls would be taken for one, whose results are kept.
         leaves = computed_after(upstream, self._with(inputs))
-        before = computed_after(upstream, before)
         for leaf, mask in zip(leaves, self._masks, strict=True):
             if mask is not None:
                 compat.set_keras_mask(leaf, mask)
-        scope = keras.StatelessScope(
-            list(zip(assigned, before, strict=True)), initialize_variables=False
-        )
-        scope.state_mapping |= self._outer
+        assigned = [variable for variable, _ in self._before.values()]
+        before = [value for _, value in self._before.values()]
+        before = computed_after(upstream, before)
         sources = [leaves[place] for place in self._places]
         with (
-            self._context(),
-            scope,
             compat.recording_moments(None),
             compat.recording_gradients(None),
-            tf.GradientTape() as tape,
         ):
-            tape.watch(sources)
-            outputs = Outputs(self._call(leaves))
-            self._compare(outputs)
-        with compat.recording_gradients(None):
-            return tape.gradient(
-                outputs.differentiable, [*sources, *variables], list(upstream)
+            with (
+                tf.GradientTape() as tape,
+                self._context(),
+                Variables(
+                    zip(assigned, before, strict=True), self._outer, tape
+                ) as held,
+            ):
+                tape.watch(sources)
+                outputs = Outputs(self._call(leaves))
+                self._compare(outputs)
+            return held.gradients(
+                outputs.differentiable, sources, variables, upstream
             )
 
     def _call(self, leaves):

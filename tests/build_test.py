@@ -40,6 +40,7 @@ LAYERS = (
         "overrides",
         "rehearsal",
         "replicas",
+        "second_call",
         "selection",
         "sharing",
         "whole_loss",

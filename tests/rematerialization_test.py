@@ -293,6 +293,54 @@ class FunctionTest(RematerializationTest):
             differentiate(tf.ones(2))
 
 
+class Assigning(keras.layers.Layer):
+    """Assigns what follows from data, and a weight that is trained."""
+
+    def build(self, shape):
+        self.factor = self.add_weight(shape=shape[-1:], initializer="ones")
+        self.mean = self.add_weight(shape=(), trainable=False)
+        self.built = True
+
+    def call(self, x):
+        y = x * self.factor
+        self.mean.assign(0.9 * self.mean + 0.1 * keras.ops.mean(y))
+        self.factor.assign(0.5 * self.factor)
+        return y * self.mean * self.factor
+
+
+@needs_scope
+class AssignmentTest(RematerializationTest):
+    @parameterized.product(
+        layer=(
+            Assigning,
+            lambda: keras.layers.SpectralNormalization(keras.layers.Dense(4)),
+        ),
+        is_traced=(False, True),
+    )
+    def test_gradients_go_through_none(self, layer, is_traced):
+        def differentiate(scope):
+            keras.utils.set_random_seed(0)
+            inputs = keras.Input((4,))
+            with keras.RematScope(**scope):
+                outputs = layer()(inputs)
+            model = keras_accum.GradientAccumulationModel(
+                inputs, outputs, accum_steps=2
+            )
+            x = tf.random.stateless_normal((3, 4), (0, 0))
+
+            def step():
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    loss = tf.reduce_sum(model(x, training=True) ** 2)
+                return tape.gradient(loss, [x, *model.trainable_weights])
+
+            gradients = tf.function(step)() if is_traced else step()
+            return [*gradients, *model.variables]
+
+        for a, b in zip(differentiate(FULL), differentiate(NONE), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 @needs_scope
 class RematerializeTest(RematerializationTest):
     @parameterized.parameters("block_0", Block)

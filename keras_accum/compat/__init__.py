@@ -76,6 +76,7 @@ from keras_accum.compat.remat import depends_on_weights
 from keras_accum.compat.remat import is_made_of_recomputed
 from keras_accum.compat.remat import recompute_layer
 from keras_accum.compat.remat import recomputing_by
+from keras_accum.compat.remat import tensorflow_variable
 from keras_accum.compat.remat import unrepeatable
 from keras_accum.compat.remat import value_without_cast
 from keras_accum.compat.remat import without_tape

@@ -156,6 +156,11 @@ class CallContext:
             global_state.set_global_attribute(name, copy.copy(value))
 
 
+def tensorflow_variable(variable) -> tf.Variable:
+    """Returns the `tf.Variable` in a `keras.Variable`, as tapes know it."""
+    return variable._value
+
+
 def value_without_cast(variable) -> tf.Tensor:
     """Returns what a `keras.Variable` holds, whatever layers compute in."""
     return tf.identity(tf.convert_to_tensor(variable._value))
