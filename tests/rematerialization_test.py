@@ -139,10 +139,9 @@ def functional(options, scope=NONE):
 
 
 @functools.cache
-def plain(options, compiled, replicas=None):
+def plain(options, compiled):
     """Returns what a model without recomputing comes to."""
-    strategy = replicas and test_utils.mirrored(replicas)
-    return trained(functional, dict(options), dict(compiled), strategy)
+    return trained(functional, dict(options), dict(compiled))
 
 
 class RematerializationTest(parameterized.TestCase):
@@ -173,12 +172,12 @@ class ScopeTest(RematerializationTest):
 
     @pytest.mark.thorough
     def test_replicas(self):
-        strategy = test_utils.mirrored(2)
+        strategy = test_utils.chosen_strategy()[0]
         make = functools.partial(functional, scope=FULL)
         compiled = {"jit_compile": True}
         self.assert_same(
             trained(make, WINDOW, compiled, strategy),
-            plain(tuple(WINDOW.items()), tuple(compiled.items()), 2),
+            trained(functional, WINDOW, compiled, strategy),
         )
 
     @pytest.mark.thorough
