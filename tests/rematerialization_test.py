@@ -380,7 +380,10 @@ class RematerializeTest(RematerializationTest):
             each = model.train_function._programs.microbatch.func
             return each.planned_bytes((tf.constant(x), tf.constant(x)), 64)
 
-        self.assertLess(planned(False), 0.3 * planned(True))
+        # XLA plans worse in older releases: 0.49 with TensorFlow 2.18.
+        release = tuple(map(int, tf.__version__.split(".")[:2]))
+        most = 0.3 if release >= (2, 21) else 0.6
+        self.assertLess(planned(False), most * planned(True))
 
 
 class Wide(keras.layers.Layer):
