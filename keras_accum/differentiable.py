@@ -24,15 +24,15 @@ class Outputs:
         self._result, self._added = result_and_added
         self._leaves = flat(self._result)
         self._places = places_with_gradients(self._leaves)
-        self._logits = [
-            (place, compat.cached_logits(self._leaves[place]))
+        self._logits = {
+            place: logits
             for place in self._places
-        ]
-        self._logits = [each for each in self._logits if each[1] is not None]
+            if (logits := compat.cached_logits(self._leaves[place])) is not None
+        }
         losses = [loss for _, some in self._added for loss in some]
         self.differentiable = [
             *(self._leaves[place] for place in self._places),
-            *(logits for _, logits in self._logits),
+            *self._logits.values(),
             *losses,
         ]
         if not self.differentiable:
@@ -51,7 +51,7 @@ class Outputs:
             leaves[place] = next(tensors)
             if mask is not None:
                 compat.set_keras_mask(leaves[place], mask)
-        for place, _ in self._logits:
+        for place in self._logits:
             compat.set_cached_logits(leaves[place], next(tensors))
         for layer, losses in self._added:
             layer.add_loss([next(tensors) for _ in losses])

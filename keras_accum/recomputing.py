@@ -98,10 +98,8 @@ class Recomputed:
         self.inputs = [self._leaves[place] for place in self._places]
         # A call may take them away, as that of an attention layer does.
         self._masks = list(map(compat.keras_mask, self._leaves))
-        self._context, self._graph = (
-            compat.CallContext(),
-            compat.current_graph(),
-        )
+        self._context = compat.CallContext()
+        self._graph = compat.current_graph()
         # What variables held before they were assigned, by `id`.
         self._before: dict[int, tuple[keras.Variable, tf.Tensor]] = {}
         with keras.StatelessScope(initialize_variables=False) as scope:
@@ -198,6 +196,7 @@ class Recomputed:
         others = compat.unrepeatable(operations, assigned)
         if others:
             self._refuse(f"TensorFlow's `{others[0]}` is not Keras's")
+        # A scope around it may hold such tensors in place of variables.
         if not self._outer:
             lost = self._lost_gradients(operations)
             if lost:

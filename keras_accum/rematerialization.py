@@ -41,7 +41,7 @@ def rematerialize(
     keras_accum.rematerialize(model, [keras.layers.MultiHeadAttention])
     ```
     """
-    all_layers = compat.all_layers(model)
+    all_layers, chosen = compat.all_layers(model), []
     for wanted in layers:
         found = [layer for layer in all_layers if is_meant(layer, wanted)]
         if not found:
@@ -50,8 +50,10 @@ def rematerialize(
                 "The model has no layer of this name or class: "
                 f"{wanted!r}.{did_you_mean([str(wanted)], known)}"
             )
-        for layer in found:
-            compat.recompute_layer(layer)
+        chosen += found
+    # Only now, so that an error changes nothing.
+    for layer in chosen:
+        compat.recompute_layer(layer)
     model.train_function = model.test_function = model.predict_function = None
 
 

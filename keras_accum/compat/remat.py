@@ -14,7 +14,6 @@ from keras.src.backend.common import global_state
 from tensorflow.python.eager import record
 from tensorflow.python.ops import custom_gradient
 
-from keras_accum.compat import names
 from keras_accum.compat.graphs import current_graph
 from keras_accum.compat.graphs import uses
 from keras_accum.compat.hooks import Hook
@@ -106,7 +105,10 @@ def recompute_layer(layer) -> None:
         ImportError: Before Keras 3.9, which has none.
     """
     if not hasattr(keras, "RematScope"):
-        raise ImportError(names.absence("keras.RematScope"))
+        raise ImportError(
+            "`rematerialize` needs Keras 3.9 or newer: older ones have no "
+            "`keras.RematScope`."
+        )
     with keras.RematScope("full"):
         # Any layer: this is what the scope sets.
         mode = keras.layers.Identity()._remat_mode
@@ -163,7 +165,7 @@ def tensorflow_variable(variable) -> tf.Variable:
 
 def value_without_cast(variable) -> tf.Tensor:
     """Returns what a `keras.Variable` holds, whatever layers compute in."""
-    return tf.identity(tf.convert_to_tensor(variable._value))
+    return tf.identity(tf.convert_to_tensor(tensorflow_variable(variable)))
 
 
 def depends_on_weights(tensor) -> bool:
@@ -197,7 +199,8 @@ def unrepeatable(operations, assigned) -> list[str]:
     """
     known: set[tf.Operation] = set()
     for variable in assigned:
-        known.update(uses(current_graph(), local_variable(variable._value)))
+        local = local_variable(tensorflow_variable(variable))
+        known.update(uses(current_graph(), local))
     return [
         op.type
         for op in operations
