@@ -13,6 +13,7 @@ from keras_accum import schedules
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.mixin import GradientAccumulationMixin
 from keras_accum.model import GradientAccumulationModel
+from keras_accum.planning import plan
 from keras_accum.rematerialization import rematerialize
 from keras_accum.verification import verify
 
@@ -23,6 +24,7 @@ __all__ = [
     "GradientAccumulationModel",
     "GradientAccumulator",
     "__version__",
+    "plan",
     "rematerialize",
     "schedules",
     "verify",

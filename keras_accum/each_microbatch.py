@@ -104,6 +104,19 @@ class EachMicrobatch:
             data: A batch, in cross-replica context.
             size: Most rows of a micro-batch.
         """
+        planned = self.call_with_step(data, size, compat.planned_bytes)
+        strategy = self._model.distribute_strategy
+        return sum(strategy.experimental_local_results(planned))
+
+    def call_with_step(self, data, size: int, function: Callable):
+        """Calls a function with a step and its arguments, on each replica.
+
+        Args:
+            data: A batch, in cross-replica context.
+            size: Rows of the micro-batch, which is the batch's first.
+            function: Takes the step, a `tf.function` unless the model runs
+                eagerly, and what it is called with.
+        """
         model, step = self._model, self._plain
         strategy = model.distribute_strategy
         local = as_tensors(replicas.first_local(strategy, data))
@@ -116,12 +129,11 @@ class EachMicrobatch:
             losses = compat.number_of_losses(compat.compiled_loss(model))
             args.append(weighting.as_weight(tf.zeros(1 + losses)))
 
-        def plan():
-            return compat.planned_bytes(step, tf.constant(True), *args)
+        def call():
+            return function(step, tf.constant(True), *args)
 
         with replicas.without_warning_of_slow_runs():
-            planned = programs.with_loop(model, plan)()
-        return sum(strategy.experimental_local_results(planned))
+            return programs.with_loop(model, call)()
 
     def _look_at_losses(self, data):
         """Traces a step on a micro-batch, which shows the losses' kinds."""

@@ -398,16 +398,30 @@ def address_space() -> int:
         return 0
 
 
-def counted_bytes(function: Callable, *args) -> int:
-    """Returns the most memory of the CPU that a call took, over what it found.
+def counted_bytes(function: Callable, *args, device: str = "CPU:0") -> int:
+    """Returns the most memory that a call took, over what it found.
 
-    It is 0 where TensorFlow does not count: it does where it uses oneDNN.
+    It is 0 where TensorFlow does not count: of a CPU, it does where it uses
+    oneDNN.
+
+    Args:
+        function: The function.
+        *args: What it is called with.
+        device: The device.
     """
-    try:
-        tf.config.experimental.reset_memory_stats("CPU:0")
-        before = tf.config.experimental.get_memory_info("CPU:0")["current"]
-    except ValueError:
+    if not counts(device):
         function(*args)
         return 0
+    tf.config.experimental.reset_memory_stats(device)
+    before = tf.config.experimental.get_memory_info(device)["current"]
     function(*args)
-    return tf.config.experimental.get_memory_info("CPU:0")["peak"] - before
+    return tf.config.experimental.get_memory_info(device)["peak"] - before
+
+
+def counts(device: str) -> bool:
+    """Returns whether TensorFlow counts the memory of a device."""
+    try:
+        tf.config.experimental.get_memory_info(device)
+    except ValueError:
+        return False
+    return True

@@ -3,7 +3,9 @@
 `recomputing.py` says how.
 """
 
+import contextlib
 from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -55,6 +57,35 @@ def rematerialize(
     for layer in chosen:
         compat.recompute_layer(layer)
     model.train_function = model.test_function = model.predict_function = None
+
+
+def names_of_layers(model: keras.Model) -> list[str]:
+    """Returns the layers of a model, without those in them.
+
+    Of a model in it, its layers: recomputed as a whole, it would need at once
+    what it needed before.
+    """
+    names = []
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            names += names_of_layers(layer)
+        elif not isinstance(layer, keras.layers.InputLayer):
+            names.append(layer.name)
+    return names
+
+
+@contextlib.contextmanager
+def recomputed(model: keras.Model, layers: Iterable[str]) -> Iterator[None]:
+    """Has layers recomputed within the context.
+
+    Args:
+        model: The model.
+        layers: Their names.
+    """
+    names = set(layers)
+    chosen = [each for each in compat.all_layers(model) if each.name in names]
+    with compat.recomputing_layers(chosen):
+        yield
 
 
 def is_meant(layer: keras.Layer, wanted: str | type | keras.Layer) -> bool:

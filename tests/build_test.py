@@ -33,11 +33,13 @@ LAYERS = (
     {
         "checkpoint",
         "differentiable",
+        "forecast",
         "iterators",
         "memory",
         "options",
         "origins",
         "overrides",
+        "plan_table",
         "rehearsal",
         "replicas",
         "second_call",
@@ -94,7 +96,8 @@ LAYERS = (
     {"accumulation"},
     {"dry_run", "mixin"},
     {"causes", "model"},
-    {"verification"},
+    {"probe", "verification"},
+    {"planning"},
     {"__init__"},
 )
 

@@ -264,6 +264,19 @@ def recompute() -> None:
     assert updates_of(model) == 4
 
 
+def plan_sizes() -> None:
+    model = keras_accum.GradientAccumulationModel(*plain())
+    model.compile("sgd", loss_of_logits(), jit_compile=True)
+    found = keras_accum.plan(
+        model=model, x=x, y=y, sample_weight=None, memory_limit=2**30
+    )
+    assert found.memory_limit == 2**30
+    assert_type(found.best, keras_accum.plan_table.Size | None)
+    assert found.best is not None
+    assert found.best.total < 2**30
+    assert found.best.rows in [each.rows for each in found.sizes]
+
+
 def save_and_load(model: keras_accum.GradientAccumulationModel) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "model.keras"
@@ -292,6 +305,7 @@ def main() -> None:
     train_classes()
     train_by_hand()
     recompute()
+    plan_sizes()
     print(
         f"keras_accum {keras_accum.__version__}, Keras {keras.__version__}, "
         f"TensorFlow {tf.__version__}: all passed."

@@ -131,6 +131,7 @@ class NameTest(test_utils.TestCase):
                 "GradientAccumulationModel",
                 "GradientAccumulator",
                 "__version__",
+                "plan",
                 "rematerialize",
                 "schedules",
                 "verify",

@@ -22,6 +22,7 @@ from keras_accum.compat.draws import drawing_through
 from keras_accum.compat.graphs import compute_anyway
 from keras_accum.compat.graphs import current_graph
 from keras_accum.compat.graphs import is_compiled_by_xla
+from keras_accum.compat.graphs import memory_of_device
 from keras_accum.compat.graphs import planned_bytes
 from keras_accum.compat.graphs import stateful_operations
 from keras_accum.compat.graphs import uninitialized
@@ -76,6 +77,7 @@ from keras_accum.compat.remat import depends_on_weights
 from keras_accum.compat.remat import is_made_of_recomputed
 from keras_accum.compat.remat import recompute_layer
 from keras_accum.compat.remat import recomputing_by
+from keras_accum.compat.remat import recomputing_layers
 from keras_accum.compat.remat import tensorflow_variable
 from keras_accum.compat.remat import unrepeatable
 from keras_accum.compat.remat import value_without_cast

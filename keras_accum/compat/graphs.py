@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 from tensorflow.compiler.xla.service import hlo_pb2
+from tensorflow.python.client import device_lib
 from tensorflow.python.ops import control_flow_util
 
 
@@ -41,6 +42,18 @@ def uses(graph, variable) -> list[tf.Operation]:
 def uninitialized(size) -> tf.Tensor:
     """Takes `size` bytes of memory, and writes none of them."""
     return tf.raw_ops.Empty(shape=[size], dtype=tf.uint8)
+
+
+def memory_of_device(name: str) -> int | None:
+    """Returns the bytes that TensorFlow may use of a device, if it says so.
+
+    Args:
+        name: Such as "GPU:0".
+    """
+    for device in device_lib.list_local_devices():
+        if device.name == f"/device:{name}":
+            return device.memory_limit or None
+    return None
 
 
 def compute_anyway(value) -> None:

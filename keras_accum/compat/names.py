@@ -87,6 +87,7 @@ NAMES = {
     "tensorflow.python.framework.ops.SymbolicTensor": ("consumers",),
     "tensorflow.compiler.xla.service.hlo_pb2": ("HloProto",),
     "tensorflow.data.Dataset": ("_inputs",),
+    "tensorflow.python.client.device_lib": ("list_local_devices",),
     "tensorflow.python.distribute.values.DistributedValues": (
         "_get_on_device_or_primary",
     ),

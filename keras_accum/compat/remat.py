@@ -115,6 +115,17 @@ def recompute_layer(layer) -> None:
     layer._remat_mode = mode
 
 
+@contextlib.contextmanager
+def recomputing_layers(layers) -> Iterator[None]:
+    """Has layers recomputed as `recompute_layer` does, and then as before."""
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            mode = getattr(layer, "_remat_mode", None)
+            stack.callback(setattr, layer, "_remat_mode", mode)
+            recompute_layer(layer)
+        yield
+
+
 def collecting_added_losses(function: Callable):
     """Calls `function(layer, loss)` in place of `add_loss`, in this thread.
 

@@ -1,0 +1,82 @@
+"""What steps on any number of rows need, from what steps on some need.
+
+It grows with the rows, nearly along a line, so that few sizes tell of the
+others: a fixed amount, and an amount for each row.
+"""
+
+from collections.abc import Callable
+
+# How far the bytes of a size may lie from the line, for that to be enough.
+NEAR_LINE = 0.03
+
+
+class Forecast:
+    """The bytes of steps on any number of rows, from those of some.
+
+    Args:
+        measure: Returns the bytes of a step on a number of rows.
+
+    Attributes:
+        known: What it returned, by the rows.
+    """
+
+    def __init__(self, measure: Callable[[int], int]) -> None:
+        self._measure = measure
+        self.known: dict[int, int] = {}
+
+    def __call__(self, rows: int) -> int:
+        """Returns the bytes of a step on so many rows."""
+        if rows in self.known:
+            return self.known[rows]
+        less = sorted(each for each in self.known if each < rows)
+        more = sorted(each for each in self.known if each > rows)
+        if not less:
+            # TensorFlow does not count small tensors, so less is not known.
+            return self.known[more[0]] * rows // more[0] if more else 0
+        # Between two, or beyond, on the line through the last two.
+        low, high = (less[-1], more[0]) if more else ([0, *less])[-2:]
+        slope = (self.known[high] - self.known.get(low, 0)) / (high - low)
+        return int(self.known[high] + slope * (rows - high))
+
+    def plan(self, rows: list[int], room: int) -> None:
+        """Measures what costs no memory: the ends, and where lines bend.
+
+        Args:
+            rows: Sizes, most rows first.
+            room: Not needed.
+        """
+        del room
+        self._learn(rows[0])
+        self._learn(rows[-1])
+        self._bend(rows)
+
+    def _bend(self, rows):
+        """Measures in the middle, and goes on if that is not on the line."""
+        if len(rows) < 3:
+            return
+        middle = len(rows) // 2
+        if rows[middle] not in self.known:
+            expected = self(rows[middle])
+            found = self._learn(rows[middle])
+            if abs(found - expected) <= NEAR_LINE * found:
+                return
+        self._bend(rows[: middle + 1])
+        self._bend(rows[middle:])
+
+    def run(self, rows: list[int], room: int) -> None:
+        """Measures steps that are run, as long as there is room.
+
+        Args:
+            rows: Sizes, most rows first.
+            room: Bytes that there are.
+        """
+        # Of the first two, all that is known is that they are few.
+        for each in [1, 2, *reversed(rows)]:
+            if self.known and 2 * self(each) > room:
+                break
+            self._learn(each)
+
+    def _learn(self, rows):
+        if rows not in self.known and (found := self._measure(rows)):
+            self.known[rows] = found
+        return self(rows)

@@ -1,0 +1,168 @@
+"""`plan`: how many rows at once fit in the memory, and which are fastest.
+
+As ordinary code:
+
+```python
+for rows in sizes:
+    total = kept + batch + max(step_bytes(rows), update_bytes)
+    fits = total <= memory_limit
+best = max(those_that_fit, key=rows_per_second)
+```
+
+The real thing does not try every size; see `forecast.py`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from keras_accum import compat
+from keras_accum import first_batch
+from keras_accum import rematerialization
+from keras_accum import rows as row_counts
+from keras_accum.forecast import Forecast
+from keras_accum.plan_table import Plan
+from keras_accum.plan_table import Size
+from keras_accum.probe import Probe
+
+# Sizes of a table; there are more if none of them fits.
+SIZES = 7
+# How many sizes are timed: the largest that fits, half of it, and so on.
+TIMED = 3
+
+
+def plan(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    memory_limit: int | None = None,
+) -> Plan:
+    """Finds out how many rows at once fit in the memory, and are fastest.
+
+    The rows given are one batch, and so one update. The table has a line for
+    each `microbatch_size`: all rows, half of them, and so on; once as the model
+    is, and once with its layers recomputed, as `rematerialize` does. Where XLA
+    compiles, its plan says what a step needs, and nothing that may not fit is
+    run. Where it does not, steps on few rows are run, and then on more, as far
+    as there is room for twice as much; sizes beyond are forecast. The largest
+    sizes that fit are timed.
+
+    Nothing is trained. All that steps assign is put back. A model that is not
+    built is, as in `fit`. On several replicas, all is of one of them; on a CPU,
+    they share the memory.
+
+    Args:
+        model: A compiled model, of any class of `keras.Model`.
+        x: Inputs: nested arrays or tensors with rows along the first axis.
+        y: Labels, or None.
+        sample_weight: Sample weights, or None.
+        memory_limit: Bytes of each device, for all that training takes. None
+            for what the device has, and, of a CPU, for what is free, besides
+            what the model has already.
+
+    Returns:
+        A `Plan`. `print` shows it as a table.
+
+    Raises:
+        ValueError: If the model is not compiled, its rows cannot be told, or
+            nobody says what a step needs: on a CPU without XLA, TensorFlow
+            counts only where it uses oneDNN.
+
+    Example:
+
+    ```python
+    found = keras_accum.plan(model, x[:256], y[:256])
+    print(found)
+    model = keras_accum.GradientAccumulationModel.from_model(
+        model, microbatch_size=found.best.rows
+    )
+    ```
+    """
+    data = row_counts.as_tensors(
+        keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+    )
+    if not model.compiled:
+        raise ValueError("`model` must be compiled. Call `model.compile`.")
+    if not first_batch.rows_of(data):
+        raise ValueError(
+            "`x`, `y` and `sample_weight` must have the same number of rows "
+            "along the first axis: otherwise nobody knows how to cut them."
+        )
+    if not model.built:
+        with model.distribute_strategy.scope():
+            compat.build_by(
+                model, keras.utils.unpack_x_y_sample_weight(data)[0]
+            )
+    probe = Probe(model, data)
+    limit = probe.device_bytes() if memory_limit is None else memory_limit
+    sizes = sizes_of(probe, limit, is_recomputed=False)
+    layers, note = rematerialization.names_of_layers(model), ""
+    most = max((each.rows for each in sizes if each.fits), default=0)
+    try:
+        with rematerialization.recomputed(model, layers):
+            probe = Probe(model, data)
+            sizes += sizes_of(probe, limit, is_recomputed=True, timed=most)
+    except (ImportError, RuntimeError) as error:
+        layers, note = [], f"Layers are not recomputed: {error}"
+    return Plan(tuple(sizes), limit, tuple(layers), note)
+
+
+def sizes_of(
+    probe: Probe, limit: int, is_recomputed: bool, timed: int = 0
+) -> list[Size]:
+    """Returns the sizes, most rows first; the largest that fit are timed.
+
+    Args:
+        probe: What tries steps.
+        limit: Bytes that there are.
+        is_recomputed: Whether the probe recomputes layers.
+        timed: Only sizes of more rows than this are timed.
+    """
+    boundary = probe.update_bytes()
+    # Known now: the first step has made the buffers.
+    kept = probe.kept_bytes()
+    free = limit - sum(kept.values())
+    needs = Forecast(probe.step_bytes)
+    rows = list(itertools.islice(halves(probe.rows), SIZES))
+    measure = needs.plan if probe.is_compiled else needs.run
+    room = probe.free_bytes()
+    measure(rows, room)
+    while needs(rows[-1]) > free and rows[-1] > 1:
+        rows.append(rows[-1] // 2)
+        measure(rows, room)
+    sizes = [
+        Size(
+            rows=each,
+            is_recomputed=is_recomputed,
+            **kept,
+            activations=needs(each),
+            boundary=boundary,
+            is_measured=each in needs.known,
+            fits=max(needs(each), boundary) <= free,
+        )
+        for each in rows
+    ]
+    to_time = [
+        each
+        for each in sizes
+        if each.fits and each.rows > timed and each.activations <= room
+    ][:TIMED]
+    return [
+        dataclasses.replace(
+            each, rows_per_second=probe.rows_per_second(each.rows)
+        )
+        if each in to_time
+        else each
+        for each in sizes
+    ]
+
+
+def halves(rows: int) -> Iterator[int]:
+    """Yields a number of rows, half of them, and so on, down to 1."""
+    while rows:
+        yield rows
+        rows //= 2
