@@ -127,7 +127,9 @@ def check_one_way(options: Options) -> None:
         )
         raise ValueError(
             "`accum_steps`, `microbatch_size` and `effective_batch_size` each "
-            f"say how large a window is; give one of them. Received: {received}"
+            "say how large a window is; give one of them. "
+            f"Received: {received}. A model that has another one gives it up "
+            "before: set its `accum_steps` to 1, or the others to None."
         )
 
 

@@ -546,8 +546,14 @@ class ErrorsTest(test_utils.TestCase, parameterized.TestCase):
             model.accum_steps = 2
         model.microbatch_size = None
         model.accum_steps = 2
-        with self.assertRaisesRegex(ValueError, "give one of them"):
+        with self.assertRaisesRegex(
+            ValueError, "Received: .*set its `accum_steps` to 1, or the others"
+        ):
             model.microbatch_size = 3
+        # It says how.
+        model.accum_steps = 1
+        model.microbatch_size = 3
+        self.assertEqual(model.microbatch_size, 3)
 
     @parameterized.parameters(*MODES)
     def test_batches_that_cannot_be_split_along_their_first_axis(self, mode):
