@@ -14,9 +14,12 @@ from keras_accum import compat
 from keras_accum import recomputing
 from keras_accum.warned import did_you_mean
 
+# What says which layers: a name, a class, or the layer.
+Choice = str | type | keras.Layer
+
 
 def rematerialize(
-    model: keras.Model, layers: Iterable[str | type | keras.Layer]
+    model: keras.Model, layers: Choice | Iterable[Choice]
 ) -> None:
     """Has layers of a model that exists recomputed, to keep less memory.
 
@@ -30,8 +33,9 @@ def rematerialize(
 
     Args:
         model: The model. It traces its functions again.
-        layers: Names, classes, or layers, wherever in the model they are. A
-            layer inside of one that is recomputed comes and goes with it.
+        layers: Names, classes, or layers, wherever in the model they are; or
+            one of these alone. A layer inside of one that is recomputed comes
+            and goes with it.
 
     Raises:
         ValueError: If the model has no such layer.
@@ -43,6 +47,8 @@ def rematerialize(
     keras_accum.rematerialize(model, [keras.layers.MultiHeadAttention])
     ```
     """
+    if isinstance(layers, Choice):
+        layers = [layers]
     all_layers, chosen = compat.all_layers(model), []
     for wanted in layers:
         found = [layer for layer in all_layers if is_meant(layer, wanted)]
@@ -88,7 +94,7 @@ def recomputed(model: keras.Model, layers: Iterable[str]) -> Iterator[None]:
         yield
 
 
-def is_meant(layer: keras.Layer, wanted: str | type | keras.Layer) -> bool:
+def is_meant(layer: keras.Layer, wanted: Choice) -> bool:
     """Returns whether a layer has a name or a class, or is the one."""
     if isinstance(wanted, type):
         return isinstance(layer, wanted)

@@ -257,6 +257,7 @@ def recompute() -> None:
     try:
         keras_accum.rematerialize(model=model, layers=[first.name])
         keras_accum.rematerialize(model, [keras.layers.Dense, first])
+        keras_accum.rematerialize(model, keras.layers.Dense)
     except ImportError:
         # Keras before 3.9 has nothing to recompute with.
         assert not hasattr(keras, "RematScope")

@@ -359,10 +359,33 @@ class RematerializeTest(RematerializationTest):
             plain(tuple(WINDOW.items()), tuple(compiled.items())),
         )
 
+    @parameterized.parameters(
+        lambda layer: "counting",
+        lambda layer: Counting,
+        lambda layer: layer,
+        lambda layer: ["counting"],
+        lambda layer: (each for each in [layer]),
+    )
+    def test_one_or_several(self, layers):
+        inputs = keras.Input((2,))
+        layer = Counting(name="counting")
+        model = keras_accum.GradientAccumulationModel(
+            inputs, layer(inputs), accum_steps=2
+        )
+        keras_accum.rematerialize(model, layers(layer))
+        x, layer.calls = tf.ones((3, 2)), 0
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = model(x)
+        self.assertEqual(layer.calls, 1)
+        tape.gradient(y, x)
+        self.assertEqual(layer.calls, 2)
+
     def test_unknown(self):
         model = functional(WINDOW)
-        with self.assertRaisesRegex(ValueError, "Did you mean `block_0`"):
-            keras_accum.rematerialize(model, ["blok_0"])
+        for wanted in ("blok_0", ["blok_0"]):
+            with self.assertRaisesRegex(ValueError, "Did you mean `block_0`"):
+                keras_accum.rematerialize(model, wanted)
 
     def test_memory(self):
         def planned(depth_is_kept):
@@ -384,6 +407,16 @@ class RematerializeTest(RematerializationTest):
         release = tuple(map(int, tf.__version__.split(".")[:2]))
         most = 0.3 if release >= (2, 21) else 0.6
         self.assertLess(planned(False), most * planned(True))
+
+
+class Counting(keras.layers.Layer):
+    """Counts its calls."""
+
+    calls = 0
+
+    def call(self, x):
+        self.calls += 1
+        return x * x
 
 
 class Wide(keras.layers.Layer):
