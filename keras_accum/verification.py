@@ -24,8 +24,8 @@ from keras_accum import causes
 from keras_accum import compat
 from keras_accum import dry_run
 from keras_accum import first_batch
-from keras_accum import rows as row_counts
 from keras_accum import trial
+from keras_accum import verifiable
 from keras_accum.inner import tolerance_of
 
 
@@ -101,7 +101,7 @@ def verify(
     Args:
         model: A compiled model that accumulates, in either way.
         x: Inputs: nested arrays or tensors with rows along the first axis, at
-            least 3.
+            least 3. A task of KerasHub preprocesses them as in `fit`.
         y: Labels, or None.
         sample_weight: Sample weights, or None.
 
@@ -118,12 +118,9 @@ def verify(
     print(keras_accum.verify(model, x[:16], y[:16]))
     ```
     """
-    # As `fit` gives it to `train_step`.
-    data = row_counts.as_tensors(
-        keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-    )
+    data = verifiable.data_of(model, x, y, sample_weight)
     rows = first_batch.rows_of(data)
-    check(model, rows)
+    verifiable.check(model, rows)
     few = max(1, round(rows * 3 / 16))
     uneven = (0, few, rows - max(1, round(rows * 5 / 16)), rows)
     tolerance = tolerance_of(model)
@@ -185,33 +182,6 @@ def explained(difference, fixed, tolerance, other_cause) -> Difference:
         causes.BY_DESIGN if is_by_design else other_cause(difference.what)
     )
     return dataclasses.replace(difference, cause=cause, way_out=way_out)
-
-
-def check(model, rows: int | None) -> None:
-    """Raises a `ValueError` unless there is something to verify."""
-    accumulation = getattr(model, "_accumulation", None)
-    if accumulation is None or not accumulation.is_active:
-        raise ValueError(
-            "`model` must accumulate: give it `accum_steps` or "
-            "`microbatch_size`, or make it by "
-            "`GradientAccumulationModel.from_model`. "
-            f"Received: model={model!r}"
-        )
-    if not model.compiled:
-        raise ValueError("`model` must be compiled. Call `model.compile`.")
-    if rows is None:
-        raise ValueError(
-            "`x`, `y` and `sample_weight` must have the same number of rows "
-            "along the first axis: otherwise nobody knows how to cut them."
-        )
-    if rows < 3:
-        raise ValueError(f"`x` must have at least 3 rows. Received: {rows}")
-    if layers := compat.stateful_layers(model):
-        raise ValueError(
-            "`model` must have no stateful layers: their micro-batches are "
-            "steps of a sequence, one after the other, and no parts of a "
-            f"batch. Received: {', '.join(layer.name for layer in layers)}"
-        )
 
 
 def compare(whole: dry_run.Result, parts: dry_run.Result) -> list[Difference]:

@@ -67,6 +67,7 @@ LAYERS = (
         "rematerialization",
         "sample",
         "saving",
+        "verifiable",
     },
     {"coupling", "loops", "microbatch", "microbatching"},
     {"added_losses", "findings", "steps", "weighting", "window"},

@@ -393,6 +393,15 @@ class KerasHubTest(test_utils.TestCase, parameterized.TestCase):
             loaded.predict(SENTENCES, verbose=0), predicted, rtol=1e-5
         )
 
+    def test_verify_takes_what_fit_takes(self):
+        model = GA.from_model(text_classifier(), microbatch_size=5)
+        model.compile("sgd", test_utils.crossentropy(), jit_compile=False)
+        for texts in (SENTENCES, tf.constant(SENTENCES), list(SENTENCES)):
+            self.assertTrue(keras_accum.verify(model, texts, CLASSES).exact)
+        tokens, labels = model.preprocessor(SENTENCES, CLASSES)
+        model.preprocessor = None
+        self.assertTrue(keras_accum.verify(model, tokens, labels).exact)
+
     def test_presets_and_clones(self):
         plain = text_classifier()
         model = GA.from_model(plain, accum_steps=3)

@@ -1,0 +1,46 @@
+"""What `verify` takes: a model that accumulates, and rows to cut."""
+
+from typing import Any
+
+import keras
+
+from keras_accum import compat
+from keras_accum import rows as row_counts
+
+
+def data_of(model, x: Any, y: Any, sample_weight: Any) -> tuple:
+    """Returns a batch as `fit` gives it to `train_step`.
+
+    A task of KerasHub preprocesses in `fit` what `train_step` gets.
+    """
+    preprocess = getattr(
+        model, "preprocess_samples", keras.utils.pack_x_y_sample_weight
+    )
+    return row_counts.as_tensors(preprocess(x, y, sample_weight))
+
+
+def check(model, rows: int | None) -> None:
+    """Raises a `ValueError` unless there is something to verify."""
+    accumulation = getattr(model, "_accumulation", None)
+    if accumulation is None or not accumulation.is_active:
+        raise ValueError(
+            "`model` must accumulate: give it `accum_steps` or "
+            "`microbatch_size`, or make it by "
+            "`GradientAccumulationModel.from_model`. "
+            f"Received: model={model!r}"
+        )
+    if not model.compiled:
+        raise ValueError("`model` must be compiled. Call `model.compile`.")
+    if rows is None:
+        raise ValueError(
+            "`x`, `y` and `sample_weight` must have the same number of rows "
+            "along the first axis: otherwise nobody knows how to cut them."
+        )
+    if rows < 3:
+        raise ValueError(f"`x` must have at least 3 rows. Received: {rows}")
+    if layers := compat.stateful_layers(model):
+        raise ValueError(
+            "`model` must have no stateful layers: their micro-batches are "
+            "steps of a sequence, one after the other, and no parts of a "
+            f"batch. Received: {', '.join(layer.name for layer in layers)}"
+        )
