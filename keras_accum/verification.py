@@ -28,6 +28,10 @@ from keras_accum import trial
 from keras_accum import verifiable
 from keras_accum.inner import tolerance_of
 
+# How many lines a table has of what is equal up to rounding: a large model has
+# hundreds of variables.
+SHOWN = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -64,14 +68,15 @@ class Verification:
     tolerance: float
 
     def __str__(self) -> str:
-        """Returns a table, worst first."""
+        """Returns a table, worst first, without most of what is equal."""
         head = "exact" if self.exact else "not exact"
         lines = [
             f"The model is {head}. Micro-batches against the batch at once:",
             "distance  why  what",
         ]
+        different = sum(bool(each.cause) for each in self.differences)
         reasons = []
-        for each in self.differences:
+        for each in self.differences[: different + SHOWN]:
             mark = ""
             if each.cause:
                 reason = f"{each.cause}. What to do: {each.way_out}."
@@ -81,6 +86,9 @@ class Verification:
             is_loss = each.what == "loss"
             name = "loss" if is_loss else f"{each.what} of {each.name}"
             lines.append(f"{each.distance:8.1e}  {mark:3}  {name}")
+        more = len(self.differences) - different - SHOWN
+        if more > 0:
+            lines.append(f"and {more} more, all within {self.tolerance:.0e}")
         lines += [
             f"({number}) {reason}" for number, reason in enumerate(reasons, 1)
         ]

@@ -252,6 +252,32 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         self.assertLen(set(names), len(names))
         self.assertAllEqual(model.get_weights()[0], initial[0])
 
+    def test_a_table_has_few_lines_of_what_is_equal(self):
+        x = keras.Input((5,))
+        deep = x
+        for _ in range(8):
+            deep = keras.layers.Dense(4)(deep)
+        coupled = keras.layers.Dense(4, "sigmoid")(x)
+        model = keras_accum.GradientAccumulationModel(
+            x, [coupled, deep], **ACCUM_STEPS
+        )
+        model.compile("sgd", [keras.losses.Dice(), "mse"], run_eagerly=True)
+        x, y = whole_batch_test.arrays()
+        found = keras_accum.verify(model, x, [y, y])
+        # The loss, and two variables for each layer.
+        self.assertLen(found.differences, 19)
+        different = sum(bool(each.cause) for each in found.differences)
+        self.assertBetween(different, 2, 3)
+        lines = str(found).splitlines()[2:]
+        distances = [float(line.split()[0]) for line in lines[:-2]]
+        self.assertLen(distances, different + 10)
+        self.assertLess(distances[different], found.tolerance)
+        self.assertEqual(
+            lines[-2],
+            f"and {19 - different - 10} more, all within {found.tolerance:.0e}",
+        )
+        self.assertStartsWith(lines[-1], "(1) the loss couples rows: `dice`")
+
     def test_the_page_prints_what_it_says(self):
         page = ROOT / "docs" / "exactness.md"
         blocks = re.findall(
