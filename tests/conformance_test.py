@@ -30,6 +30,7 @@ FAILING = {
 class ChecksTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters("accum_steps", "microbatch_size")
     @pytest.mark.thorough
+    @pytest.mark.long
     def test_passes(self, system):
         finished = subprocess.run(
             [sys.executable, "-m", "conformance.worker", f"--system={system}"],

@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+IS_NIGHTLY = "KERAS_ACCUM_NIGHTLY" in os.environ
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -25,9 +27,17 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    for_the_night = []
     for item in items:
         # See `test_utils.first_command`.
         cases = getattr(item.obj, "first_cases", None)
         if cases is not None and item.name not in cases:
             item.add_marker("thorough")
+        # What its class repeats, and it repeats itself.
+        if len(list(item.iter_markers("thorough"))) > 1 and not IS_NIGHTLY:
+            for_the_night.append(item)
+    items[:] = [item for item in items if item not in for_the_night]
+    # At the end, others would wait for them.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    config.hook.pytest_deselected(items=for_the_night)

@@ -13,14 +13,15 @@ from tests import test_utils
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 REPLICAS = "tests/replicas_test.py"
-ROWS, STATE, PRECISION, WINDOWS = (
+ROWS, STATE, PRECISION, WINDOWS, ONE = (
     f"{REPLICAS}::{name}Test"
-    for name in ("Rows", "State", "Precision", "Window")
+    for name in ("Rows", "State", "Precision", "Window", "OneReplica")
 )
+RESUMED = "tests/checkpoint_test.py::ReplicasTest"
 # All that goes over two replicas, in whatever module.
 EVERYTHING = (
     REPLICAS,
-    "tests/checkpoint_test.py::ReplicasTest",
+    RESUMED,
     "tests/auto_size_test.py::FindingTest::test_replicas_take_the_same_size",
     "tests/microbatching_test.py::EffectiveBatchSizeTest::test_replicas_count",
     "tests/nonfinite_test.py::DistributionTest",
@@ -32,13 +33,16 @@ class ReplicaCountsTest(parameterized.TestCase):
     @parameterized.parameters(
         *test_utils.with_nightly(
             [
-                # Scripts for any number of GPUs run on one of them mostly.
+                # Scripts for any number of GPUs run on one of them mostly. Its
+                # programs are those without a strategy, which all other tests
+                # are about.
                 ("one_device", ROWS, STATE, PRECISION),
-                ("mirrored_1", *EVERYTHING),
+                ("mirrored_1", ROWS, WINDOWS, ONE, RESUMED),
                 ("multi_worker_1", ROWS, WINDOWS),
                 ("mirrored_4", ROWS, PRECISION),
             ],
             [
+                ("mirrored_1", *EVERYTHING),
                 ("multi_worker_1", *EVERYTHING),
                 ("mirrored_4", STATE),
                 ("mirrored_8", ROWS, STATE, PRECISION),
@@ -46,6 +50,7 @@ class ReplicaCountsTest(parameterized.TestCase):
         )
     )
     @pytest.mark.thorough
+    @pytest.mark.long
     def test_thorough(self, strategy, *claims):
         self.check(strategy, *claims, "-m", "")
 

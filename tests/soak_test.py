@@ -41,6 +41,7 @@ def resident_mib():
 
 class SoakTest(test_utils.TestCase):
     @pytest.mark.thorough
+    @pytest.mark.long
     def test_memory_and_traces(self):
         if not STATM.exists():
             self.skipTest("There is no /proc here.")

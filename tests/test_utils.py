@@ -84,6 +84,8 @@ def train_microbatch(model, is_first, data):
 def first_command(*cases):
     """Leaves a parameterized test's other cases to the thorough tests.
 
+    In a class whose tests are all thorough, it leaves them to the night.
+
     Args:
         *cases: The numbers or names of the cases that the first command runs.
     """
