@@ -120,23 +120,23 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertSameState(model, whole)
 
+    # Between windows and within one; at night, after every batch.
     @unittest.skipIf(os.name == "nt", "Windows has no SIGKILL.")
+    @parameterized.parameters(
+        *test_utils.with_nightly(
+            [("carry", 3), ("flush", 2)], [("carry", 1), ("flush", 1)]
+        )
+    )
     @pytest.mark.thorough
-    def test_killed_between_windows_and_within_one(self):
-        self.check_killed("carry", every=3)
-
-    @unittest.skipIf(os.name == "nt", "Windows has no SIGKILL.")
-    @parameterized.parameters("flush", "carry")
-    @pytest.mark.thorough
-    def test_killed_after_every_batch(self, partial_window):
-        self.check_killed(partial_window, every=1)
+    def test_killed(self, partial_window, every):
+        self.check_killed(partial_window, every)
 
     @parameterized.parameters(
         ({"accum_steps": 2}, 0, 1),
         ({"accum_steps": 2}, 1, 0),
         ({"microbatch_size": 1}, 1, 2),
     )
-    @test_utils.first_command(0, 2)
+    @test_utils.first_command(0)
     def test_goes_on_from_a_backup_without_anything_else(
         self, arguments, epoch, batch
     ):
@@ -293,7 +293,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
     # HDF5 raises too, and may end the process when it closes the file.
     @unittest.skipIf(os.name == "nt", "Windows does not limit files.")
     @parameterized.parameters("keras", "tf")
-    @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_a_full_disk_changes_nothing(self, kind):
         import resource
 
@@ -381,7 +381,7 @@ class ReportedLossTest(test_utils.TestCase, parameterized.TestCase):
         ("h5", {"run_eagerly": True}),
         ("tf", {"steps_per_execution": 2}),
     )
-    @test_utils.first_command(0, 1)
+    @test_utils.first_command(1)
     def test_is_that_of_the_whole_window(self, kind, mode):
         expected = self.logs(self.build(**mode), range(3))
         path = os.path.join(self.get_temp_dir(), kind)
@@ -404,12 +404,12 @@ class ReportedLossTest(test_utils.TestCase, parameterized.TestCase):
 
     def test_is_not_of_a_window_that_has_ended(self):
         path = os.path.join(self.get_temp_dir(), "ended")
-        model = self.build()
+        model = self.build(run_eagerly=True)
         self.logs(model, range(2))
         save(model, "h5", path)
         found = []
         for flushes in (True, False):
-            model = self.build()
+            model = self.build(run_eagerly=True)
             model.load_weights(f"{path}.weights.h5")
             if flushes:
                 model.flush()
@@ -424,6 +424,7 @@ class OldFilesTest(test_utils.TestCase, parameterized.TestCase):
     """Files of before a window was made of parts: one update, and 2 of 3."""
 
     @parameterized.parameters("keras", "tf")
+    @test_utils.first_command(0)
     def test_go_on(self, kind):
         if kind == "keras" and not test_utils.HAS_RENORM:
             self.skipTest("Keras 3.15 wrote it: older ones do not read it.")
@@ -449,7 +450,7 @@ class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
     """What was gathered goes into another number of replicas."""
 
     @parameterized.parameters(("keras", True), ("h5", False), ("tf", True))
-    @test_utils.first_command(0, 1)
+    @test_utils.first_command(0)
     def test_goes_on(self, kind, onto_replicas):
         self.check(kind, onto_replicas)
 

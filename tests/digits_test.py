@@ -359,15 +359,13 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
         # Not blank: both curves, the axes and the paper have colors.
         self.assertGreater(len(np.unique(image)), 10)
 
-    def test_says_what_to_do_and_no_more(self):
-        self.check_failure("--dataset=no_such_set", "`digits` needs no network")
-
+    # `FlagsTest` has all that it says of flags.
+    @parameterized.parameters(
+        ("--dataset=no_such_set", "`digits` needs no network"),
+        ("--batch_size=100", "must be a multiple of"),
+    )
     @pytest.mark.thorough
-    def test_says_what_to_do_about_flags_and_no_more(self):
-        # `FlagsTest` has all that it says.
-        self.check_failure("--batch_size=100", "must be a multiple of")
-
-    def check_failure(self, argument, message):
+    def test_says_what_to_do_and_no_more(self, argument, message):
         finished = run_example("examples/digits.py", argument)
         self.assertEqual(finished.returncode, 1)
         self.assertEqual(finished.stdout, "")

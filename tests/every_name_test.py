@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import keras
+import pytest
 import tensorflow as tf
 
 import keras_accum
@@ -114,6 +115,7 @@ class EveryNameTest(test_utils.TestCase):
             found,
         )
 
+    @pytest.mark.thorough
     def test_runs(self):
         path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         finished = subprocess.run(

@@ -100,9 +100,11 @@ class PagesTest(parameterized.TestCase):
     @parameterized.product(
         page=[page for page in PAGES if page not in SLOW],
     )
+    @pytest.mark.thorough
     def test_programs_print_what_is_below_them(self, page):
         self.check(page, results(1)[0][page])
 
+    @pytest.mark.thorough
     def test_two_devices(self):
         self.check(DEVICES, results(2)[0][DEVICES])
 
@@ -118,6 +120,7 @@ class PagesTest(parameterized.TestCase):
         self.assertEqual(broken, [])
 
     @parameterized.parameters(1, 2)
+    @pytest.mark.thorough
     def test_tables_of_two_gpus(self, devices):
         counted = results(devices)[1]
         text = pages.text_of(DEVICES).split("## What changes")[0]
@@ -137,6 +140,7 @@ class PagesTest(parameterized.TestCase):
                     wanted = found | {"`accum_steps`": given.get("accum_steps")}
                     self.assertEqual(int(cells[devices - 1]), wanted[name])
 
+    @pytest.mark.thorough
     def test_files_of_saving(self):
         _, _, found = results(1)
         self.assertEqual(

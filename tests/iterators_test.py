@@ -46,12 +46,11 @@ def live_through(strategy, *options):
 class ProcessTest(tf.test.TestCase, parameterized.TestCase):
     """Three of four processes of four rounds died, before it was mended."""
 
-    def test_lives(self):
-        self.check("one_device")
-
-    @parameterized.parameters(("mirrored_1", "threads"), ("mirrored_2",))
+    @parameterized.parameters(
+        ("one_device",), ("mirrored_1", "threads"), ("mirrored_2",)
+    )
     @pytest.mark.thorough
-    def test_lives_elsewhere(self, strategy, *options):
+    def test_lives(self, strategy, *options):
         self.check(strategy, *options)
 
     def check(self, strategy, *options):

@@ -11,6 +11,7 @@ from unittest import mock
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl import flags
 from absl.testing import parameterized
@@ -24,7 +25,6 @@ from examples import language_model_report
 from examples import language_model_text
 from examples import language_model_training
 from examples import strategies
-from tests import test_utils
 
 TEMP_DIR = tempfile.mkdtemp()
 SEPARATOR = language_model_text.SEPARATOR
@@ -294,6 +294,7 @@ class TrainingTest(tf.test.TestCase):
             # gradient's rounding by far less than a thousandth of that.
             self.assertAllClose(one, other, atol=1e-3 * 0.01 * 4, rtol=0)
 
+    @pytest.mark.thorough
     def test_goes_on_as_if_it_had_not_been_stopped(self):
         stopped = tempfile.mkdtemp(dir=TEMP_DIR)
         saves = language_model_backups.Backups.on_epoch_end
@@ -548,7 +549,7 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
         {"mixed_precision": "mixed_float16", "batching": "masked"},
         {"mixed_precision": "mixed_bfloat16", "jit_compile": True},
     )
-    @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_takes(self, **values):
         output = self.run_main(**values)
         self.assertRegex(output, "Held-out loss: 5\\.")
@@ -571,6 +572,7 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
             self.run_main(strategy="multi_worker")
 
     @mock.patch.object(strategies, "is_chief", return_value=False)
+    @pytest.mark.thorough
     def test_is_silent_where_it_is_not_the_chief(self, _):
         logs, checkpoints = self.folder / "logs", self.folder / "checkpoints"
         output = self.run_main(log_dir=logs, checkpoint_dir=checkpoints)

@@ -441,6 +441,7 @@ class DistributionTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(history["nonfinite_microbatches"], [1])
         self.assertTrue(np.isfinite(history["loss"][0]))
 
+    @pytest.mark.thorough
     def test_no_update_for_any(self):
         batches = test_utils.microbatches([8] * 6)
         batches[1] = spoiled(batches[1])

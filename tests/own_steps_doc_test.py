@@ -69,6 +69,7 @@ class PageTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(self.page["g_optimizer"].iterations), 1)
 
     @parameterized.product(accum_steps=(1, 4), replicas=(1, 2))
+    @test_utils.first_command(0, 3)
     def test_a_teacher(self, accum_steps, replicas):
         with self.strategy(replicas).scope():
             model = self.page["MeanTeacher"](
@@ -88,6 +89,7 @@ class PageTest(test_utils.TestCase, parameterized.TestCase):
         self.assertAllClose(model.teacher.get_weights(), teacher, 1e-5, 1e-6)
 
     @parameterized.parameters(1, 2)
+    @test_utils.first_command(0)
     def test_a_target_and_a_counter(self, replicas):
         for period, copied in ((1, 1), (2, 1), (3, None)):
             with self.strategy(replicas).scope():
@@ -108,6 +110,7 @@ class PageTest(test_utils.TestCase, parameterized.TestCase):
             )
 
     @parameterized.parameters(1, 2)
+    @test_utils.first_command(0)
     def test_a_codebook(self, replicas):
         def make(accum_steps):
             keras.utils.set_random_seed(3)

@@ -129,7 +129,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
         ({"run_eagerly": True}, None),
         ({"jit_compile": False}, "mirrored"),
     )
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(3)
     def test_each_scales_its_own_loss(self, mode, strategy):
         if strategy is not None:
             strategy, missing = test_utils.chosen_strategy()
@@ -141,7 +141,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameGAN(model, scaled)
 
     @parameterized.product(size=(3, "auto"), jit_compile=(True, False))
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(1)
     def test_micro_batches_of_a_batch(self, size, jit_compile):
         model = gan(
             accum_steps=1,
@@ -234,7 +234,7 @@ class ResumeTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(resumed.g_optimizer.iterations), 2)
 
     @parameterized.product(before=(1, 2), after=(1, 2))
-    @test_utils.first_command(2)
+    @pytest.mark.thorough
     def test_goes_on_on_another_number_of_replicas(self, before, after):
         def make(replicas):
             strategy = None
@@ -283,7 +283,7 @@ class NonfiniteTest(test_utils.TestCase, parameterized.TestCase):
         return batches
 
     @parameterized.product(spoils=("real", "noise"), jit_compile=(True, False))
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(3)
     def test_a_micro_batch_is_skipped_as_a_whole(self, spoils, jit_compile):
         model = gan(
             nonfinite="skip_microbatch", mode={"jit_compile": jit_compile}
@@ -666,7 +666,7 @@ class LinesTest(test_utils.TestCase, parameterized.TestCase):
         return model
 
     @parameterized.product(of_halves=(True, False), jit_compile=(True, False))
-    @test_utils.first_command(0, 2)
+    @test_utils.first_command(1, 3)
     def test_parts_and_losses(self, of_halves, jit_compile):
         model = self.model(of_halves)
         initial = model.get_weights()

@@ -198,7 +198,7 @@ class ExactnessTest(test_utils.TestCase, parameterized.TestCase):
         found = []
         for stops in (False, True):
             model = tagger(keras_accum.GradientAccumulationModel, accum_steps=4)
-            model.compile("sgd", losses())
+            model.compile("sgd", losses(), run_eagerly=True)
             for index, (x, y) in enumerate(batches()):
                 if stops and index == 2:
                     file = os.path.join(self.get_temp_dir(), "it.weights.h5")
@@ -206,7 +206,7 @@ class ExactnessTest(test_utils.TestCase, parameterized.TestCase):
                     model = tagger(
                         keras_accum.GradientAccumulationModel, accum_steps=4
                     )
-                    model.compile("sgd", losses())
+                    model.compile("sgd", losses(), run_eagerly=True)
                     model.load_weights(file)
                 logs = model.train_on_batch(x, y, return_dict=True)
             found.append((model.get_weights(), logs["loss"]))

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -105,6 +106,7 @@ class SourceTest(tf.test.TestCase, parameterized.TestCase):
 
 
 class AbsenceTest(tf.test.TestCase):
+    @pytest.mark.thorough
     def test_trains_without_what_only_unix_has(self):
         run = subprocess.run(
             [

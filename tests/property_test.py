@@ -1,6 +1,6 @@
 """Random models, data, windows, policies and interruptions, and a loop by hand.
 
-5 cases that are always the same, 100 in the thorough tests, and at night 1,000
+3 cases that are always the same, 40 in the thorough tests, and at night 1,000
 that are not.
 """
 
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import keras_accum
 from tests import test_utils
 
-CASES = 1000 if test_utils.IS_NIGHTLY else 100
-FEW_CASES = 5
+CASES = 1000 if test_utils.IS_NIGHTLY else 40
+FEW_CASES = 3
 WORDS, LENGTH, FEATURES, CLASSES = 5, 4, 3, 2
 
 
@@ -533,6 +533,7 @@ class PropertyTest(test_utils.TestCase):
         self.check(model, runs, partial_window)
 
     @pytest.mark.thorough
+    @pytest.mark.long
     @of_random_runs(CASES)
     def test_any_run(self, model, runs, partial_window):
         self.check(model, runs, partial_window)

@@ -13,8 +13,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from absl.testing import absltest
-from absl.testing import parameterized
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 README = ROOT / "README.md"
@@ -80,7 +80,7 @@ def run(*code):
     )
 
 
-class ReadmeTest(parameterized.TestCase):
+class ReadmeTest(absltest.TestCase):
     def test_swap(self):
         (diff,) = blocks("diff")
         moved = []
@@ -96,8 +96,14 @@ class ReadmeTest(parameterized.TestCase):
         self.assertGreater(np.linalg.norm(moved[0]), 0.01)
         self.assertLess(distance / np.linalg.norm(moved[0]), 1e-4)
 
-    @parameterized.parameters(1, 2)
-    def test_examples(self, devices):
+    def test_examples(self):
+        self.check_examples(devices=2)
+
+    @pytest.mark.thorough
+    def test_examples_on_one_device(self):
+        self.check_examples(devices=1)
+
+    def check_examples(self, devices):
         accumulated, replicated = blocks()
         updates = "print('updates', model.optimizer.iterations.numpy())"
         finished = run(

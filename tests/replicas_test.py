@@ -166,6 +166,7 @@ def tagger(cls, **kwargs):
 
 class OptimizerTest(TestCase):
     @parameterized.parameters("xla", "eager")
+    @test_utils.first_command(1)
     def test_every_mode(self, mode):
         self.assertTrainsAlike(
             test_utils.mlp,
@@ -328,6 +329,9 @@ class OptimizerInMicrobatchesTest(OptimizerTest):
     @parameterized.named_parameters(
         (name, name) for name in equivalence_test.OPTIMIZERS
     )
+    @test_utils.first_command(
+        "_sgd", "_adam", "_adafactor", "_muon", "_schedule_free"
+    )
     def test_every_optimizer(self, name):
         amplifies = name in equivalence_test.AMPLIFIES
         actual, _ = self.assertTrainsAlike(
@@ -341,6 +345,7 @@ class OptimizerInMicrobatchesTest(OptimizerTest):
     @parameterized.named_parameters(
         (name, name) for name in equivalence_test.OPTIONS
     )
+    @test_utils.first_command("_global_clipnorm", "_ema_overwrite")
     def test_every_option(self, name):
         self.assertTrainsAlike(
             test_utils.mlp,
@@ -362,7 +367,7 @@ class DenominatorsTest(TestCase):
     microbatch_size = 3
 
     @parameterized.parameters("graph", "xla")
-    @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_outputs_with_different_masks(self, mode):
         rng = np.random.default_rng(0)
         windows = []

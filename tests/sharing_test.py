@@ -144,6 +144,7 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
         (nested, "effective_batch_size"),
         (without_norm, "microbatch_size"),
     )
+    @test_utils.first_command(0, 3)
     def test_trains_as_the_large_batch(self, kind, way):
         self.check_training(kind, way)
 
@@ -402,6 +403,7 @@ class KerasHubTest(test_utils.TestCase, parameterized.TestCase):
         model.preprocessor = None
         self.assertTrue(keras_accum.verify(model, tokens, labels).exact)
 
+    @pytest.mark.thorough
     def test_presets_and_clones(self):
         plain = text_classifier()
         model = GA.from_model(plain, accum_steps=3)

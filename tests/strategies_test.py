@@ -10,6 +10,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import pytest
 import tensorflow as tf
 
 from examples import launch_workers
@@ -79,6 +80,7 @@ class MultiWorkerTest(tf.test.TestCase):
                 )
                 self.assertEqual(strategies.is_chief(strategy), index == 0)
 
+    @pytest.mark.thorough
     def test_ends_a_process_that_python_cannot_stop(self):
         finished = run(
             "context = strategies._ending_the_process_after(0.1);"
