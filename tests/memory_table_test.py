@@ -19,7 +19,7 @@ class TablesTest(test_utils.TestCase, parameterized.TestCase):
         self.assertIn(memory_table.marked(name, lines), page())
 
     @parameterized.parameters("moments", "buffers")
-    @test_utils.first_command(1)
+    @test_utils.first_command(0)
     def test_what_stays(self, name):
         self.assert_is_in_page(name, memory_table.TABLES[name]())
 

@@ -137,6 +137,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
         ("xla", "sum_over_batch_size", "sum_over_batch_size"),
         ("eager", "mean_with_sample_weight", "sum"),
     )
+    @test_utils.first_command(0, 2)
     def test_outputs_with_different_masks_and_weights(self, mode, *reductions):
         self.check_outputs(mode, reductions)
 
@@ -177,6 +178,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
         self.assertTrue(actual._accumulation.losses.uses_denominators())
 
     @parameterized.parameters(*MODES)
+    @test_utils.first_command(0, 2)
     def test_masks_with_added_losses(self, mode):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(7)
@@ -222,6 +224,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
 
 class FitTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(("graph", True), ("xla", False), ("eager", False))
+    @test_utils.first_command(0, 1)
     def test_fit_evaluate_and_predict(self, mode, known_length):
         self.check_fit(mode, known_length)
 
@@ -266,6 +269,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             self.assertAllClose(mine, theirs, rtol=1e-5)
 
     @parameterized.parameters("mlp", "masked_and_not")
+    @test_utils.first_command(0)
     def test_evaluates_many_batches_before_any_fit(self, name):
         if name == "mlp":
             build = test_utils.mlp

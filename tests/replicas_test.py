@@ -201,6 +201,7 @@ class LossTest(TestCase):
     @parameterized.parameters(
         "sum_over_batch_size", "mean_with_sample_weight", "sum"
     )
+    @test_utils.first_command(0, 2)
     def test_sample_weights_and_regularizers(self, reduction):
         self.assertTrainsAlike(
             functools.partial(test_utils.mlp, regularizer="l2"),
@@ -209,6 +210,7 @@ class LossTest(TestCase):
         )
 
     @parameterized.parameters("sum_over_batch_size", "sum")
+    @test_utils.first_command(0)
     def test_masks_and_embeddings(self, reduction):
         rng = np.random.default_rng(0)
 
@@ -416,6 +418,7 @@ class WindowTest(TestCase):
         # The seventh batch is dropped, and begins the second epoch anew.
         ("drop", "drop", [3, 6]),
     )
+    @test_utils.first_command("_flush", "_drop")
     def test_partial_windows(self, policy, ends):
         sizes = [8, 7, 5, 3, 4, 4, 1]
         epochs = 1 if policy == "drop" else 2
@@ -638,7 +641,7 @@ class StateTest(TestCase):
         ),
         mode=("graph", "xla"),
     )
-    @test_utils.first_command(0, 2, 4)
+    @test_utils.first_command(0, 4)
     def test_moving_statistics(self, build_and_are_merged, mode):
         build, are_merged = build_and_are_merged
         if isinstance(build, functools.partial) and not test_utils.HAS_RENORM:
@@ -715,6 +718,7 @@ class PrecisionTest(TestCase):
         )
 
     @parameterized.parameters("graph", "xla")
+    @test_utils.first_command(0)
     def test_all_replicas_see_what_is_not_finite_on_one(self, mode):
         arguments = compile_args("adam", **MODES[mode])
         model = self.on_replicas(test_utils.mlp, arguments, accum_steps=2)

@@ -708,7 +708,7 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(model.optimizer.iterations), 12 + 3)
 
     @parameterized.parameters(*MODES)
-    @test_utils.first_command(0, 1, 2)
+    @test_utils.first_command(0, 2)
     def test_schedule(self, mode):
         seen = []
 
