@@ -31,6 +31,7 @@ from keras_accum import sharing
 from keras_accum import steps
 from keras_accum.accumulation import Accumulation
 from keras_accum.annotations import Arguments
+from keras_accum.attributes import option
 from keras_accum.calls import make_call
 from keras_accum.checkpoint import WindowCheckpoint
 from keras_accum.options import Options
@@ -160,7 +161,7 @@ class GradientAccumulationMixin(
             check_optimizer(getattr(made, "optimizer", None))
         return made
 
-    @property
+    @option
     def accum_steps(self) -> annotations.AccumSteps:
         """Micro-batches per window; may be set at any time.
 
@@ -168,20 +169,12 @@ class GradientAccumulationMixin(
         """
         return self._accumulation.position.accum_steps
 
-    @accum_steps.setter
-    def accum_steps(self, value: annotations.AccumSteps) -> None:
-        self._accumulation.change(accum_steps=value, effective_batch_size=None)
-
-    @property
+    @option
     def effective_batch_size(self) -> int | None:
         """Rows per update, on all replicas together; or None."""
         return self._accumulation.options.effective_batch_size
 
-    @effective_batch_size.setter
-    def effective_batch_size(self, value: int | None) -> None:
-        self._accumulation.change(accum_steps=1, effective_batch_size=value)
-
-    @property
+    @option
     def microbatch_size(self) -> annotations.MicrobatchSize:
         """Most rows of a micro-batch on each replica; may be set at any time.
 
@@ -190,20 +183,12 @@ class GradientAccumulationMixin(
         """
         return self._accumulation.size.value
 
-    @microbatch_size.setter
-    def microbatch_size(self, value: annotations.MicrobatchSize) -> None:
-        self._accumulation.change(microbatch_size=value)
-
-    @property
+    @option
     def partial_window(self) -> annotations.PartialWindow:
         """What becomes of a window that the epoch's end cuts short."""
         return self._accumulation.options.partial_window
 
-    @partial_window.setter
-    def partial_window(self, value: annotations.PartialWindow) -> None:
-        self._accumulation.change(partial_window=value)
-
-    @property
+    @option
     def nonfinite(self) -> annotations.Nonfinite:
         """What becomes of gradients with a NaN or an infinity.
 
@@ -211,10 +196,6 @@ class GradientAccumulationMixin(
         window has so far, and traces the steps again.
         """
         return self._accumulation.options.nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, value: annotations.Nonfinite) -> None:
-        self._accumulation.change(nonfinite=value)
 
     @property
     def nonfinite_microbatches(self) -> int:

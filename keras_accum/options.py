@@ -88,7 +88,14 @@ class Options:
         return cls(**arguments)
 
     def replace(self, **changes) -> Self:
-        """Returns these options with others in place of some."""
+        """Returns these options with others in place of some.
+
+        `accum_steps` and `effective_batch_size` replace each other, too.
+        """
+        if "accum_steps" in changes:
+            changes = {"effective_batch_size": None} | changes
+        elif "effective_batch_size" in changes:
+            changes = {"accum_steps": 1} | changes
         return dataclasses.replace(self, **changes)
 
     @property

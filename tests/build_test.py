@@ -24,6 +24,7 @@ FOLDERS = (
 LAYERS = (
     {
         "annotations",
+        "attributes",
         "callers",
         "compat",
         "layer_moments",
