@@ -30,7 +30,7 @@ class option(Generic[T]):  # noqa: N801
     """
 
     def __init__(self, get: Callable[[Any], T]) -> None:
-        self._get, self._name = get, get.__name__
+        self._get, self._option = get, get.__name__
         self.__doc__ = get.__doc__
 
     @overload
@@ -43,4 +43,4 @@ class option(Generic[T]):  # noqa: N801
         return self if model is None else self._get(model)
 
     def __set__(self, model: Any, value: T) -> None:
-        model._accumulation.change(**{self._name: value})
+        model._accumulation.change(**{self._option: value})
