@@ -5,7 +5,7 @@
 It prints the three tables of `docs/choosing.md`; `--page` writes them there.
 Two are of what stays from step to step: variables, whose bytes are counted in a
 model that has trained. The third is of what comes and goes: what XLA plans for
-each program of a window, and the vectors that replicas exchange.
+each program of a window.
 `tests/memory_table_test.py` compares the first two with the page, and the third
 in the thorough tests. All is of one replica.
 
@@ -275,8 +275,8 @@ def transient(case: Case, strategy: tf.distribute.Strategy) -> dict:
 
     Returns:
         Those that XLA plans for a "step", which is a micro-batch or, in
-        `keras.Model`, also an update; for the "update", unless the step has it;
-        and those of the vectors that are "exchanged" by several replicas.
+        `keras.Model`, also an update; and for the "update", unless the step has
+        it.
     """
     with strategy.scope():
         model = compiled(case)
@@ -299,14 +299,7 @@ def transient(case: Case, strategy: tf.distribute.Strategy) -> dict:
         else:
             found = of_first(strategy, lambda: {"step": planned(step, (x, x))})
             # As in `boundary.make_update`.
-            vectors = strategy.run(lambda: replicas.pack(window.sums()))
-            sums = replicas.reduce_across(
-                strategy, vectors, window["gradients"].accumulator.weight
-            )
-            found["exchanged"] = sum(
-                strategy.experimental_local_results(each)[0].numpy().nbytes
-                for each in (vectors, sums)
-            )
+            sums = boundary.sum_in_place(strategy, window)
             end = functools.partial(boundary.end_window, model, window)
             found |= of_first(
                 strategy, lambda total: {"update": planned(end, total)}, sums
@@ -348,11 +341,10 @@ def transient_table(
         if "update" in one:
             case = dataclasses.replace(case, replicas=2)
             two = transient(case, strategy)
-            names = ("step", "exchanged", "update")
-            cells += [f"{two[name]:.1f}" for name in names]
+            cells += [f"{two[name]:.1f}" for name in ("step", "update")]
         else:
             # Keras fails with XLA on two replicas, and where it accumulates.
-            cells += ["error"] * 3
+            cells += ["error"] * 2
         rows.append([way, *cells])
     return table(
         [
@@ -360,7 +352,6 @@ def transient_table(
             "micro-batch",
             "update",
             "2 replicas: micro-batch",
-            "2 replicas: exchange",
             "2 replicas: update",
         ],
         rows,

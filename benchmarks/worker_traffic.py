@@ -2,7 +2,7 @@ r"""What a window sends between two workers, and how long that takes.
 
     python -m examples.launch_workers -- python -m benchmarks.worker_traffic
 
-Four ways to train on k micro-batches per worker, in turn, round after round.
+Five ways to train on k micro-batches per worker, in turn, round after round.
 The workers are processes of one machine, which talk over its loopback
 interface. Its counter is read before and after, so other programs should not
 use it meanwhile. On Linux they cannot, if it is one of its own:
@@ -12,7 +12,8 @@ use it meanwhile. On Linux they cannot, if it is one of its own:
         python -m benchmarks.worker_traffic"
 
 * window: `GradientAccumulationModel`, one update.
-* local: the same without the update: the window does not get full.
+* bfloat16: the same with `communication_dtype="bfloat16"`.
+* local: `window` without the update: the window does not get full.
 * plain: `GradientAccumulationModel(accum_steps=1)`, k updates. `keras.Model`
   itself cannot `fit` with several workers (keras#20585).
 * by hand: k updates as `benchmarks.replica_time` writes them for its ideal.
@@ -126,6 +127,10 @@ def contestants(
         "window": window_time.through_train_function(
             ours(accum_steps=FLAGS.accum_steps), batches(strategy)
         ),
+        "bfloat16": window_time.through_train_function(
+            ours(accum_steps=FLAGS.accum_steps, communication_dtype="bfloat16"),
+            batches(strategy),
+        ),
         "local": window_time.through_train_function(
             ours(accum_steps=_NEVER), batches(strategy)
         ),
@@ -198,7 +203,9 @@ def main(argv):
         of_one = [each / steps for each in sent[bottom]]
         ratio = window_time.ratio(sent | {"": of_one}, "window", "")
         print(f"bytes, window / one step {bottom}: {ratio}")
-    for bottom in ("plain", "by hand", "local"):
+    ratio = window_time.ratio(sent, "bfloat16", "window")
+    print(f"bytes, bfloat16 / window: {ratio}")
+    for bottom in ("plain", "by hand", "local", "bfloat16"):
         ratio = window_time.ratio(times, "window", bottom)
         print(f"time, window / {bottom}: {ratio}")
 

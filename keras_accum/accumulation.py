@@ -70,7 +70,7 @@ class Accumulation:
         window_losses = WindowLosses(model)
         self.window = Window(
             {
-                "gradients": Gradients(model, options.accumulator_dtype),
+                "gradients": Gradients(model, options),
                 "losses": window_losses,
                 "moments": WindowMoments(model),
                 "state": LayerState(model),
@@ -104,14 +104,13 @@ class Accumulation:
             self.position.set_options(options)
         if "microbatch_size" in changes:
             self.size = MicrobatchSize(options.microbatch_size)
-        self.window["gradients"].dtype = options.accumulator_dtype
+        self.window["gradients"].options = options
         self.window["nonfinite"].policy = options.nonfinite
         # Between int and int there is nothing to trace.
         if (
             starts
             or "microbatch_size" in changes
-            or before.window_kind != options.window_kind
-            or before.nonfinite != options.nonfinite
+            or before.traced_for != options.traced_for
         ):
             if model.train_function:
                 model.make_train_function(force=True)

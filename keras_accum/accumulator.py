@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_accum import compat
 from keras_accum import gradients as arithmetic
+from keras_accum import reduction
 from keras_accum import replicas
 from keras_accum.annotations import AnyGradient
 from keras_accum.annotations import AnyTensor
@@ -346,7 +347,7 @@ class GradientAccumulator:
     def _sums_of_all(self):
         if tf.distribute.in_cross_replica_context():
             return self.sums()
-        return replicas.sum_over_replicas(self.sums(), self._weight)
+        return reduction.sum_over_replicas(self.sums(), self._weight)
 
     def _make_buffers(self, gradients):
         """Makes the buffers of variables that get their first gradient."""

@@ -22,6 +22,7 @@ AccumSteps = int | Callable[[int], int]
 MicrobatchSize = int | Literal["auto"] | None
 PartialWindow = Literal["flush", "carry", "drop"]
 Nonfinite = Literal["propagate", "skip_microbatch", "skip_window"]
+CommunicationDtype = Literal["bfloat16"] | None
 
 # What a gradient may be: dense, rows of an embedding, or missing.
 Gradient = tf.Tensor | tf.IndexedSlices | None
@@ -47,6 +48,7 @@ class Arguments(TypedDict, total=False):
     partial_window: PartialWindow
     nonfinite: Nonfinite
     accumulator_dtype: str | None
+    communication_dtype: CommunicationDtype
 
 
 def with_signature_of(
@@ -71,6 +73,7 @@ def takes_options(
     partial_window: PartialWindow = "flush",
     nonfinite: Nonfinite = "propagate",
     accumulator_dtype: str | None = None,
+    communication_dtype: CommunicationDtype = None,
     **kwargs: Any,
 ) -> None:
     """Decorates an `__init__` that takes options out of its `**kwargs`.

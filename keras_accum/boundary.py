@@ -1,4 +1,4 @@
-"""The end of a window: one reduction over the replicas, and the update.
+"""The end of a window: a sum over the replicas, and the update.
 
 Between boundaries nothing crosses replicas. At a boundary all that the window
 gathered is added up over them, at once; then each makes the same update, and
@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from keras_accum import compat
 from keras_accum import programs
+from keras_accum import reduction
 from keras_accum import replicas
 from keras_accum.window import Window
 
@@ -31,8 +32,8 @@ def end_window(
     Args:
         model: The model.
         window: Its window.
-        vector: What the replicas' packed sums add up to, or None if they are
-            still to be added up.
+        vector: What `reduction.sum_in_place` returned, or None if the replicas'
+            sums are still to be added up.
 
     Returns:
         The logs of all replicas, or None if there is only one replica.
@@ -43,7 +44,9 @@ def end_window(
     if vector is None:
         totals = sums_of_all(window)
     else:
-        totals = replicas.unpack(vector, window.sums())
+        totals = reduction.taken_apart(
+            vector, window.sums(), window["gradients"].summed
+        )
     # If there was no batch, nothing may change: not the number of updates
     # either, which does not depend on the sums by itself.
     with tf.control_dependencies(tf.nest.flatten(totals)[:1]):
@@ -86,7 +89,37 @@ def sums_of_all(window: Window) -> dict[str, list[tf.Tensor]]:
     """Returns what the window's `sums` of all replicas add up to."""
     sums = window.sums()
     destination = window["gradients"].accumulator.weight
-    return replicas.sum_over_replicas(sums, destination)
+    dtype = window["gradients"].options.communication_dtype
+    if dtype is None:
+        return reduction.sum_over_replicas(sums, destination)
+    buffers = window["gradients"].summed
+    return reduction.put_together(
+        sums,
+        buffers,
+        reduction.sum_over_replicas(buffers, destination, dtype),
+        reduction.sum_over_replicas(
+            reduction.without(sums, buffers), destination
+        ),
+    )
+
+
+def sum_in_place(strategy: tf.distribute.Strategy, window: Window):
+    """Adds up the window over all replicas, in cross-replica context.
+
+    The buffers that held a replica's sums then hold those of all: the next
+    window starts them anew.
+
+    Returns:
+        What `end_window` needs of the rest, for each replica.
+    """
+    buffers = window["gradients"].summed
+    return reduction.sum_in_place(
+        strategy,
+        buffers,
+        lambda: reduction.without(window.sums(), buffers),
+        window["gradients"].accumulator.weight,
+        window["gradients"].options.communication_dtype,
+    )
 
 
 @contextlib.contextmanager
@@ -150,17 +183,13 @@ def make_update(accumulation) -> Callable:
         model,
         lambda signature, vector=None: end_window(model, window, vector),
     )
-    pack = programs.running(model, lambda: replicas.pack(window.sums()))
 
     def update(signature):
         args = (signature,)
         if splits:
             # Not compiled: where TensorFlow copies one tensor after the other,
             # XLA on a CPU looks up for each number where it comes from.
-            vector = pack()
-            # It is there now, also where no weight is trained.
-            destination = window["gradients"].accumulator.weight
-            args += (replicas.reduce_across(strategy, vector, destination),)
+            args += (sum_in_place(strategy, window),)
         logs = end(args=args)
         accumulation.position.complete()
         return logs

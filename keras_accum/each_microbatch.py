@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_accum import compat
 from keras_accum import programs
+from keras_accum import reduction
 from keras_accum import replicas
 from keras_accum import rows as row_counts
 from keras_accum import weighting
@@ -155,7 +156,7 @@ class EachMicrobatch:
             lambda total, each: total + self._measure(each),
         )
         destination = self._gradients.make_accumulator().weight
-        return replicas.sum_over_replicas(total, destination)
+        return reduction.sum_over_replicas(total, destination)
 
 
 def plain(step: Callable) -> Callable:

@@ -218,6 +218,14 @@ class GradientAccumulationMixin(
         """Dtype of the buffers, or None for float32 and wider."""
         return self._accumulation.options.accumulator_dtype
 
+    @option
+    def communication_dtype(self) -> annotations.CommunicationDtype:
+        """Dtype in which replicas send their gradients; None for the buffers'.
+
+        May be set at any time. A change traces the steps again.
+        """
+        return self._accumulation.options.communication_dtype
+
     @property
     def losses(self) -> list[tf.Tensor]:
         """Losses from `add_loss` and regularizers, as in `keras.Model`.

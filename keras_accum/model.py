@@ -70,6 +70,11 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             not grow it.
         accumulator_dtype: Dtype of the buffers, as a string. `None` stands for
             float32, or the variable's dtype if that is wider.
+        communication_dtype: Dtype in which several replicas send their
+            gradients. `None`: that of the buffers, 4 bytes for each parameter
+            or more. `"bfloat16"`: 2 bytes. Then the sums of gradients are
+            rounded to 8 bits, and added up in float32; all else is sent as it
+            is. May be set at any time. On TPUs it does nothing.
         **kwargs: As for `keras.Model`.
 
     Raises:
@@ -78,8 +83,8 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             not take.
         ValueError: If `accum_steps` or a size is less than 1, more than one of
             `accum_steps`, `microbatch_size` and `effective_batch_size` is
-            given, `partial_window` or `nonfinite` is unknown, or
-            `accumulator_dtype` is no float dtype. In `fit`: if
+            given, `partial_window`, `nonfinite` or `communication_dtype` is
+            unknown, or `accumulator_dtype` is no float dtype. In `fit`: if
             `effective_batch_size` is no multiple of the batch, the batch cannot
             be split along its first axis, or "skip_microbatch" meets a
             `microbatch_size` and losses whose denominators differ.

@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_accum import building
+from keras_accum import compat
 from keras_accum import weighting
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.calls import Call
@@ -55,6 +56,18 @@ class Objective:
     def variables(self) -> list[tf.Variable]:
         """The buffers so far."""
         return [b for b in self.accumulator.buffers if b is not None]
+
+    @property
+    def summed(self) -> list[tf.Variable]:
+        """Those of them whose sums over replicas are needed: not the maxima."""
+        pairs = zip(
+            self.accumulator.variables, self.accumulator.buffers, strict=True
+        )
+        return [
+            buffer
+            for variable, buffer in pairs
+            if buffer is not None and not compat.is_overwritten(variable)
+        ]
 
     def signature(self) -> int:
         """Returns a number that grows where programs no longer fit."""

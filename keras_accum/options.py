@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_accum.annotations import AccumSteps
+from keras_accum.annotations import CommunicationDtype
 from keras_accum.annotations import MicrobatchSize
 from keras_accum.annotations import Nonfinite
 from keras_accum.annotations import PartialWindow
@@ -35,6 +36,7 @@ class Options:
     partial_window: PartialWindow = "flush"
     nonfinite: Nonfinite = "propagate"
     accumulator_dtype: str | None = None
+    communication_dtype: CommunicationDtype = None
 
     def __post_init__(self) -> None:
         check_one_way(self)
@@ -46,6 +48,7 @@ class Options:
         )
         check_policy("nonfinite", self.nonfinite, NONFINITE_POLICIES)
         dtype = check_dtype("accumulator_dtype", self.accumulator_dtype)
+        check_communication_dtype(self.communication_dtype)
         # A frozen dataclass assigns so.
         object.__setattr__(self, "microbatch_size", size)
         object.__setattr__(self, "accumulator_dtype", dtype)
@@ -107,6 +110,11 @@ class Options:
         if self.effective_batch_size is not None:
             return "rows"
         return "schedule" if callable(self.accum_steps) else "count"
+
+    @property
+    def traced_for(self) -> tuple:
+        """What a change of makes programs be traced again."""
+        return self.window_kind, self.nonfinite, self.communication_dtype
 
     @property
     def accumulates(self) -> bool:
@@ -216,6 +224,16 @@ def check_dtype(argument: str, value) -> str | None:
             f'"float32". Received: {argument}={value!r}'
         )
     return dtype.name
+
+
+def check_communication_dtype(value) -> None:
+    """Raises a `ValueError` unless `value` is None or "bfloat16"."""
+    # Sums over a window are beyond the range of float16.
+    if value not in (None, "bfloat16"):
+        raise ValueError(
+            '`communication_dtype` must be None or "bfloat16". '
+            f"Received: communication_dtype={value!r}"
+        )
 
 
 def check_optimizer(optimizer) -> None:

@@ -1,8 +1,7 @@
-"""Several replicas: which strategies, variables for each, one reduction.
+"""Several replicas: which strategies there are, and variables for each.
 
 Between the boundaries of a window, a replica works on its own copies of all
-variables. At a boundary every replica packs what it gathered into one vector,
-the vectors are summed in one reduction, and each takes the sum apart again.
+variables. `reduction.py` has what happens at a boundary.
 """
 
 import concurrent.futures
@@ -249,119 +248,6 @@ def placed(variable: tf.Variable, strategy: tf.distribute.Strategy):
     shape = [num_replicas] + [1] * variable.shape.rank
     value = tf.convert_to_tensor(variable)[None]
     return tf.where(tf.reshape(places, shape), value, tf.zeros_like(value))
-
-
-def pack(values) -> tf.Tensor:
-    """Packs all floats of a nested structure into one vector.
-
-    It is reduced at once, at 4 bytes an entry, or 8 if anything is float64.
-    """
-    flat = [tf.convert_to_tensor(value) for value in tf.nest.flatten(values)]
-    wide = any(value.dtype == tf.float64 for value in flat)
-    dtype = tf.float64 if wide else tf.float32
-    return tf.concat(
-        [tf.reshape(tf.cast(value, dtype), [-1]) for value in flat], axis=0
-    )
-
-
-def unpack(vector: tf.Tensor, like):
-    """Splits a sum of `pack(like)` into tensors, in the structure `like`."""
-    flat = tf.nest.flatten(like)
-    segments = tf.split(vector, [value.shape.num_elements() for value in flat])
-    return tf.nest.pack_sequence_as(
-        like,
-        [
-            tf.cast(tf.reshape(segment, value.shape), value.dtype)
-            for segment, value in zip(segments, flat, strict=True)
-        ],
-    )
-
-
-def reduce_across(strategy, vector, destination: tf.Variable):
-    """Sums over all replicas, in one reduction, in cross-replica context.
-
-    Args:
-        strategy: The strategy.
-        vector: One vector per replica, from `strategy.run`.
-        destination: A variable that is where the sum is wanted: on each
-            replica. Within a branch of a `tf.cond`, tensors do not know where
-            they are.
-    """
-    return compat.sum_to(strategy, vector, destination)
-
-
-def sum_over_replicas(values, destination: tf.Variable):
-    """Adds up `values` of all replicas, in replica context.
-
-    Args:
-        values: A nested structure of float tensors or variables.
-        destination: As for `reduce_across`.
-    """
-    if not has_several(tf.distribute.get_strategy()):
-        return tf.nest.map_structure(tf.convert_to_tensor, values)
-    context = tf.distribute.get_replica_context()
-    vector = pack(values)
-    if on_tpu(context.strategy):
-        vector = context.all_reduce(tf.distribute.ReduceOp.SUM, vector)
-    else:
-        vector = context.merge_call(reduce_across, args=(vector, destination))
-    return unpack(vector, values)
-
-
-def rows_of_all(values, count, destination: tf.Variable):
-    """Returns the rows of all replicas, in replica context.
-
-    Args:
-        values: Nested tensors of numbers or bools, with rows along the first
-            axis; None stays None.
-        count: How many rows this replica has.
-        destination: As for `reduce_across`.
-
-    Returns:
-        The nested tensors, first the first replica's rows; where the rows of
-        this replica start; and how many there are.
-    """
-    strategy = tf.distribute.get_strategy()
-    if not has_several(strategy):
-        return values, 0, count
-    context = tf.distribute.get_replica_context()
-    place = context.replica_id_in_sync_group
-    counts = sum_over_replicas(
-        tf.one_hot(
-            place, strategy.num_replicas_in_sync, tf.cast(count, "float32")
-        ),
-        destination,
-    )
-    counts = tf.cast(counts, tf.int32)
-    start, total = tf.reduce_sum(counts[:place]), tf.reduce_sum(counts)
-    flat = [each for each in tf.nest.flatten(values) if each is not None]
-    padded = [
-        tf.pad(
-            tf.cast(each, widest(each.dtype)),
-            [[start, total - start - count]] + [[0, 0]] * (each.shape.rank - 1),
-        )
-        for each in flat
-    ]
-    vector = pack(padded)
-    vector = context.merge_call(reduce_across, args=(vector, destination))
-    segments = tf.split(vector, [tf.size(each) for each in padded])
-    made = iter(
-        tf.ensure_shape(
-            tf.cast(tf.reshape(segment, tf.shape(rows)), each.dtype),
-            [None, *each.shape[1:]],
-        )
-        for segment, rows, each in zip(segments, padded, flat, strict=True)
-    )
-    gathered = tf.nest.map_structure(
-        lambda each: None if each is None else next(made), values
-    )
-    return gathered, start, total
-
-
-def widest(dtype: tf.DType) -> tf.DType:
-    """Returns a dtype of floats that holds numbers of another one exactly."""
-    is_exact = dtype.is_floating and dtype.size <= 4 or dtype.size <= 2
-    return tf.float32 if is_exact else tf.float64
 
 
 def values_of_all(strategy: tf.distribute.Strategy, value: int) -> list[int]:

@@ -152,4 +152,5 @@ def settable(config: Mapping) -> dict:
     sizes = ("microbatch_size", "effective_batch_size")
     given = [name for name in sizes if config.get(name) is not None]
     names = [*(given or ["accum_steps"]), "partial_window", "nonfinite"]
+    names.append("communication_dtype")
     return {name: config[name] for name in names if name in config}

@@ -23,6 +23,7 @@ import tensorflow as tf
 from keras_accum import compat
 from keras_accum import microbatching
 from keras_accum import programs
+from keras_accum import reduction
 from keras_accum import replicas
 from keras_accum import rows as row_counts
 from keras_accum.microbatch import Microbatch
@@ -71,9 +72,7 @@ class WholeBatch:
         x, y, sample_weight = seen_by_loss(self._model, data)
         batch = (x, y, outputs, sample_weight)
         count = row_counts.check_count(outputs)
-        batch, start, rows = replicas.rows_of_all(
-            batch, count, self._destination
-        )
+        batch, start, rows = rows_of_all(batch, count, self._destination)
         value, of_outputs, gradients = self._differentiate(*batch)
         gradients = [each[start : start + count] for each in gradients]
         return (value, of_outputs, rows), gradients
@@ -159,3 +158,61 @@ class WholeBatch:
         of_outputs = [value for value, _ in microbatch.recorded_losses.values()]
         # Of a loss for each row Keras reports the mean.
         return tf.reduce_mean(loss), of_outputs, gradients
+
+
+def rows_of_all(values, count, destination: tf.Variable):
+    """Returns the rows of all replicas, in replica context.
+
+    Args:
+        values: Nested tensors of numbers or bools, with rows along the first
+            axis; None stays None.
+        count: How many rows this replica has.
+        destination: As for `reduce_across`.
+
+    Returns:
+        The nested tensors, first the first replica's rows; where the rows of
+        this replica start; and how many there are.
+    """
+    strategy = tf.distribute.get_strategy()
+    if not replicas.has_several(strategy):
+        return values, 0, count
+    context = tf.distribute.get_replica_context()
+    place = context.replica_id_in_sync_group
+    counts = reduction.sum_over_replicas(
+        tf.one_hot(
+            place, strategy.num_replicas_in_sync, tf.cast(count, "float32")
+        ),
+        destination,
+    )
+    counts = tf.cast(counts, tf.int32)
+    start, total = tf.reduce_sum(counts[:place]), tf.reduce_sum(counts)
+    flat = [each for each in tf.nest.flatten(values) if each is not None]
+    padded = [
+        tf.pad(
+            tf.cast(each, widest(each.dtype)),
+            [[start, total - start - count]] + [[0, 0]] * (each.shape.rank - 1),
+        )
+        for each in flat
+    ]
+    vector = reduction.pack(padded)
+    vector = context.merge_call(
+        reduction.reduce_across, args=(vector, destination)
+    )
+    segments = tf.split(vector, [tf.size(each) for each in padded])
+    made = iter(
+        tf.ensure_shape(
+            tf.cast(tf.reshape(segment, tf.shape(rows)), each.dtype),
+            [None, *each.shape[1:]],
+        )
+        for segment, rows, each in zip(segments, padded, flat, strict=True)
+    )
+    gathered = tf.nest.map_structure(
+        lambda each: None if each is None else next(made), values
+    )
+    return gathered, start, total
+
+
+def widest(dtype: tf.DType) -> tf.DType:
+    """Returns a dtype of floats that holds numbers of another one exactly."""
+    is_exact = dtype.is_floating and dtype.size <= 4 or dtype.size <= 2
+    return tf.float32 if is_exact else tf.float64

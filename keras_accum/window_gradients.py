@@ -17,6 +17,7 @@ from keras_accum.microbatch import Microbatch
 from keras_accum.microbatch import is_same
 from keras_accum.objectives import Objective
 from keras_accum.objectives import Update
+from keras_accum.options import Options
 from keras_accum.window import Part
 
 
@@ -29,14 +30,14 @@ class Gradients(Part):
 
     Args:
         model: The model.
-        dtype: As for `GradientAccumulator`.
+        options: Its options.
 
     Attributes:
-        dtype: As above.
+        options: As above.
     """
 
-    def __init__(self, model: keras.Model, dtype: str | None) -> None:
-        self._model, self.dtype = model, dtype
+    def __init__(self, model: keras.Model, options: Options) -> None:
+        self._model, self.options = model, options
         self._first: Objective | None = None
         # With their optimizers, in the order in which steps showed them.
         self._others: dict[
@@ -60,6 +61,15 @@ class Gradients(Part):
         """The buffers so far."""
         return [v for each in self._objectives for v in each.variables]
 
+    @property
+    def summed(self) -> list[tf.Variable]:
+        """The buffers whose sums the window needs, over all replicas.
+
+        Of others, as in float8 training, it needs the maximum.
+        """
+        self.make_accumulator()
+        return [v for each in self._objectives for v in each.summed]
+
     def signature(self) -> int:
         """Returns a number that grows where programs no longer fit."""
         return sum(each.signature() for each in self._objectives)
@@ -70,8 +80,11 @@ class Gradients(Part):
         # A layer may have been built, or frozen, since the last call.
         if made is None or not is_same(made.accumulator.variables, variables):
             self.forget_objectives()
-            self._first = Objective(GradientAccumulator(variables, self.dtype))
+            self._first = Objective(self._accumulator_of(variables))
         return self._first.accumulator
+
+    def _accumulator_of(self, variables):
+        return GradientAccumulator(variables, self.options.accumulator_dtype)
 
     def forget_objectives(self) -> None:
         """Forgets all but the first: there may be other optimizers."""
@@ -148,7 +161,7 @@ class Gradients(Part):
         """Returns the objective of some calls, and makes it if it is new."""
         if key not in self._others:
             optimizer, variables = calls[0].optimizer, calls[0].variables
-            made = Objective(GradientAccumulator(variables, self.dtype))
+            made = Objective(self._accumulator_of(variables))
             self._others[key] = made, optimizer
             state = self._restored.pop(len(self._others), None)
             if state is not None:

@@ -18,6 +18,7 @@ SETTABLE = (
     "microbatch_size",
     "partial_window",
     "nonfinite",
+    "communication_dtype",
 )
 
 

@@ -57,9 +57,11 @@ LAYERS = (
         "microbatch_size",
         "position",
         "recomputing",
+        "rounded_sum",
         "rows",
         "schedules",
     },
+    {"reduction"},
     {
         "accumulator",
         "calls",

@@ -531,6 +531,16 @@ class NamesTest(test_utils.TestCase):
             strategy.experimental_local_results(total)[0], [1.0, 2.0]
         )
 
+    def test_gather_to(self):
+        strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+        with strategy.scope():
+            where = tf.Variable(0.0)
+        values = strategy.run(lambda: tf.constant([1.0, 2.0]))
+        found = compat.gather_to(strategy, values, where)
+        self.assertAllEqual(
+            strategy.experimental_local_results(found)[0], [1.0, 2.0]
+        )
+
     def test_first_epoch(self):
         model = test_utils.mlp()
         model.compile("sgd", loss=test_utils.crossentropy())

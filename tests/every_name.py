@@ -54,6 +54,7 @@ def train_with_accum_steps() -> keras_accum.GradientAccumulationModel:
         partial_window="flush",
         nonfinite="skip_microbatch",
         accumulator_dtype="float32",
+        communication_dtype="bfloat16",
         name="accumulated",
     )
     model.compile("adam", loss_of_logits(), metrics=["accuracy"])
@@ -67,6 +68,8 @@ def train_with_accum_steps() -> keras_accum.GradientAccumulationModel:
     assert model.nonfinite_microbatches == 0
     assert_type(model.accumulator_dtype, str | None)
     assert model.accumulator_dtype == "float32"
+    assert_type(model.communication_dtype, Literal["bfloat16"] | None)
+    model.communication_dtype = None
 
     assert_type(model.partial_window, Literal["flush", "carry", "drop"])
     assert_type(

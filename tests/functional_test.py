@@ -178,6 +178,7 @@ class SerializationTest(test_utils.TestCase):
         self.assertEqual(loaded.accum_steps, model.accum_steps)
         self.assertEqual(loaded.partial_window, model.partial_window)
         self.assertEqual(loaded.accumulator_dtype, model.accumulator_dtype)
+        self.assertEqual(loaded.communication_dtype, model.communication_dtype)
         x = np.ones((2, test_utils.FEATURES), "float32")
         if loaded.get_weights():
             self.assertEqual(loaded(x).shape, model(x).shape)

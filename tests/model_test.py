@@ -37,6 +37,16 @@ class ErrorTest(test_utils.TestCase, parameterized.TestCase):
         ):
             test_utils.accumulating(accumulator_dtype=value)
 
+    @parameterized.parameters("float16", "float32", 2)
+    def test_communication_dtype(self, value):
+        message = "`communication_dtype` must be None or .*Received: comm"
+        with self.assertRaisesRegex(ValueError, message):
+            test_utils.accumulating(communication_dtype=value)
+        model = test_utils.accumulating(communication_dtype="bfloat16")
+        with self.assertRaisesRegex(ValueError, message):
+            model.communication_dtype = value
+        self.assertEqual(model.communication_dtype, "bfloat16")
+
     def test_optimizer_that_accumulates(self):
         message = "`gradient_accumulation_steps` set.*=4"
         adam = keras.optimizers.Adam(gradient_accumulation_steps=4)

@@ -13,7 +13,7 @@ from absl.testing import parameterized
 import keras_accum
 from keras_accum import auto_size
 from keras_accum import objectives
-from keras_accum import replicas
+from keras_accum import reduction
 from tests import own_steps_cases as cases
 from tests import test_utils
 
@@ -92,7 +92,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
 
         def reductions(model, batches):
             with mock.patch.object(
-                replicas, "reduce_across", wraps=replicas.reduce_across
+                reduction, "reduce_across", wraps=reduction.reduce_across
             ) as reduce:
                 model.fit(test_utils.dataset(batches), verbose=0)
             return reduce.call_count

@@ -936,7 +936,7 @@ class Program:
         return self.bodies[node.attr[name].func.name]
 
 
-class ProgramTest(TestCase):
+class ProgramTestCase(TestCase):
     def setUp(self):
         super().setUp()
         self.skipUnlessSeveral()
@@ -950,6 +950,8 @@ class ProgramTest(TestCase):
             tf.function(lambda: train(iterator), autograph=False)
         )
 
+
+class ProgramTest(ProgramTestCase):
     @parameterized.parameters("graph", "xla")
     def test_one_reduction_a_window(self, mode):
         model, program = self.program(**MODES[mode])

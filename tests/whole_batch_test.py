@@ -9,7 +9,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
-from keras_accum import replicas
+from keras_accum import whole_batch
 from tests import test_utils
 
 ROWS, SIZE, FEATURES = 8, 3, 5
@@ -425,7 +425,7 @@ class RowsOfAllTest(test_utils.TestCase):
             def gather(values):
                 rows = tf.shape(values)[0]
                 batch = (values, values > 2**24 + 1, None)
-                return replicas.rows_of_all(batch, rows, destination)
+                return whole_batch.rows_of_all(batch, rows, destination)
 
             return strategy.run(gather, args=(local,))
 

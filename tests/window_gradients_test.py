@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from keras_accum import calls
 from keras_accum import microbatch
+from keras_accum import options
 from keras_accum import window_gradients
 from tests import test_utils
 
@@ -13,7 +14,7 @@ class GradientsTest(test_utils.TestCase):
         super().setUp()
         self.model = test_utils.mlp()
         self.model.compile("sgd")
-        self.part = window_gradients.Gradients(self.model, None)
+        self.part = window_gradients.Gradients(self.model, options.Options())
 
     def gradients(self, value):
         return [tf.fill(v.shape, value) for v in self.model.trainable_weights]

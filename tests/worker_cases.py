@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sys
+from unittest import mock
 
 import keras
 import numpy as np
@@ -19,6 +20,7 @@ from tensorflow.python.distribute import collective_all_reduce_strategy
 from tensorflow.python.eager import context
 
 import keras_accum
+from keras_accum import reduction
 from tests import worker_processes
 
 FEATURES, CLASSES = 4, 3
@@ -321,6 +323,15 @@ def own(place):
     return told(model, place, history)
 
 
+def rounded(place):
+    """Sends gradients as bfloat16, in several buckets."""
+    dtype = None if place.alone else "bfloat16"
+    with mock.patch.object(reduction, "BUCKET_BYTES", 64):
+        model = classifier(place, jit=True, communication_dtype=dtype)
+        fit(model, epochs=2)
+    return told(model, place)
+
+
 def undisturbed(place):
     """Trains for three epochs, of one window and a short one each."""
     model = classifier(place, jit=False)
@@ -541,6 +552,7 @@ CASES = {
         float16,
         files,
         own,
+        rounded,
         undisturbed,
         tf_checkpoint,
         model_checkpoint,

@@ -19,7 +19,8 @@ TEMP_DIR = tempfile.mkdtemp()
 # As for a window's gradient: float32 leaves about 100 of its units.
 TOLERANCE = 1e-5
 # Half precision has 11 bits, and each share of rows is rounded by itself.
-HALF_TOLERANCE = 2.0**-9
+# Of bfloat16, half of the last bit, to the least number with these exponents.
+TOLERANCES = {"float16": 2.0**-9, "rounded": 2.0**-8}
 
 # What differs in how it is done, and not in what comes of it.
 ALIKE = {"arrays": "plain"}
@@ -73,7 +74,7 @@ class WorkersTestCase(test_utils.TestCase):
         expected = alone(reference or name, workers)
         everyone = worker_processes.results(folder, workers, name)
         self.assertSameCopies(everyone, f"{name} on {workers} workers")
-        tolerance = HALF_TOLERANCE if name == "float16" else TOLERANCE
+        tolerance = TOLERANCES.get(name, TOLERANCE)
         for key, value in expected.items():
             if key.startswith("copy/"):
                 continue
@@ -110,7 +111,7 @@ class EquivalenceTest(WorkersTestCase):
     # As TensorFlow has it on a CPU. Several replicas are tested by replacing
     # what it finds there.
     def test_two_workers(self):
-        self.check(2, 1, ["own"])
+        self.check(2, 1, ["own", "rounded"])
 
     @pytest.mark.thorough
     def test_two_workers_with_one_replica(self):

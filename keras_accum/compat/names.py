@@ -97,6 +97,7 @@ NAMES = {
     ),
     "tensorflow.python.data.ops.rebatch_op": ("_RebatchDataset",),
     "tensorflow.python.distribute.distribute_lib.StrategyExtendedV1": (
+        "_gather_to",
         "_use_merge_call",
     ),
     "tensorflow.python.distribute.input_lib": (

@@ -38,6 +38,21 @@ def sum_to(strategy, values, destination):
     return total
 
 
+def gather_to(strategy, values, destination):
+    """Returns the vectors of all replicas, one after the other.
+
+    `Strategy.gather` leaves them on one device, and `ReplicaContext.all_gather`
+    needs tensors that know where they are: within a branch of a `tf.cond` they
+    do not.
+
+    Args:
+        strategy: The strategy.
+        values: One vector per replica, in cross-replica context.
+        destination: A variable that is where they are wanted.
+    """
+    return strategy.extended._gather_to(values, destination, axis=0)
+
+
 @contextlib.contextmanager
 def without_communication(optimizer, is_tpu) -> Iterator[None]:
     """Makes an optimizer update each replica's copies from what it is given.
