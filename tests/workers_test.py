@@ -19,8 +19,9 @@ TEMP_DIR = tempfile.mkdtemp()
 # As for a window's gradient: float32 leaves about 100 of its units.
 TOLERANCE = 1e-5
 # Half precision has 11 bits, and each share of rows is rounded by itself.
-# Of bfloat16, half of the last bit, to the least number with these exponents.
-TOLERANCES = {"float16": 2.0**-9, "rounded": 2.0**-8}
+# A gradient that is sent as bfloat16 is off by 2**-8 at most. Adam has squares,
+# which are off by twice that. `reduction_test` is strict about the weights.
+TOLERANCES = {"float16": 2.0**-9, "rounded": 2.0**-7}
 
 # What differs in how it is done, and not in what comes of it.
 ALIKE = {"arrays": "plain"}
