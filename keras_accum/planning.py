@@ -22,7 +22,7 @@ import keras
 from keras_accum import compat
 from keras_accum import first_batch
 from keras_accum import rematerialization
-from keras_accum import rows as row_counts
+from keras_accum import verifiable
 from keras_accum.forecast import Forecast
 from keras_accum.plan_table import Plan
 from keras_accum.plan_table import Size
@@ -57,7 +57,8 @@ def plan(
 
     Args:
         model: A compiled model, of any class of `keras.Model`.
-        x: Inputs: nested arrays or tensors with rows along the first axis.
+        x: Inputs: nested arrays or tensors with rows along the first axis. A
+            task of KerasHub preprocesses them as in `fit`.
         y: Labels, or None.
         sample_weight: Sample weights, or None.
         memory_limit: Bytes of each device, for all that training takes. None
@@ -82,9 +83,7 @@ def plan(
     )
     ```
     """
-    data = row_counts.as_tensors(
-        keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-    )
+    data = verifiable.data_of(model, x, y, sample_weight)
     if not model.compiled:
         raise ValueError("`model` must be compiled. Call `model.compile`.")
     if not first_batch.rows_of(data):
