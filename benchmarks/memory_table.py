@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory_table
 
-It prints the three tables of `docs/choosing.md`; `--page` writes them there.
+It prints the four tables of `docs/choosing.md`; `--page` writes them there.
 Two are of what stays from step to step: variables, whose bytes are counted in a
 model that has trained. The third is of what comes and goes: what XLA plans for
 each program of a window.
@@ -12,26 +12,16 @@ in the thorough tests. All is of one replica.
 The model of the third is a stack of dense layers that are all alike, and the
 batch is small: activations take next to nothing.
 
-What TensorFlow takes without XLA is not known before it runs. `--peaks`
-measures it, on one replica: the most memory that a process ever had, which
-trained on three windows. Two such processes, with 8 and with 34 million
-parameters, differ by the bytes of 25 million parameters: those that stay, and
-the rest. It needs Linux, and some five minutes. Two runs on two busy cores, in
-bytes that come and go for each parameter:
-
-    `keras.Model`                                  2.4   2.4
-    the same, `gradient_accumulation_steps`        3.3   2.6
-    `accum_steps=4`                                7.7   8.1
-    `microbatch_size`                              5.7  11.1
+What TensorFlow takes without XLA is not known before it runs. The fourth table
+is what its allocator had at most in a window, beyond what it had before. That
+depends a little on the order in which threads run. A process may have more: the
+allocator takes memory from the system in large regions, and keeps it.
 """
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from collections.abc import Iterable
 
@@ -95,14 +85,15 @@ MEASURED = (
     "`microbatch_size`",
 )
 ROWS = 8
+# Whose allocator is asked.
+DEVICE = "CPU:0"
 # Units and layers, of models whose peak memory is measured.
-WIDTHS, DEPTH = (1024, 2048), 8
+WIDTH, DEPTH = 1024, 8
 
 # What the update's cell has where a step is a micro-batch and an update.
 IN_STEP = "in the step"
 
 _PAGE = flags.DEFINE_bool("page", False, "Whether to write the page.")
-_PEAKS = flags.DEFINE_bool("peaks", False, "Whether to measure without XLA.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +323,7 @@ def transient_table(
     strategy = strategy or split_cpu(2)
     rows = []
     for way in MEASURED:
-        case = Case(way, jit_compile=True, width=WIDTHS[0], depth=DEPTH)
+        case = Case(way, jit_compile=True, width=WIDTH, depth=DEPTH)
         one = transient(case, tf.distribute.get_strategy())
         cells = [
             f"{one[name]:.1f}" if name in one else IN_STEP
@@ -358,38 +349,31 @@ def transient_table(
     )
 
 
-def peak_bytes(case: Case) -> int:
-    """Trains in this process; returns the most memory that it ever had."""
+def peak(case: Case) -> float:
+    """Returns the bytes for each parameter that come and go in a window."""
     model = compiled(case)
-    for _ in range(3):
+    for _ in range(2):
+        # Makes all variables, and traces.
         train(case, model)
-    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 2**10
+    memory = tf.config.experimental
+    memory.reset_memory_stats(DEVICE)
+    before = memory.get_memory_info(DEVICE)["current"]
+    train(case, model)
+    most = memory.get_memory_info(DEVICE)["peak"]
+    return (most - before) / model.count_params()
 
 
-def beyond(case: Case) -> float:
-    """Measures what the peak has beyond what stays, in two processes."""
-    peaks = []
-    for width in WIDTHS:
-        each = dataclasses.replace(case, width=width, depth=DEPTH)
-        finished = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "benchmarks.memory_table",
-                json.dumps(dataclasses.asdict(each)),
-            ],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-        if finished.returncode:
-            raise RuntimeError(f"{each} failed:\n{finished.stderr[-2000:]}")
-        peaks.append(json.loads(finished.stdout.splitlines()[-1]))
-    small, large = (DEPTH * (width * width + width) for width in WIDTHS)
-    # TensorFlow, tracing and compiling take as much for both.
-    grown = (peaks[1] - peaks[0]) / (large - small)
-    return grown - sum(persistent(trained(Case(case.way))).values())
+def peaks_table() -> list[str]:
+    """Returns the table of what comes and goes without XLA."""
+    optimizers = ("`SGD`", "`SGD(momentum=0.9)`", "`Adam`")
+    rows = []
+    for way in MEASURED:
+        cases = [
+            Case(way, optimizer, width=WIDTH, depth=DEPTH)
+            for optimizer in optimizers
+        ]
+        rows.append([way, *(f"{peak(case):.1f}" for case in cases)])
+    return table(["comes and goes, without XLA", *optimizers], rows)
 
 
 def marked(name: str, lines: list[str]) -> str:
@@ -409,18 +393,13 @@ TABLES = {
     "moments": moments_table,
     "buffers": buffers_table,
     "transient": transient_table,
+    "peaks": peaks_table,
 }
 
 
 def main(argv: list[str]) -> None:
-    """Prints the tables; or measures the case that it is given."""
-    if len(argv) > 1:
-        print(json.dumps(peak_bytes(Case(**json.loads(argv[1])))))
-        return
-    if _PEAKS.value:
-        for way in MEASURED:
-            print(f"{way}: {beyond(Case(way)):.1f}", flush=True)
-        return
+    """Prints the tables."""
+    del argv
     strategy = split_cpu(2)
     for name, make in TABLES.items():
         lines = make(strategy) if name == "transient" else make()

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_accum import compat
 from keras_accum import gradients as arithmetic
+from keras_accum import ordering
 from keras_accum import reduction
 from keras_accum import replicas
 from keras_accum.annotations import AnyGradient
@@ -142,6 +143,7 @@ class GradientAccumulator:
         parts: Sequence[tuple[Sequence[AnyGradient], Weight]],
         first: bool | AnyTensor = False,
         total: AnyTensor | None = None,
+        waits: bool = True,
     ) -> None:
         """Adds the gradients of one micro-batch, which came in parts.
 
@@ -150,6 +152,8 @@ class GradientAccumulator:
             first: As for `add`; also without any part, it starts the buffers.
             total: What the parts are divided by; None for the sum of their
                 weights.
+            waits: Whether no buffer changes before nothing can fail. All
+                gradients are then in memory at the same time.
 
         Raises:
             ValueError: As `add`.
@@ -169,26 +173,44 @@ class GradientAccumulator:
             for gradient in gradients
             if gradient is not None
         ]
-        with tf.control_dependencies(after_all_ops(values)):
-            if isinstance(first, bool) or compat.is_compiled_by_xla():
-                # XLA selects while it adds.
-                self._add_parts(parts, total, first)
-            else:
-                add = functools.partial(self._add_parts, parts, total)
-                tf.cond(
-                    first,
-                    functools.partial(add, True),
-                    functools.partial(add, False),
-                )
+        last, partial = after_all_ops(values), functools.partial
+        # XLA selects while it adds, and plans when memory is free again.
+        is_known = isinstance(first, bool) or compat.is_compiled_by_xla()
+        groups, before = [range(len(self))], last
+        if not (waits or is_known):
+            groups, before = ordering.groups(self._variables), []
+        adds = [
+            (partial(self._add_gradients, parts, group), before)
+            for group in groups
+        ]
+        for add, inputs in [
+            *adds,
+            (partial(self._add_weights, parts, total), last),
+        ]:
+            with tf.control_dependencies(inputs):
+                if is_known:
+                    add(first)
+                else:
+                    tf.cond(first, partial(add, True), partial(add, False))
 
-    def _add_parts(self, parts, total, first):
-        """Adds what `add_microbatch` was given."""
+    def _add_gradients(self, parts, indices, first):
+        """Adds the gradients of some variables, by their indices."""
         starts = first
         for gradients, weight in parts or [([None] * len(self), 0.0)]:
-            for variable, buffer, gradient in zip(
-                self._variables, self._buffers, gradients, strict=True
-            ):
-                arithmetic.add(variable, buffer, gradient, weight, starts)
+            for index in indices:
+                arithmetic.add(
+                    self._variables[index],
+                    self._buffers[index],
+                    gradients[index],
+                    weight,
+                    starts,
+                )
+            starts = False
+
+    def _add_weights(self, parts, total, first):
+        """Adds the weights, and counts."""
+        starts = first
+        for _, weight in parts or [(None, 0.0)]:
             clear(self._weight, starts)
             if weight is None:
                 self._weight.assign(tf.ones_like(self._weight))

@@ -45,6 +45,7 @@ class Microbatch:
 
     Attributes:
         nonfinite: As above.
+        is_of_batch: Whether its window is a batch, forgotten if a step fails.
         is_finite: Whether its gradients are; a bool tensor. None if that is
             not known yet, or does not matter.
         calls: Those of `accumulate`, in their order. They are added to the
@@ -91,14 +92,12 @@ class Microbatch:
         self.terms = None
         self.shown_losses: list[tf.Tensor] | None = None
         self.asked_for_losses = False
-        self._first = first
-        self.nonfinite = nonfinite
+        self._first, self.nonfinite = first, nonfinite
+        self.is_of_batch = not callable(first)
         self._changes_nothing = not is_replicated and nonfinite == "propagate"
         self.graph = compat.current_graph()
-        self._before = {}
-        self._looked_at: list = []
-        self._statistics = set()
-        self._measured = None
+        self._before, self._looked_at = {}, []
+        self._statistics, self._measured = set(), None
 
     def __enter__(self) -> Self:
         self._token = _CURRENT.set(self)

@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from keras_accum import building
 from keras_accum import compat
+from keras_accum import ordering
 from keras_accum import weighting
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.calls import Call
@@ -117,9 +118,10 @@ class Update:
 
     def apply(self) -> None:
         """Calls the optimizer."""
-        self.optimizer.apply_gradients(
-            zip(self.gradients, self.variables, strict=True)
-        )
+        with ordering.one_after_the_other(self.optimizer):
+            self.optimizer.apply_gradients(
+                zip(self.gradients, self.variables, strict=True)
+            )
 
 
 def update_of(

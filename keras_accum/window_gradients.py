@@ -140,7 +140,10 @@ class Gradients(Part):
                     for call in calls.get(objective, [])
                 ]
                 objective.accumulator.add_microbatch(
-                    parts, first, microbatch.or_nothing(weights.get(objective))
+                    parts,
+                    first,
+                    microbatch.or_nothing(weights.get(objective)),
+                    waits=not microbatch.is_of_batch,
                 )
 
     def find(self, microbatch: Microbatch) -> dict[Objective, list[Call]]:

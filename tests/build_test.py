@@ -38,6 +38,7 @@ LAYERS = (
         "iterators",
         "memory",
         "options",
+        "ordering",
         "origins",
         "overrides",
         "plan_table",

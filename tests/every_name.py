@@ -247,7 +247,10 @@ def train_by_hand() -> None:
     accumulator.restore(state=state, num_replicas=1)
     assert int(accumulator.count) == 4
     accumulator.add_microbatch(
-        parts=[(gradients, np.float32(8))], first=True, total=tf.constant(8.0)
+        parts=[(gradients, np.float32(8))],
+        first=True,
+        total=tf.constant(8.0),
+        waits=False,
     )
     accumulator.reset()
     assert int(accumulator.count) == 0

@@ -33,7 +33,7 @@ def stack_of_microbatch(**mode):
 class StructureTest(tf.test.TestCase):
     def test_path_is_the_stack(self):
         names = [name.split(".")[-1] for _, name in structure.PATH]
-        path = names[: names.index("_add_parts") + 1]
+        path = names[: names.index("_add_gradients") + 1]
         self.assertEqual(stack_of_microbatch(), path)
         by_device = stack_of_microbatch(steps_per_execution=2)
         self.assertEqual(

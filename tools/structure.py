@@ -27,7 +27,7 @@ PATH = (
     ("window", "Window.add"),
     ("window_gradients", "Gradients.add"),
     ("accumulator", "GradientAccumulator.add_microbatch"),
-    ("accumulator", "GradientAccumulator._add_parts"),
+    ("accumulator", "GradientAccumulator._add_gradients"),
     ("gradients", "add"),
 )
 
