@@ -139,11 +139,9 @@ class Gradients(Part):
                     )
                     for call in calls.get(objective, [])
                 ]
+                total = microbatch.or_nothing(weights.get(objective))
                 objective.accumulator.add_microbatch(
-                    parts,
-                    first,
-                    microbatch.or_nothing(weights.get(objective)),
-                    waits=not microbatch.is_of_batch,
+                    parts, first, total, waits=not microbatch.is_of_batch
                 )
 
     def find(self, microbatch: Microbatch) -> dict[Objective, list[Call]]:
