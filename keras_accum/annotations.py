@@ -19,7 +19,7 @@ import tensorflow as tf
 
 # An int, or a function from the number of updates so far to an int.
 AccumSteps = int | Callable[[int], int]
-MicrobatchSize = int | Literal["auto"] | None
+MicrobatchSize = int | Literal["auto", "largest"] | None
 PartialWindow = Literal["flush", "carry", "drop"]
 Nonfinite = Literal["propagate", "skip_microbatch", "skip_window"]
 CommunicationDtype = Literal["bfloat16"] | None

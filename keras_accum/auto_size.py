@@ -1,4 +1,4 @@
-"""`microbatch_size="auto"`: the largest size that fits, found by trying.
+"""`microbatch_size="auto"` and "largest": sizes that fit, found by trying.
 
 As ordinary code:
 
@@ -27,6 +27,7 @@ does the same for PyTorch.
 
 import functools
 import re
+import time
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -77,7 +78,9 @@ class Attempts:
         while True:
             size = sizes.to_try(rows)
             snapshot = snapshot_of(accumulation)
+            start = time.perf_counter()
             (logs, smaller), failure = catching(self._attempt, data, size)
+            seconds = time.perf_counter() - start
             if failure:
                 smaller = size // 2
             # All workers go on together, or try again together.
@@ -90,12 +93,16 @@ class Attempts:
             if smaller == 0:
                 sizes.limit = limit
                 raise does_not_fit("One row", failure)
-            sizes.limit = smaller
+            sizes.record_failure(size, smaller)
         _, failure = catching(self._rehearse)
         if failed_anywhere(strategy, failure is not None):
             snapshot.restore()
             raise does_not_fit("The optimizer's update", failure)
-        if sizes.record_fit(replicas.least_of_all(strategy, size)):
+        is_new = sizes.record_fit(replicas.least_of_all(strategy, size))
+        # The clocks of several workers do not agree.
+        if not replicas.has_several_workers(strategy):
+            is_new |= sizes.record_time(size, rows, seconds)
+        if is_new:
             model = accumulation.model
             model.test_function = model.predict_function = None
         return logs

@@ -371,8 +371,9 @@ def largest(size: int, fits: Callable[[int], bool]) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    # Kernels like their rows in eights.
-    return low - low % 8 if low > 8 else low
+    # Kernels like their rows in eights, or in what else of these costs little.
+    step = next((each for each in (8, 4, 2) if low >= 10 * each), 1)
+    return low - low % step
 
 
 def bytes_for(measured: dict[int, int], rows: int) -> int:

@@ -178,7 +178,7 @@ class GradientAccumulationMixin(
     def microbatch_size(self) -> annotations.MicrobatchSize:
         """Most rows of a micro-batch on each replica; may be set at any time.
 
-        None where each batch is a micro-batch. "auto" until the first batch
+        None where each batch is a micro-batch. As given until the first batch
         showed what fits, and from then on the size that was found.
         """
         return self._accumulation.size.value

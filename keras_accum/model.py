@@ -47,8 +47,10 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             those of the large batch, and `evaluate` and `predict` take as many
             rows at once. `"auto"` begins with the whole batch and takes less
             where the device runs out of memory, until it fits; the same batch
-            is trained again, from the same state. The size found becomes the
-            value of `microbatch_size`, is logged, saved, and kept.
+            is trained again, from the same state. Then batches take turns with
+            that size, half of it and a quarter, and the fastest is kept.
+            `"largest"` keeps the largest. The size found becomes the value of
+            `microbatch_size`, is logged, and saved.
         effective_batch_size: In place of `accum_steps`: rows per update, on all
             replicas together. How many micro-batches that takes follows from
             the first batch of each `fit`.

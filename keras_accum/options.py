@@ -16,7 +16,7 @@ from keras_accum.annotations import Nonfinite
 from keras_accum.annotations import PartialWindow
 from keras_accum.warned import did_you_mean
 
-AUTO = "auto"
+AUTO, LARGEST = "auto", "largest"
 PARTIAL_WINDOW_POLICIES = get_args(PartialWindow)
 NONFINITE_POLICIES = get_args(Nonfinite)
 
@@ -180,13 +180,13 @@ def check_effective_batch_size(value) -> None:
 
 
 def check_microbatch_size(value) -> MicrobatchSize:
-    """Returns `value`, or raises if it is no positive int, "auto" or None."""
-    if value is None or (isinstance(value, str) and value == AUTO):
+    """Returns `value`, or raises unless it may be one."""
+    if value is None or (isinstance(value, str) and value in (AUTO, LARGEST)):
         return value
     check_positive_int(
         value,
         "`microbatch_size` must be a positive integer, "
-        f'"auto" or None. Received: microbatch_size={value!r}',
+        f'"auto", "largest" or None. Received: microbatch_size={value!r}',
     )
     return int(value)
 

@@ -101,8 +101,9 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
     @test_utils.first_command(1)
     def test_trains_as_with_the_size_that_it_finds(self, mode):
         found, given = compiled("auto", mode), compiled(4, mode)
-        # 16, 8 and 4 rows are tried. The last batch is short.
-        data = list(batches([16, 16, 7], [1, 1, 1]))
+        # 16, 8 and 4 rows are tried. The last batch is short. Of two batches
+        # of full length, both are trained with 4.
+        data = list(batches([16, 7], [1, 1]))
         with self.assertLogs("absl", "WARNING") as logs:
             found.fit(test_utils.dataset(data), epochs=2, verbose=0)
         given.fit(test_utils.dataset(data), epochs=2, verbose=0)
@@ -131,7 +132,27 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
         for data in batches([2, 5, 3, 8, 5], [1] * 5):
             found.train_on_batch(*data)
             sizes.append(found.microbatch_size)
-        self.assertEqual(sizes, [2, 5, 5, 4, 4])
+        # What has fitted is not halved.
+        self.assertEqual(sizes, [2, 5, 5, 5, 5])
+
+    def test_keeps_a_size_that_is_fast(self):
+        found = compiled("auto")
+        x, y = next(batches([16], [1]))
+        data = [(x, y)] * 8
+        with self.assertLogs("absl", "WARNING"):
+            found.fit(test_utils.dataset(data), verbose=0)
+        self.assertIn(found.microbatch_size, (1, 2, 4))
+        self.assertEqual(found.optimizer.iterations, 8)
+        self.assertEqual(
+            found._accumulation.size.to_try(16), found.microbatch_size
+        )
+
+    def test_largest_that_fits(self):
+        found = compiled("largest")
+        (data,) = batches([16], [1])
+        with self.assertLogs("absl", "WARNING"):
+            found.fit(test_utils.dataset([data] * 3), verbose=0)
+        self.assertEqual(found.microbatch_size, 5)
 
     @pytest.mark.thorough
     def test_the_next_fit_goes_on_with_it(self):

@@ -99,7 +99,7 @@ def train_in_microbatches() -> keras_accum.GradientAccumulationModel:
     model.compile("adam", loss_of_logits())
     model.fit(x, y, batch_size=32, verbose=0)
     assert updates_of(model) == 2
-    assert_type(model.microbatch_size, int | Literal["auto"] | None)
+    assert_type(model.microbatch_size, int | Literal["auto", "largest"] | None)
     assert model.microbatch_size == 8
     model.microbatch_size = "auto"
     model.microbatch_size = None

@@ -28,10 +28,60 @@ class SizeTest(tf.test.TestCase):
         self.assertFalse(size.record_fit(3))
         self.assertTrue(size.record_fit(12))
         # A failure leaves a limit, which is kept.
-        size.limit = 5
+        size.record_failure(12, 5)
         self.assertEqual(size.to_try(16), 5)
-        self.assertTrue(size.record_fit(5))
+        with self.assertLogs("absl", "WARNING"):
+            self.assertTrue(size.record_fit(5))
         self.assertEqual((size.value, size.to_try(3)), (5, 3))
+
+
+class FastestTest(parameterized.TestCase):
+    @parameterized.parameters(
+        # Speeds of 32, 16 and 8 rows at once, in rows per second.
+        ((100, 120, 90), 16),
+        ((100, 104, 90), 32),
+        ((100, 101, 130), 8),
+    )
+    def test_batches_take_turns(self, speeds, expected):
+        size = microbatch_size.MicrobatchSize("auto")
+        size.record_failure(64, 32)
+        speeds, tried = dict(zip((32, 16, 8), speeds, strict=True)), []
+        for batch in range(10):
+            rows = 64 if batch != 3 else 20
+            tried.append(size.to_try(rows))
+            size.record_fit(tried[-1])
+            # The first one of each size compiles.
+            first = tried.count(tried[-1]) == 1
+            seconds = rows / speeds.get(tried[-1], 1) + 100 * first
+            size.record_time(tried[-1], rows, seconds)
+        # A short batch says nothing of speed.
+        self.assertEqual(tried[:7], [32, 32, 16, 20, 16, 8, 8])
+        self.assertEqual(tried[7:], [expected] * 3)
+        self.assertEqual(size.value, expected)
+
+    def test_largest_is_near_what_fits(self):
+        size, tried = microbatch_size.MicrobatchSize("largest"), []
+        for _ in range(8):
+            while True:
+                tried.append(size.to_try(1024))
+                if tried[-1] <= 300:
+                    break
+                size.record_failure(tried[-1], tried[-1] // 2)
+            size.record_fit(tried[-1])
+            self.assertFalse(size.record_time(tried[-1], 1024, 1.0))
+        self.assertEqual(tried[:6], [1024, 512, 256, 384, 320, 288])
+        self.assertBetween(size.value, 270, 300)
+        self.assertEqual(tried[-1], size.value)
+        self.assertLess(len({n for n in tried if n > 300}), 8)
+
+    def test_a_longer_batch_that_fails_is_searched_again(self):
+        size = microbatch_size.MicrobatchSize("auto")
+        size.record_fit(8)
+        size.record_time(8, 8, 1.0)
+        size.record_failure(8, 4)
+        self.assertEqual(size.to_try(8), 4)
+        size.record_fit(4)
+        self.assertEqual(size.value, 4)
 
 
 class StatefulTest(test_utils.TestCase, parameterized.TestCase):
