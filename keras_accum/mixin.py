@@ -38,6 +38,7 @@ from keras_accum.options import Options
 from keras_accum.options import check_optimizer
 from keras_accum.overrides import Overrides
 from keras_accum.rematerialization import ExactCalls
+from keras_accum.rematerialization import exact
 from keras_accum.saving import SavingMixin
 from keras_accum.saving import arguments_of
 from keras_accum.saving import take_original
@@ -373,6 +374,7 @@ class GradientAccumulationMixin(
         try:
             with (
                 iterators.ending(),
+                exact(),
                 compat.showing_graph(sharing.seen_as),
                 epochs.keeping_weights_without_update(
                     getattr(self, "optimizer", None)
@@ -388,12 +390,12 @@ class GradientAccumulationMixin(
 
     @annotations.documented_by(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        with iterators.ending():
+        with iterators.ending(), exact():
             return super().evaluate(*args, **kwargs)
 
     @annotations.documented_by(keras.Model.predict)
     def predict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        with iterators.ending():
+        with iterators.ending(), exact():
             return super().predict(*args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Callable:

@@ -104,12 +104,13 @@ class Plan:
             recomputed = "yes" if each.is_recomputed else "no"
             cells = [f"{getattr(each, name) / MIB:12,.1f}" for name in columns]
             speed = each.rows_per_second
-            lines.append(
+            line = (
                 f"{each.rows:6}  {recomputed:10}"
                 + "".join(cells)
                 + f"  {'yes' if each.fits else 'no':4}"
                 + ("" if speed is None else f"{speed:9,.0f}")
             )
+            lines.append(line.rstrip())
         return "\n".join([*lines, *self._advice()])
 
     def _advice(self):

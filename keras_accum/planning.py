@@ -30,6 +30,9 @@ from keras_accum.probe import Probe
 
 # Sizes of a table; there are more if none of them fits.
 SIZES = 7
+# Of what a step needs, the most that one with layers recomputed may need to be
+# listed.
+WORTH = 0.9
 # How many sizes are timed: the largest that fits, half of it, and so on.
 TIMED = 3
 
@@ -45,11 +48,11 @@ def plan(
 
     The rows given are one batch, and so one update. The table has a line for
     each `microbatch_size`: all rows, half of them, and so on; once as the model
-    is, and once with its layers recomputed, as `rematerialize` does. Where XLA
-    compiles, its plan says what a step needs, and nothing that may not fit is
-    run. Where it does not, steps on few rows are run, and then on more, as far
-    as there is room for twice as much; sizes beyond are forecast. The largest
-    sizes that fit are timed.
+    is, and once with its layers recomputed, as `rematerialize` does, if that
+    saves a tenth or more. Where XLA compiles, its plan says what a step needs,
+    and nothing is run that may not fit. Where it does not, steps on few rows
+    are run, and then on more, as far as there is room for twice as much; sizes
+    beyond are forecast. The largest sizes that fit are timed.
 
     Nothing is trained. All that steps assign is put back. A model that is not
     built is, as in `fit`. On several replicas, all is of one of them; on a CPU,
@@ -104,8 +107,12 @@ def plan(
     try:
         with rematerialization.recomputed(model, layers):
             probe = Probe(model, data)
-            sizes += sizes_of(probe, limit, is_recomputed=True, timed=most)
-    except (ImportError, RuntimeError) as error:
+            others = sizes_of(probe, limit, is_recomputed=True, timed=most)
+        if others[0].activations <= WORTH * sizes[0].activations:
+            sizes += others
+        else:
+            layers, note = [], "Layers are not recomputed: it saves too little."
+    except (ImportError, RuntimeError, ValueError) as error:
         layers, note = [], f"Layers are not recomputed: {error}"
     return Plan(tuple(sizes), limit, tuple(layers), note)
 

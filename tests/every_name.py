@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_accum
+from keras_accum.plan_table import Size
 
 AccumSteps = int | Callable[[int], int]
 
@@ -273,12 +274,12 @@ def recompute() -> None:
 
 def plan_sizes() -> None:
     model = keras_accum.GradientAccumulationModel(*plain())
-    model.compile("sgd", loss_of_logits(), jit_compile=True)
+    model.compile("sgd", loss_of_logits())
     found = keras_accum.plan(
         model=model, x=x, y=y, sample_weight=None, memory_limit=2**30
     )
     assert found.memory_limit == 2**30
-    assert_type(found.best, keras_accum.plan_table.Size | None)
+    assert_type(found.best, Size | None)
     assert found.best is not None
     assert found.best.total < 2**30
     assert found.best.rows in [each.rows for each in found.sizes]

@@ -267,13 +267,14 @@ class FunctionTest(RematerializationTest):
         self.assert_same(some, others)
 
     @needs_scope
-    def test_steps_of_ones_own(self):
+    @parameterized.parameters(WINDOW, {"accum_steps": 1})
+    def test_steps_of_ones_own(self, **window):
         some, others = (
             trained(
                 lambda options, scope=scope: OwnStep(
                     *network(scope), **options
                 ),
-                WINDOW,
+                window,
                 {"jit_compile": False},
             )
             for scope in (LISTED, NONE)

@@ -1,0 +1,85 @@
+"""The programs that plan: for a saved model, and within a limit."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import keras
+import pytest
+from absl.testing import absltest
+from absl.testing import parameterized
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+
+
+def run(*command):
+    """Runs a program as a user would."""
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+class SavedModelTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ("sparse_categorical_crossentropy", "--memory_limit_mib=512"),
+        ("mse", "--length=16"),
+    )
+    def test_plans_a_model_of_a_file(self, loss, flag):
+        inputs = keras.Input((None,), dtype="int32")
+        hidden = keras.layers.Embedding(5, 4)(inputs)
+        model = keras.Model(
+            inputs, keras.layers.Dense(3, "softmax", name="out")(hidden)
+        )
+        model.compile("sgd", loss, jit_compile=False)
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, "model.keras")
+            model.save(file)
+            finished = run(
+                "-m",
+                "examples.plan_memory",
+                f"--model={file}",
+                "--rows=8",
+                flag,
+            )
+        self.assertEqual(finished.returncode, 0, finished.stderr)
+        lines = finished.stdout.splitlines()
+        self.assertRegex(lines[0], "MiB on each device, of [0-9,]+:")
+        self.assertEqual(
+            [line.split()[0] for line in lines[2:6]], ["8", "4", "2", "1"]
+        )
+        self.assertIn("microbatch_size=", finished.stdout)
+
+    def test_says_that_there_is_no_file(self):
+        finished = run("-m", "examples.plan_memory", "--model=nowhere.keras")
+        self.assertNotEqual(finished.returncode, 0)
+        self.assertIn("--model must name a file", finished.stderr)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.platform != "linux", reason="It needs Linux.")
+class WithinLimitTest(absltest.TestCase):
+    def test_trains_what_did_not_fit(self):
+        finished = run(
+            "-m",
+            "examples.within_limit",
+            "--batch_size=512",
+            "--limit_mib=160",
+        )
+        self.assertEqual(finished.returncode, 0, finished.stderr)
+        self.assertIn("keras: died.", finished.stdout)
+        (distance,) = re.findall(
+            r"Weights differ by at most (\S+)\.$", finished.stdout.strip()
+        )
+        self.assertLess(float(distance), 1e-5)
+
+
+if __name__ == "__main__":
+    absltest.main()
