@@ -41,6 +41,7 @@ from keras_accum import programs
 from keras_accum import rehearsal
 from keras_accum import replicas
 from keras_accum import rows as row_counts
+from keras_accum.control_flow import wait_for
 
 
 class Attempts:
@@ -80,6 +81,8 @@ class Attempts:
             snapshot = snapshot_of(accumulation)
             start = time.perf_counter()
             (logs, smaller), failure = catching(self._attempt, data, size)
+            if sizes.is_timed(rows):
+                wait_for(logs)
             seconds = time.perf_counter() - start
             if failure:
                 smaller = size // 2
@@ -93,7 +96,7 @@ class Attempts:
             if smaller == 0:
                 sizes.limit = limit
                 raise does_not_fit("One row", failure)
-            sizes.record_failure(size, smaller)
+            sizes.record_failure(replicas.least_of_all(strategy, size), smaller)
         _, failure = catching(self._rehearse)
         if failed_anywhere(strategy, failure is not None):
             snapshot.restore()

@@ -18,6 +18,12 @@ def tensors_in(structure) -> list[tf.Tensor]:
     ]
 
 
+def wait_for(structure) -> None:
+    """Waits for the tensors of a structure, which devices may still compute."""
+    for each in tensors_in(structure):
+        each.numpy()
+
+
 def after(structure) -> AbstractContextManager:
     """Makes all that is called within wait for the tensors of a structure."""
     return tf.control_dependencies(tensors_in(structure))

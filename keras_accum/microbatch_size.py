@@ -104,6 +104,11 @@ class MicrobatchSize:
             )
         return True
 
+    def is_timed(self, rows: int) -> bool:
+        """Returns whether it counts how long a batch of `rows` rows takes."""
+        is_over = self._to_time == []
+        return self._kind == AUTO and rows >= self._rows and not is_over
+
     def record_time(self, size: int, rows: int, seconds: float) -> bool:
         """Records how long a batch took; returns whether the value changes.
 
@@ -112,7 +117,7 @@ class MicrobatchSize:
             rows: How many rows there were.
             seconds: How long it took.
         """
-        if self._kind != AUTO or rows < self._rows or self._to_time == []:
+        if not self.is_timed(rows):
             return False
         if self._to_time is None or rows > self._rows:
             # Two batches with each: the first one is not timed.

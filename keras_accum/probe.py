@@ -25,7 +25,7 @@ from keras_accum import programs
 from keras_accum import replicas
 from keras_accum import rows as row_counts
 from keras_accum import steps
-from keras_accum.control_flow import tensors_in
+from keras_accum.control_flow import wait_for
 from keras_accum.microbatch_size import check_layers
 from keras_accum.mixin import GradientAccumulationMixin
 from keras_accum.model import GradientAccumulationModel
@@ -189,9 +189,7 @@ class Probe:
         logs = self._each.call_with_step(
             self._data, rows, lambda step, *args: step(*args)
         )
-        for each in tensors_in(logs):
-            # A device may still compute it.
-            each.numpy()
+        wait_for(logs)
 
     @contextlib.contextmanager
     def _unchanged(self, trained: Iterable = ()) -> Iterator[None]:
