@@ -15,9 +15,6 @@ a CPU where TensorFlow uses oneDNN: it counts there.
 
 import dataclasses
 import json
-import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -30,10 +27,11 @@ import keras_accum
 from benchmarks import compare_keras
 from benchmarks import compare_models
 from benchmarks import memory_table
+from benchmarks import processes
 from keras_accum import plan_table
 
-ROOT = pathlib.Path(__file__).absolute().parent.parent
-PAGE = ROOT / "docs" / "memory.md"
+MODULE = "benchmarks.memory_plan"
+PAGE = processes.ROOT / "docs" / "memory.md"
 # Rows of a batch, and of the micro-batches that are trained.
 ROWS = {"MLP": 512, "transformer": 64, "convolutional": 256}
 SHARES = (1, 4)
@@ -90,24 +88,6 @@ def peak(training: Training) -> int:
     x, y = (np.concatenate([each] * BATCHES) for each in (x, y))
     model.fit(x, y, batch_size=ROWS[training.model], verbose=0)
     return tf.config.experimental.get_memory_info("CPU:0")["peak"]
-
-
-def in_process(training: Training):
-    """Returns what `planned` or `peak` returns, in a process of its own."""
-    finished = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.memory_plan",
-            json.dumps(dataclasses.asdict(training)),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    if finished.returncode:
-        raise RuntimeError(f"{training} failed:\n{finished.stderr[-2000:]}")
-    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def mib(size: float) -> str:
@@ -169,7 +149,7 @@ def main(argv: list[str]) -> None:
     for name, rows in ROWS.items():
         for jit_compile in (True, False):
             training = Training(name, jit_compile)
-            sizes = in_process(training)
+            sizes = processes.result_of(MODULE, training)
             if jit_compile:
                 compiled[name] = sizes
             for share in SHARES:
@@ -179,8 +159,8 @@ def main(argv: list[str]) -> None:
                     for each in sizes
                     if each["rows"] == size and not each["is_recomputed"]
                 )
-                taken = in_process(
-                    dataclasses.replace(training, microbatch_size=size)
+                taken = processes.result_of(
+                    MODULE, dataclasses.replace(training, microbatch_size=size)
                 )
                 lines.append(
                     [

@@ -23,7 +23,6 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable
-from collections.abc import Iterable
 
 import keras
 import numpy as np
@@ -34,6 +33,8 @@ from absl import flags
 import keras_accum
 from keras_accum import boundary
 from keras_accum import compat
+from keras_accum import memory
+from keras_accum import probe
 from keras_accum import replicas
 from keras_accum import steps
 
@@ -85,8 +86,6 @@ MEASURED = (
     "`microbatch_size`",
 )
 ROWS = 8
-# Whose allocator is asked.
-DEVICE = "CPU:0"
 # Units and layers, of models whose peak memory is measured.
 WIDTH, DEPTH = 1024, 8
 
@@ -160,23 +159,6 @@ def trained(case: Case) -> keras.Model:
     return model
 
 
-def as_tensorflow(variable: keras.Variable | tf.Variable) -> tf.Variable:
-    """Returns TensorFlow's variable, of Keras's too."""
-    if isinstance(variable, keras.Variable):
-        return variable.value
-    return variable
-
-
-def bytes_of(variables: Iterable) -> int:
-    """Returns the bytes of variables on one replica."""
-    local = tf.distribute.get_strategy().experimental_local_results
-    return sum(
-        int(np.prod(variable.shape)) * tf.as_dtype(variable.dtype).size
-        for each in variables
-        for variable in local(as_tensorflow(each))[:1]
-    )
-
-
 def persistent(model: keras.Model) -> dict[str, float]:
     """Returns the bytes for each parameter of a model that has trained.
 
@@ -194,9 +176,9 @@ def persistent(model: keras.Model) -> dict[str, float]:
     if isinstance(model, keras_accum.GradientAccumulationModel):
         buffers += model._accumulation.window["gradients"].variables
     return {
-        "weights": bytes_of(model.weights) / parameters,
-        "buffers": bytes_of(buffers) / parameters,
-        "moments": bytes_of(moments) / parameters,
+        "weights": probe.bytes_of(model.weights) / parameters,
+        "buffers": probe.bytes_of(buffers) / parameters,
+        "moments": probe.bytes_of(moments) / parameters,
     }
 
 
@@ -355,12 +337,8 @@ def peak(case: Case) -> float:
     for _ in range(2):
         # Makes all variables, and traces.
         train(case, model)
-    memory = tf.config.experimental
-    memory.reset_memory_stats(DEVICE)
-    before = memory.get_memory_info(DEVICE)["current"]
-    train(case, model)
-    most = memory.get_memory_info(DEVICE)["peak"]
-    return (most - before) / model.count_params()
+    taken = memory.counted_bytes(train, case, model)
+    return taken / model.count_params()
 
 
 def peaks_table() -> list[str]:

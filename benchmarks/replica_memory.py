@@ -28,10 +28,6 @@ micro-batches take: buffers, and the gradients of one of them.
 
 import dataclasses
 import json
-import pathlib
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -41,10 +37,11 @@ import tensorflow as tf
 from absl import app
 
 import keras_accum
+from benchmarks import limited_training
+from benchmarks import processes
 from examples import strategies
 from keras_accum import reduction
 
-ROOT = pathlib.Path(__file__).absolute().parent.parent
 REPLICAS, ROWS, STEPS, ROUNDS = 2, 4, 4, 9
 WIDTH, DEPTH = 2000, 4
 WEIGHTS = 4 * WIDTH * WIDTH * DEPTH
@@ -87,12 +84,6 @@ CASES: dict[str, Case] = {
 }
 
 
-def memory(name: str) -> int:
-    """Returns what /proc knows of this process, in bytes."""
-    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 2**10
-
-
 def window_of(
     case: Case, strategy: tf.distribute.Strategy, width: int
 ) -> Callable[[], None]:
@@ -132,28 +123,17 @@ def measure(case: Case) -> dict[str, float]:
         reduction.BUCKET_BYTES = case.bucket_mib * 2**20
     window_of(case, strategy, width=8)()
     run = window_of(case, strategy, WIDTH)
-    base = memory("VmRSS")
+    base = limited_training.memory_mib("VmRSS")
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    peak = (memory("VmHWM") - base) / REPLICAS / WEIGHTS
-    return {"peak": peak, "seconds": min(times)}
-
-
-def in_process(case: Case) -> dict[str, float]:
-    """Measures a case in a process of its own."""
-    argument = json.dumps(dataclasses.asdict(case))
-    finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks.replica_memory", argument],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    if finished.returncode:
-        raise RuntimeError(f"{case} failed:\n{finished.stderr[-2000:]}")
-    return json.loads(finished.stdout.splitlines()[-1])
+    peak = limited_training.memory_mib("VmHWM") - base
+    return {
+        "peak": peak * 2**20 / REPLICAS / WEIGHTS,
+        "seconds": min(times),
+    }
 
 
 def main(argv: list[str]) -> None:
@@ -163,7 +143,7 @@ def main(argv: list[str]) -> None:
         return
     print(f"{'':26}{'peak / P':>10}{'ms':>8}")
     for name, case in CASES.items():
-        found = in_process(case)
+        found = processes.result_of("benchmarks.replica_memory", case)
         print(
             f"{name:26}{found['peak']:10.2f}{1e3 * found['seconds']:8.0f}",
             flush=True,

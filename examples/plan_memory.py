@@ -1,4 +1,4 @@
-"""Says how many rows of a saved model fit in the memory, before any training.
+r"""Says how many rows of a saved model fit in the memory, before any training.
 
     python -m examples.plan_memory --model=model.keras --rows=256
     python -m examples.plan_memory --model=model.keras --rows=256 \

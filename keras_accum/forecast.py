@@ -10,7 +10,7 @@ from collections.abc import Callable
 NEAR_LINE = 0.03
 
 
-class Forecast:
+class Line:
     """The bytes of steps on any number of rows, from those of some.
 
     Args:
@@ -38,14 +38,12 @@ class Forecast:
         slope = (self.known[high] - self.known.get(low, 0)) / (high - low)
         return int(self.known[high] + slope * (rows - high))
 
-    def plan(self, rows: list[int], room: int) -> None:
+    def plan(self, rows: list[int]) -> None:
         """Measures what costs no memory: the ends, and where lines bend.
 
         Args:
             rows: Sizes, most rows first.
-            room: Not needed.
         """
-        del room
         self._learn(rows[0])
         self._learn(rows[-1])
         self._bend(rows)

@@ -12,7 +12,7 @@ best = max(those_that_fit, key=rows_per_second)
 The real thing does not try every size; see `forecast.py`.
 """
 
-import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ from keras_accum import compat
 from keras_accum import first_batch
 from keras_accum import rematerialization
 from keras_accum import verifiable
-from keras_accum.forecast import Forecast
+from keras_accum.forecast import Line
 from keras_accum.plan_table import Plan
 from keras_accum.plan_table import Size
 from keras_accum.probe import Probe
@@ -87,13 +87,8 @@ def plan(
     ```
     """
     data = verifiable.data_of(model, x, y, sample_weight)
-    if not model.compiled:
-        raise ValueError("`model` must be compiled. Call `model.compile`.")
-    if not first_batch.rows_of(data):
-        raise ValueError(
-            "`x`, `y` and `sample_weight` must have the same number of rows "
-            "along the first axis: otherwise nobody knows how to cut them."
-        )
+    # None of them cannot be cut either.
+    verifiable.check_rows(model, first_batch.rows_of(data) or None)
     if not model.built:
         with model.distribute_strategy.scope():
             compat.build_by(
@@ -101,13 +96,15 @@ def plan(
             )
     probe = Probe(model, data)
     limit = probe.device_bytes() if memory_limit is None else memory_limit
-    sizes = sizes_of(probe, limit, is_recomputed=False)
+    # The update is the same whatever steps recompute.
+    boundary = probe.update_bytes()
+    sizes = sizes_of(probe, boundary, limit, is_recomputed=False)
     layers, note = rematerialization.names_of_layers(model), ""
     most = max((each.rows for each in sizes if each.fits), default=0)
     try:
         with rematerialization.recomputed(model, layers):
             probe = Probe(model, data)
-            others = sizes_of(probe, limit, is_recomputed=True, timed=most)
+            others = sizes_of(probe, boundary, limit, True, timed=most)
         if others[0].activations <= WORTH * sizes[0].activations:
             sizes += others
         else:
@@ -118,52 +115,47 @@ def plan(
 
 
 def sizes_of(
-    probe: Probe, limit: int, is_recomputed: bool, timed: int = 0
+    probe: Probe,
+    boundary: int,
+    limit: int,
+    is_recomputed: bool,
+    timed: int = 0,
 ) -> list[Size]:
     """Returns the sizes, most rows first; the largest that fit are timed.
 
     Args:
         probe: What tries steps.
+        boundary: Bytes that come and go in the update.
         limit: Bytes that there are.
         is_recomputed: Whether the probe recomputes layers.
         timed: Only sizes of more rows than this are timed.
     """
-    boundary = probe.update_bytes()
-    # Known now: the first step has made the buffers.
-    kept = probe.kept_bytes()
+    kept, room = probe.kept_bytes(), probe.free_bytes()
     free = limit - sum(kept.values())
-    needs = Forecast(probe.step_bytes)
-    rows = list(itertools.islice(halves(probe.rows), SIZES))
-    measure = needs.plan if probe.is_compiled else needs.run
-    room = probe.free_bytes()
-    measure(rows, room)
-    while needs(rows[-1]) > free and rows[-1] > 1:
-        rows.append(rows[-1] // 2)
-        measure(rows, room)
-    sizes = [
+    needs = Line(probe.step_bytes)
+    measure = needs.plan
+    if not probe.is_compiled:
+        measure = functools.partial(needs.run, room=room)
+    sizes = list(itertools.islice(halves(probe.rows), SIZES))
+    measure(sizes)
+    while needs(sizes[-1]) > free and sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+        measure(sizes)
+    fitting = [n for n in sizes if max(needs(n), boundary) <= free]
+    to_time = [n for n in fitting if n > timed and needs(n) <= room][:TIMED]
+    speeds = {n: probe.rows_per_second(n) for n in to_time}
+    return [
         Size(
-            rows=each,
+            rows=n,
             is_recomputed=is_recomputed,
             **kept,
-            activations=needs(each),
+            activations=needs(n),
             boundary=boundary,
-            is_measured=each in needs.known,
-            fits=max(needs(each), boundary) <= free,
+            is_measured=n in needs.known,
+            fits=n in fitting,
+            rows_per_second=speeds.get(n),
         )
-        for each in rows
-    ]
-    to_time = [
-        each
-        for each in sizes
-        if each.fits and each.rows > timed and each.activations <= room
-    ][:TIMED]
-    return [
-        dataclasses.replace(
-            each, rows_per_second=probe.rows_per_second(each.rows)
-        )
-        if each in to_time
-        else each
-        for each in sizes
+        for n in sizes
     ]
 
 

@@ -1,4 +1,4 @@
-"""What `verify` takes: a model that accumulates, and rows to cut."""
+"""What `verify` and `plan` take: a compiled model, and rows to cut."""
 
 from typing import Any
 
@@ -19,6 +19,17 @@ def data_of(model, x: Any, y: Any, sample_weight: Any) -> tuple:
     return row_counts.as_tensors(preprocess(x, y, sample_weight))
 
 
+def check_rows(model, rows: int | None) -> None:
+    """Raises a `ValueError` unless a compiled model has rows to cut."""
+    if not model.compiled:
+        raise ValueError("`model` must be compiled. Call `model.compile`.")
+    if rows is None:
+        raise ValueError(
+            "`x`, `y` and `sample_weight` must have the same number of rows "
+            "along the first axis: otherwise nobody knows how to cut them."
+        )
+
+
 def check(model, rows: int | None) -> None:
     """Raises a `ValueError` unless there is something to verify."""
     accumulation = getattr(model, "_accumulation", None)
@@ -29,13 +40,7 @@ def check(model, rows: int | None) -> None:
             "`GradientAccumulationModel.from_model`. "
             f"Received: model={model!r}"
         )
-    if not model.compiled:
-        raise ValueError("`model` must be compiled. Call `model.compile`.")
-    if rows is None:
-        raise ValueError(
-            "`x`, `y` and `sample_weight` must have the same number of rows "
-            "along the first axis: otherwise nobody knows how to cut them."
-        )
+    check_rows(model, rows)
     if rows < 3:
         raise ValueError(f"`x` must have at least 3 rows. Received: {rows}")
     if layers := compat.stateful_layers(model):

@@ -5,8 +5,6 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from unittest import mock
 
@@ -21,8 +19,8 @@ from absl.testing import parameterized
 from examples import digits
 from examples import digits_dataset
 from examples import digits_training
+from tests import test_utils
 
-ROOT = pathlib.Path(__file__).absolute().parent.parent
 TEMP_DIR = tempfile.mkdtemp()
 
 # 1,438 images make windows of 600, 600 and 238; with micro-batches of 200 the
@@ -46,18 +44,6 @@ def setUpModule():
 
 def tearDownModule():
     shutil.rmtree(TEMP_DIR)
-
-
-def run_example(*command):
-    """Runs the example as a user would, with the library on Python's path."""
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
 
 
 def settings(**changes):
@@ -324,7 +310,7 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
     @pytest.mark.thorough
     def test_compares_both_trainings(self):
         picture = pathlib.Path(TEMP_DIR) / "digits.png"
-        finished = run_example(
+        finished = test_utils.run_program(
             "-m",
             "examples.digits",
             f"--data_dir={settings().data_dir}",
@@ -366,7 +352,7 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
     )
     @pytest.mark.thorough
     def test_says_what_to_do_and_no_more(self, argument, message):
-        finished = run_example("examples/digits.py", argument)
+        finished = test_utils.run_program("examples/digits.py", argument)
         self.assertEqual(finished.returncode, 1)
         self.assertEqual(finished.stdout, "")
         self.assertIn(message, finished.stderr)

@@ -1,9 +1,6 @@
 """The GAN example: two optimizers in one window."""
 
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 import keras
@@ -15,7 +12,6 @@ from absl.testing import parameterized
 from examples import gan_training
 from tests import test_utils
 
-ROOT = pathlib.Path(__file__).absolute().parent.parent
 LEARNING_RATE, UPDATES = 0.002, 3
 
 
@@ -95,14 +91,7 @@ class TrainingTest(tf.test.TestCase, parameterized.TestCase):
 
 class CommandTest(tf.test.TestCase, parameterized.TestCase):
     def run_example(self, *flags):
-        path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-        return subprocess.run(
-            [sys.executable, "-m", "examples.gan", *flags],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
+        return test_utils.run_program("-m", "examples.gan", *flags)
 
     @pytest.mark.thorough
     def test_prints_a_table_and_draws(self):

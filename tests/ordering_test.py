@@ -8,6 +8,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
+from keras_accum import memory
 from keras_accum import ordering
 from tests import test_utils
 
@@ -33,14 +34,9 @@ def batch(rows: int = 2 * ROWS):
 
 def peak(function) -> float:
     """Returns what comes and goes in a call, in bytes for each parameter."""
-    try:
-        tf.config.experimental.reset_memory_stats("CPU:0")
-    except ValueError as error:
-        raise unittest.SkipTest("No bytes are counted here.") from error
-    before = tf.config.experimental.get_memory_info("CPU:0")["current"]
-    function()
-    most = tf.config.experimental.get_memory_info("CPU:0")["peak"]
-    return (most - before) / (DEPTH * WIDTH**2)
+    if not memory.counts("CPU:0"):
+        raise unittest.SkipTest("No bytes are counted here.")
+    return memory.counted_bytes(function) / (DEPTH * WIDTH**2)
 
 
 class MemoryTest(test_utils.TestCase, parameterized.TestCase):

@@ -1,9 +1,7 @@
 """The programs that plan: for a saved model, and within a limit."""
 
 import os
-import pathlib
 import re
-import subprocess
 import sys
 import tempfile
 
@@ -12,19 +10,7 @@ import pytest
 from absl.testing import absltest
 from absl.testing import parameterized
 
-ROOT = pathlib.Path(__file__).absolute().parent.parent
-
-
-def run(*command):
-    """Runs a program as a user would."""
-    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+from tests import test_utils
 
 
 class SavedModelTest(parameterized.TestCase):
@@ -42,7 +28,7 @@ class SavedModelTest(parameterized.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "model.keras")
             model.save(file)
-            finished = run(
+            finished = test_utils.run_program(
                 "-m",
                 "examples.plan_memory",
                 f"--model={file}",
@@ -58,7 +44,9 @@ class SavedModelTest(parameterized.TestCase):
         self.assertIn("microbatch_size=", finished.stdout)
 
     def test_says_that_there_is_no_file(self):
-        finished = run("-m", "examples.plan_memory", "--model=nowhere.keras")
+        finished = test_utils.run_program(
+            "-m", "examples.plan_memory", "--model=nowhere.keras"
+        )
         self.assertNotEqual(finished.returncode, 0)
         self.assertIn("--model must name a file", finished.stderr)
 
@@ -67,7 +55,7 @@ class SavedModelTest(parameterized.TestCase):
 @pytest.mark.skipif(sys.platform != "linux", reason="It needs Linux.")
 class WithinLimitTest(absltest.TestCase):
     def test_trains_what_did_not_fit(self):
-        finished = run(
+        finished = test_utils.run_program(
             "-m",
             "examples.within_limit",
             "--batch_size=512",

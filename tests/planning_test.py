@@ -158,8 +158,8 @@ class ForecastTest(parameterized.TestCase):
     )
     def test_sizes_between_are_near_their_line(self, needed):
         sizes = [256, 128, 64, 32, 16, 8, 4, 2, 1]
-        needs = forecast.Forecast(needed)
-        needs.plan(sizes, 0)
+        needs = forecast.Line(needed)
+        needs.plan(sizes)
         for rows in sizes:
             self.assertAlmostEqual(needs(rows) / needed(rows), 1, delta=0.1)
 
@@ -170,7 +170,7 @@ class ForecastTest(parameterized.TestCase):
             tried.append(rows)
             return 100 + 10 * rows
 
-        needs = forecast.Forecast(run)
+        needs = forecast.Line(run)
         needs.run([64, 32, 16, 8], 600)
         self.assertEqual(tried, [1, 2, 8, 16])
         self.assertEqual(needs(64), 740)
@@ -245,9 +245,9 @@ class ModelsTest(parameterized.TestCase):
         model = make()
         with self.assertRaisesRegex(ValueError, "same number of rows"):
             keras_accum.plan(model, np.ones((4, 2)), np.ones(3))
-        model.compiled = False
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
         with self.assertRaisesRegex(ValueError, "must be compiled"):
-            keras_accum.plan(model, *batch(4))
+            keras_accum.plan(model, np.ones((4, 2)), np.ones((4, 3)))
 
 
 if __name__ == "__main__":

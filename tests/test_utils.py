@@ -3,7 +3,10 @@
 import functools
 import inspect
 import os
+import pathlib
 import re
+import subprocess
+import sys
 import unittest
 import warnings
 
@@ -16,6 +19,7 @@ import keras_accum
 from keras_accum import compat
 from keras_accum import steps
 
+ROOT = pathlib.Path(__file__).absolute().parent.parent
 FEATURES, CLASSES = 6, 3
 
 # Whether to test what takes too long for every change as well.
@@ -54,6 +58,22 @@ def divides_activity_losses():
 def with_nightly(cases, nightly):
     """Returns the cases for every change, and at night those for the night."""
     return [*cases, *(nightly if IS_NIGHTLY else ())]
+
+
+def run_program(*command):
+    """Runs Python as a user would, with the library on its path.
+
+    Args:
+        *command: What follows `python`.
+    """
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
 
 
 def accumulator(model):
