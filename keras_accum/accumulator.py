@@ -16,9 +16,9 @@ from keras_accum import replicas
 from keras_accum.annotations import AnyGradient
 from keras_accum.annotations import AnyTensor
 from keras_accum.annotations import Weight
+from keras_accum.checks import check_dtype
 from keras_accum.control_flow import after_all_ops
 from keras_accum.gradients import clear
-from keras_accum.options import check_dtype
 
 
 class GradientAccumulator:

@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Self
 from typing import get_args
 
 import numpy as np
-import tensorflow as tf
 
 from keras_accum.annotations import AccumSteps
 from keras_accum.annotations import CommunicationDtype
 from keras_accum.annotations import MicrobatchSize
 from keras_accum.annotations import Nonfinite
 from keras_accum.annotations import PartialWindow
+from keras_accum.checks import check_dtype
+from keras_accum.checks import check_policy
+from keras_accum.checks import check_positive_int
 from keras_accum.warned import did_you_mean
 
 AUTO, LARGEST = "auto", "largest"
@@ -189,41 +190,6 @@ def check_microbatch_size(value) -> MicrobatchSize:
         f'"auto", "largest" or None. Received: microbatch_size={value!r}',
     )
     return int(value)
-
-
-def check_positive_int(value, message: str) -> None:
-    """Raises with `message` unless `value` is an integer of at least 1."""
-    # A bool is an int to Python, and a mistake here.
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{message} (of type {type(value).__name__})")
-    if value < 1:
-        raise ValueError(message)
-
-
-def check_policy(argument: str, value, policies) -> None:
-    """Raises a `ValueError` unless `value` of an argument is in `policies`."""
-    if not isinstance(value, str) or value not in policies:
-        names = ", ".join(f'"{name}"' for name in policies)
-        raise ValueError(
-            f"`{argument}` must be one of {names}. "
-            f"Received: {argument}={value!r}"
-        )
-
-
-def check_dtype(argument: str, value) -> str | None:
-    """Returns the name of a dtype, or raises unless it is None or a float's."""
-    if value is None:
-        return None
-    try:
-        dtype = tf.as_dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype is None or not dtype.is_floating:
-        raise ValueError(
-            f"`{argument}` must be None or the name of a float dtype, such as "
-            f'"float32". Received: {argument}={value!r}'
-        )
-    return dtype.name
 
 
 def check_communication_dtype(value) -> None:

@@ -22,7 +22,7 @@ from typing import get_args
 
 import keras
 
-from keras_accum.options import check_positive_int
+from keras_accum.checks import check_positive_int
 
 __all__ = ["LinearRamp", "PiecewiseConstant", "parse"]
 

@@ -26,6 +26,7 @@ LAYERS = (
         "annotations",
         "attributes",
         "callers",
+        "checks",
         "compat",
         "layer_moments",
         "outer_products",

@@ -1,0 +1,40 @@
+"""Checks of arguments, which raise what the user should read."""
+
+from numbers import Integral
+
+import tensorflow as tf
+
+
+def check_positive_int(value, message: str) -> None:
+    """Raises with `message` unless `value` is an integer of at least 1."""
+    # A bool is an int to Python, and a mistake here.
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{message} (of type {type(value).__name__})")
+    if value < 1:
+        raise ValueError(message)
+
+
+def check_policy(argument: str, value, policies) -> None:
+    """Raises a `ValueError` unless `value` of an argument is in `policies`."""
+    if not isinstance(value, str) or value not in policies:
+        names = ", ".join(f'"{name}"' for name in policies)
+        raise ValueError(
+            f"`{argument}` must be one of {names}. "
+            f"Received: {argument}={value!r}"
+        )
+
+
+def check_dtype(argument: str, value) -> str | None:
+    """Returns the name of a dtype, or raises unless it is None or a float's."""
+    if value is None:
+        return None
+    try:
+        dtype = tf.as_dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not dtype.is_floating:
+        raise ValueError(
+            f"`{argument}` must be None or the name of a float dtype, such as "
+            f'"float32". Received: {argument}={value!r}'
+        )
+    return dtype.name
