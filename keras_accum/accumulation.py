@@ -11,22 +11,14 @@ from keras_accum import replicas
 from keras_accum import rows
 from keras_accum import training
 from keras_accum.epochs import Progress
-from keras_accum.losses import Losses
 from keras_accum.microbatch import Microbatch
 from keras_accum.microbatch_size import MicrobatchSize
 from keras_accum.microbatch_size import check_layers
-from keras_accum.moments import WindowMoments
-from keras_accum.nonfinite import SkipCounts
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
 from keras_accum.overrides import Overrides
 from keras_accum.position import Position
-from keras_accum.repeated_state import RepeatedState
-from keras_accum.window import LayerState
-from keras_accum.window import MetricSums
-from keras_accum.window import Window
-from keras_accum.window_gradients import Gradients
-from keras_accum.window_losses import WindowLosses
+from keras_accum.window_kinds import make_window
 
 
 class Accumulation:
@@ -67,19 +59,7 @@ class Accumulation:
         self.progress = Progress()
         self.position = Position(options)
         self.size = MicrobatchSize(options.microbatch_size)
-        window_losses = WindowLosses(model)
-        self.window = Window(
-            {
-                "gradients": Gradients(model, options),
-                "losses": window_losses,
-                "moments": WindowMoments(model),
-                "state": LayerState(model),
-                "metrics": MetricSums(model),
-                "repeated": RepeatedState(model),
-                "nonfinite": SkipCounts(model, options.nonfinite),
-            }
-        )
-        self.losses = Losses(model, window_losses, overrides)
+        self.window, self.losses = make_window(model, options, overrides)
         self._update = None
 
     def change(self, **changes) -> None:
@@ -104,7 +84,10 @@ class Accumulation:
             self.position.set_options(options)
         if "microbatch_size" in changes:
             self.size = MicrobatchSize(options.microbatch_size)
-        self.window["gradients"].options = options
+        for name in ("gradients", "noise", "told"):
+            self.window[name].options = options
+        if before.traced_for != options.traced_for:
+            self.window["noise"].leave_out()
         self.window["nonfinite"].policy = options.nonfinite
         # Between int and int there is nothing to trace.
         if (
@@ -182,6 +165,7 @@ class Accumulation:
             self.model,
             first=is_empty if is_first is None else is_first,
             has_rows=rows.has_rows(data) if is_replicated else None,
+            size=rows.count(data),
             nonfinite=self.options.nonfinite,
             is_replicated=is_replicated,
             **known,
@@ -227,7 +211,10 @@ class Accumulation:
         position, _ = self.position.read()
         if self.size.value is None and count != position:
             self.position.write()
-            self.position.begin(self.window["gradients"].updates_so_far())
+            self.position.begin(
+                self.window["gradients"].updates_so_far(),
+                noise=self.window["noise"].for_schedule(),
+            )
             self.position.move_to(count)
 
     @contextlib.contextmanager

@@ -77,14 +77,7 @@ class GradientAccumulator:
             self._strategy,
             lambda: (
                 replicas.sum_variable(tf.zeros((), widest), "weight_sum"),
-                # They are all the same, and nobody has to be asked.
-                tf.Variable(
-                    tf.zeros((), tf.int64),
-                    trainable=False,
-                    name="count",
-                    synchronization=tf.VariableSynchronization.ON_READ,
-                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-                ),
+                replicas.same_variable(tf.zeros((), tf.int64), "count"),
             ),
         )
 

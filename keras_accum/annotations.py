@@ -19,10 +19,13 @@ import tensorflow as tf
 
 # An int, or a function from the number of updates so far to an int.
 AccumSteps = int | Callable[[int], int]
+# An int, or a `schedules.NoiseScale`.
+EffectiveBatchSize = int | Callable[[int], int] | None
 MicrobatchSize = int | Literal["auto", "largest"] | None
 PartialWindow = Literal["flush", "carry", "drop"]
 Nonfinite = Literal["propagate", "skip_microbatch", "skip_window"]
 CommunicationDtype = Literal["bfloat16"] | None
+WindowMetric = Literal["gradient_norm", "gradient_noise_scale"]
 
 # What a gradient may be: dense, rows of an embedding, or missing.
 Gradient = tf.Tensor | tf.IndexedSlices | None
@@ -30,6 +33,12 @@ Gradient = tf.Tensor | tf.IndexedSlices | None
 # checker knows.
 AnyTensor = tf.Tensor | Any
 AnyGradient = Gradient | Any
+# A function gets the mean gradients, and returns a scalar.
+WindowMetrics = (
+    Iterable[WindowMetric | Callable[[list[Any]], Any]]
+    | WindowMetric
+    | Callable[[list[Any]], Any]
+)
 # As `apply_gradients` takes them, or gradients alone.
 GradientsOrPairs = Iterable[AnyGradient | tuple[AnyGradient, keras.Variable]]
 # How much a micro-batch counts; None for a sum.
@@ -44,11 +53,12 @@ class Arguments(TypedDict, total=False):
 
     accum_steps: AccumSteps
     microbatch_size: MicrobatchSize
-    effective_batch_size: int | None
+    effective_batch_size: EffectiveBatchSize
     partial_window: PartialWindow
     nonfinite: Nonfinite
     accumulator_dtype: str | None
     communication_dtype: CommunicationDtype
+    window_metrics: WindowMetrics
 
 
 def with_signature_of(
@@ -69,11 +79,12 @@ def takes_options(
     *args: Any,
     accum_steps: AccumSteps = 1,
     microbatch_size: MicrobatchSize = None,
-    effective_batch_size: int | None = None,
+    effective_batch_size: EffectiveBatchSize = None,
     partial_window: PartialWindow = "flush",
     nonfinite: Nonfinite = "propagate",
     accumulator_dtype: str | None = None,
     communication_dtype: CommunicationDtype = None,
+    window_metrics: WindowMetrics = (),
     **kwargs: Any,
 ) -> None:
     """Decorates an `__init__` that takes options out of its `**kwargs`.

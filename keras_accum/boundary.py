@@ -73,6 +73,7 @@ def update(model: keras.Model, window: Window) -> None:
         # All of them before the first one moves a weight.
         updates = window["gradients"].updates(totals["gradients"])
         applies = nonfinite.applies(totals["nonfinite"], totals["gradients"])
+        window["told"].measure(totals, updates, applies)
         for each in updates:
             is_only = len(updates) == 1
             with (
@@ -173,9 +174,8 @@ def make_update(accumulation) -> Callable:
     model, window = accumulation.model, accumulation.window
     strategy = model.distribute_strategy
     is_replicated = replicas.has_several(strategy)
-    if accumulation.options.nonfinite != "propagate":
-        # Made by the first trace, they would ask for a second one.
-        window["nonfinite"].make_variables()
+    # Made by the first trace, they would ask for a second one.
+    window.make_variables()
     # XLA knows reductions on TPUs alone; else they come between two programs.
     splits = is_replicated and not replicas.on_tpu(strategy)
     # A program knows the variables that there were when it was traced.

@@ -39,6 +39,7 @@ class WindowCheckpoint(compat.Saveable, tf.train.experimental.PythonState):
             # Within an epoch, `BackupAndRestore` goes on where this says.
             or accumulation.progress.batches
             or compat.random_states(accumulation.model)
+            or accumulation.window["noise"].known.state()
         )
 
     def save_own_variables(self, store) -> None:
@@ -72,6 +73,10 @@ class WindowCheckpoint(compat.Saveable, tf.train.experimental.PythonState):
                 compat.random_states(accumulation.model)
             )
         }
+        known = accumulation.window["noise"].known.state()
+        if known:
+            # A schedule goes on from the size of the last window.
+            values |= known | {"size": accumulation.position.read()[1]}
         if progress.batches:
             values |= {"epoch": progress.epoch, "batches": progress.batches}
         if accumulation.window["gradients"].num_microbatches:
@@ -89,6 +94,9 @@ class WindowCheckpoint(compat.Saveable, tf.train.experimental.PythonState):
         restore_random_states(model, values)
         if "position" not in values:
             model.reset_window()
+            accumulation.window["noise"].restore_known(values)
+            if accumulation.options.follows_noise and "size" in values:
+                accumulation.position.move_to(0, int(values["size"]))
             return
         # All is looked at before anything changes.
         accumulation.window.check_state(values)
@@ -104,6 +112,7 @@ class WindowCheckpoint(compat.Saveable, tf.train.experimental.PythonState):
             return
         accumulation.position.move_to(position, int(values["size"]))
         accumulation.window.restore(values)
+        accumulation.window["noise"].restore_known(values)
         accumulation.is_restored = True
 
 

@@ -1,8 +1,14 @@
 """Checks of arguments, which raise what the user should read."""
 
+from collections.abc import Callable
 from numbers import Integral
+from typing import get_args
 
 import tensorflow as tf
+
+from keras_accum.annotations import WindowMetric
+
+NORM, NOISE_SCALE = get_args(WindowMetric)
 
 
 def check_positive_int(value, message: str) -> None:
@@ -38,3 +44,29 @@ def check_dtype(argument: str, value) -> str | None:
             f'"float32". Received: {argument}={value!r}'
         )
     return dtype.name
+
+
+def check_window_metrics(value) -> tuple:
+    """Returns metrics of windows as a tuple, or raises if there are others."""
+    is_one = isinstance(value, str) or callable(value)
+    metrics = (value,) if is_one else tuple(value or ())
+    for metric in metrics:
+        if not callable(metric) and metric not in (NORM, NOISE_SCALE):
+            raise ValueError(
+                f'`window_metrics` must be of "{NORM}", "{NOISE_SCALE}" and '
+                "functions of the window's mean gradients. "
+                f"Received: {metric!r}"
+            )
+    names = list(map(name_of, metrics))
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"`window_metrics` must have different names. Received: {names}"
+        )
+    return metrics
+
+
+def name_of(metric: WindowMetric | Callable) -> str:
+    """Returns what a metric of windows is called in the logs."""
+    if isinstance(metric, str):
+        return metric
+    return getattr(metric, "__name__", type(metric).__name__)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
+from keras_accum import advice
 from keras_accum import compat
 from keras_accum import discovery
 
@@ -129,6 +130,7 @@ class EndOfEpoch(keras.callbacks.Callback):
         accumulation.is_restored = False
         self._completed = int(accumulation.position.completed)
         accumulation.window["nonfinite"].begin_epoch()
+        accumulation.window["told"].begin_epoch()
 
     def on_test_begin(self, logs=None):
         """Ends the window before a validation."""
@@ -141,6 +143,8 @@ class EndOfEpoch(keras.callbacks.Callback):
         accumulation.progress.end_epoch()
         if logs is not None:
             logs.update(accumulation.window["nonfinite"].logs())
+            logs.update(accumulation.window["told"].logs(with_interval=True))
+        advice.give(accumulation)
 
     def _end_window(self):
         accumulation = self._accumulation
@@ -162,6 +166,24 @@ class EndOfEpoch(keras.callbacks.Callback):
             accumulation.model.flush()
         else:
             accumulation.model.reset_window()
+
+
+class EndOfEpochWithMetrics(EndOfEpoch):
+    """Also tells the callbacks after it what windows tell, in every step."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Adds the metrics of windows to the logs, which all callbacks see."""
+        if logs is not None:
+            logs.update(self._accumulation.window["told"].logs())
+
+
+def end_of_epoch(accumulation) -> EndOfEpoch:
+    """Returns the callback that comes before all others.
+
+    Without metrics it has no method that Keras would call in every step.
+    """
+    has_metrics = accumulation.options.window_metrics
+    return (EndOfEpochWithMetrics if has_metrics else EndOfEpoch)(accumulation)
 
 
 @contextlib.contextmanager

@@ -39,12 +39,13 @@ class Microbatch:
         has_rows: A bool tensor; None if there are rows for certain.
         nonfinite: The policy for gradients that are not finite.
         is_replicated: Whether there are other replicas.
+        size: How many rows it has; None if that is not known.
         denominators: What the rows and the denominators of the losses add up to
             in the window, on all replicas: a float vector; None if unknown.
         whole: The `WholeLoss` of its batch, if that couples rows; or None.
 
     Attributes:
-        nonfinite: As above.
+        nonfinite, size: As above.
         is_of_batch: Whether its window is a batch, forgotten if a step fails.
         is_finite: Whether its gradients are; a bool tensor. None if that is
             not known yet, or does not matter.
@@ -73,17 +74,17 @@ class Microbatch:
         has_rows: tf.Tensor | None = None,
         nonfinite: str = "propagate",
         is_replicated: bool = False,
+        size: tf.Tensor | None = None,
         denominators: tf.Tensor | None = None,
         whole=None,
     ) -> None:
         self.model = model
-        self.has_rows = has_rows
+        self.has_rows, self.size = has_rows, size
         self.denominators, self.whole = denominators, whole
-        self.is_finite = None
         self.calls: list[Call] = []
         self.rows: tf.Tensor | None = None
         self.origins = Origins()
-        self.row_share = None
+        self.is_finite = self.row_share = None
         self.loss_without_rows = tf.zeros(())
         self.gradients_without_rows: dict[int, Gradient] = {}
         self.moments: list[Moments] = []

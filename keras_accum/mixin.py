@@ -171,7 +171,7 @@ class GradientAccumulationMixin(
         return self._accumulation.position.accum_steps
 
     @option
-    def effective_batch_size(self) -> int | None:
+    def effective_batch_size(self) -> annotations.EffectiveBatchSize:
         """Rows per update, on all replicas together; or None."""
         return self._accumulation.options.effective_batch_size
 
@@ -226,6 +226,11 @@ class GradientAccumulationMixin(
         May be set at any time. A change traces the steps again.
         """
         return self._accumulation.options.communication_dtype
+
+    @option
+    def window_metrics(self) -> annotations.WindowMetrics:
+        """What `fit` reports of windows; may be set, and traces again."""
+        return self._accumulation.options.window_metrics
 
     @property
     def losses(self) -> list[tf.Tensor]:
@@ -367,7 +372,7 @@ class GradientAccumulationMixin(
 
     @annotations.documented_by(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> History:  # noqa: D102
-        end_of_epoch = epochs.EndOfEpoch(self._accumulation)
+        end_of_epoch = epochs.end_of_epoch(self._accumulation)
         args, kwargs = epochs.prepend_callback(
             super().fit, args, kwargs, end_of_epoch
         )

@@ -53,7 +53,8 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             `microbatch_size`, is logged, and saved.
         effective_batch_size: In place of `accum_steps`: rows per update, on all
             replicas together. How many micro-batches that takes follows from
-            the first batch of each `fit`.
+            the first batch of each `fit`. Or a `schedules.NoiseScale`, whose
+            bounds are then rows.
         partial_window: What becomes of a window that the epoch's end cuts
             short. `"flush"`: it makes an update, with its true weight, before
             validation. `"carry"`: the next epoch goes on with it, and so does
@@ -77,6 +78,14 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             or more. `"bfloat16"`: 2 bytes. Then the sums of gradients are
             rounded to 8 bits, and added up in float32; all else is sent as it
             is. May be set at any time. On TPUs it does nothing.
+        window_metrics: What `fit` reports of windows: `"gradient_norm"`, of the
+            window's mean gradient before any clipping;
+            `"gradient_noise_scale"`, how large a window is worth having, in
+            rows or in what else micro-batches count by; and functions, which
+            get the mean gradients of the trainable weights, tensors or None,
+            and return a scalar. All but the noise scale are means over the
+            windows of the epoch. At the end of an epoch the logs have the ends
+            of its 95 % interval as well. May be set at any time.
         **kwargs: As for `keras.Model`.
 
     Raises:
@@ -85,11 +94,12 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             not take.
         ValueError: If `accum_steps` or a size is less than 1, more than one of
             `accum_steps`, `microbatch_size` and `effective_batch_size` is
-            given, `partial_window`, `nonfinite` or `communication_dtype` is
-            unknown, or `accumulator_dtype` is no float dtype. In `fit`: if
-            `effective_batch_size` is no multiple of the batch, the batch cannot
-            be split along its first axis, or "skip_microbatch" meets a
-            `microbatch_size` and losses whose denominators differ.
+            given, `partial_window`, `nonfinite`, `communication_dtype` or one
+            of `window_metrics` is unknown, or `accumulator_dtype` is no float
+            dtype. In `fit`: if `effective_batch_size` is no multiple of the
+            batch, the batch cannot be split along its first axis, or
+            "skip_microbatch" meets a `microbatch_size` and losses whose
+            denominators differ.
 
     Example:
 

@@ -73,8 +73,8 @@ class SkipCounts(Part):
         return [count for count in counts if count is not None]
 
     def make_variables(self) -> None:
-        """Makes the counts, unless they exist."""
-        if self._window is None:
+        """Makes the counts, unless they exist or nothing is counted."""
+        if self._window is None and self.policy != "propagate":
             self._window, self._skipped = replicas.on_each(
                 self._model.distribute_strategy,
                 lambda: (

@@ -9,12 +9,16 @@ import numpy as np
 
 from keras_accum.annotations import AccumSteps
 from keras_accum.annotations import CommunicationDtype
+from keras_accum.annotations import EffectiveBatchSize
 from keras_accum.annotations import MicrobatchSize
 from keras_accum.annotations import Nonfinite
 from keras_accum.annotations import PartialWindow
+from keras_accum.annotations import WindowMetrics
 from keras_accum.checks import check_dtype
 from keras_accum.checks import check_policy
 from keras_accum.checks import check_positive_int
+from keras_accum.checks import check_window_metrics
+from keras_accum.noise_schedule import NoiseScale
 from keras_accum.warned import did_you_mean
 
 AUTO, LARGEST = "auto", "largest"
@@ -33,11 +37,12 @@ class Options:
 
     accum_steps: AccumSteps = 1
     microbatch_size: MicrobatchSize = None
-    effective_batch_size: int | None = None
+    effective_batch_size: EffectiveBatchSize = None
     partial_window: PartialWindow = "flush"
     nonfinite: Nonfinite = "propagate"
     accumulator_dtype: str | None = None
     communication_dtype: CommunicationDtype = None
+    window_metrics: WindowMetrics = ()
 
     def __post_init__(self) -> None:
         check_one_way(self)
@@ -50,9 +55,11 @@ class Options:
         check_policy("nonfinite", self.nonfinite, NONFINITE_POLICIES)
         dtype = check_dtype("accumulator_dtype", self.accumulator_dtype)
         check_communication_dtype(self.communication_dtype)
+        metrics = check_window_metrics(self.window_metrics)
         # A frozen dataclass assigns so.
         object.__setattr__(self, "microbatch_size", size)
         object.__setattr__(self, "accumulator_dtype", dtype)
+        object.__setattr__(self, "window_metrics", metrics)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -115,7 +122,26 @@ class Options:
     @property
     def traced_for(self) -> tuple:
         """What a change of makes programs be traced again."""
-        return self.window_kind, self.nonfinite, self.communication_dtype
+        return (
+            self.window_kind,
+            self.nonfinite,
+            self.communication_dtype,
+            self.window_metrics,
+            self.follows_noise,
+        )
+
+    @property
+    def noise_schedule(self) -> NoiseScale | None:
+        """What follows the noise of gradients with the size of a window."""
+        for size in (self.accum_steps, self.effective_batch_size):
+            if isinstance(size, NoiseScale):
+                return size
+        return None
+
+    @property
+    def follows_noise(self) -> bool:
+        """Whether the size of a window follows the noise of gradients."""
+        return self.noise_schedule is not None
 
     @property
     def accumulates(self) -> bool:
@@ -125,6 +151,7 @@ class Options:
             or self.accum_steps != 1
             or self.microbatch_size is not None
             or self.nonfinite != "propagate"
+            or bool(self.window_metrics)
         )
 
 
@@ -172,10 +199,11 @@ def check_scheduled(value, updates: int) -> np.int64:
 
 def check_effective_batch_size(value) -> None:
     """Raises an error unless `value` is None or a positive int."""
-    if value is not None:
+    if value is not None and not isinstance(value, NoiseScale):
         check_positive_int(
             value,
-            "`effective_batch_size` must be a positive integer or None. "
+            "`effective_batch_size` must be a positive integer, a "
+            "`schedules.NoiseScale` or None. "
             f"Received: effective_batch_size={value!r}",
         )
 

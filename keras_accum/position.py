@@ -5,6 +5,7 @@ the host wait for the device at every micro-batch.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from collections.abc import Iterator
 
@@ -132,6 +133,7 @@ class Position:
         updates: tf.Tensor,
         rows: Callable[[], tf.Tensor] | None = None,
         num_replicas: int = 1,
+        noise: tf.Variable | None = None,
     ) -> tf.Tensor:
         """Fixes the size of the window that begins, and returns it.
 
@@ -140,10 +142,19 @@ class Position:
             rows: Returns the rows of the batch, on all replicas together; an
                 integer scalar. Needed with `effective_batch_size`.
             num_replicas: How many replicas these are on.
+            noise: The interval of the noise scale, in micro-batches, if the
+                size follows it; a float32 vector.
         """
-        if self._options.window_kind == "count":
+        kind = self._options.window_kind
+        if noise is not None:
+            unit = rows() if kind == "rows" and rows is not None else 1
+            size = call_on_host(
+                functools.partial(self._followed, num_replicas),
+                *(updates, noise, self._size, unit),
+            )
+        elif kind == "count":
             size = self._next_size
-        elif self._options.window_kind == "schedule":
+        elif kind == "schedule":
             size = call_on_host(self._scheduled, updates)
         else:
             size = call_on_host(
@@ -165,6 +176,16 @@ class Position:
         with self._keeping_errors():
             size = self.accum_steps(int(updates))
             return check_scheduled(size, int(updates))
+
+    def _followed(self, num_replicas, updates, noise, size, unit):
+        with self._keeping_errors():
+            low, high = map(float, noise)
+            size = self._options.noise_schedule(
+                int(updates), low, high, int(size), num_replicas, int(unit)
+            )
+            if self._options.window_kind == "rows":
+                self.accum_steps = size
+            return np.int64(size)
 
     def _solved(self, rows, num_replicas):
         # The epoch's last batch may be short; the first one is not.
@@ -202,9 +223,10 @@ def host_counter(name: str) -> tf.Variable:
     return tf.Variable(0, dtype=tf.int64, trainable=False, name=name)
 
 
-def call_on_host(function: Callable, value: tf.Tensor) -> tf.Tensor:
-    """Calls a Python function of an integer; returns an int64 scalar."""
-    return tf.ensure_shape(tf.numpy_function(function, [value], tf.int64), ())
+def call_on_host(function: Callable, *values: tf.Tensor) -> tf.Tensor:
+    """Calls a Python function of numbers; returns an int64 scalar."""
+    called = tf.numpy_function(function, list(values), tf.int64)
+    return tf.ensure_shape(called, ())
 
 
 def solve(effective_batch_size: int, rows: int, num_replicas: int) -> int:

@@ -208,6 +208,20 @@ def sum_variable(initial: tf.Tensor, name: str) -> tf.Variable:
     )
 
 
+def same_variable(initial: tf.Tensor, name: str) -> tf.Variable:
+    """Makes a variable that each replica has, of the same value on all.
+
+    Nobody has to be asked for it.
+    """
+    return tf.Variable(
+        initial,
+        trainable=False,
+        name=name,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )
+
+
 def total(variable: tf.Variable) -> np.ndarray:
     """Returns a `sum_variable`'s value over all replicas, or another's."""
     return tf.convert_to_tensor(variable).numpy()

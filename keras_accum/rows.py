@@ -45,6 +45,17 @@ def has_rows(data) -> tf.Tensor | None:
     return None if static_count is not None and static_count > 0 else count > 0
 
 
+def count(data) -> tf.Tensor | None:
+    """Returns the rows of a batch, an int32 scalar; None if none can be told.
+
+    Args:
+        data: As for `by_certainty`.
+    """
+    leaves = filter(has_first_axis, keras.tree.flatten(by_certainty(data)))
+    leaf = next(leaves, None)
+    return None if leaf is None else count_of(leaf)
+
+
 def common_count(data) -> tf.Tensor | None:
     """Returns the rows that all tensors of a batch have; an int32 scalar.
 

@@ -3,6 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 from typing import Self
 
@@ -19,6 +20,8 @@ from keras_accum.options import Options
 MODEL = "from_model"
 # The name in checkpoints of what a model has gathered.
 CHECKPOINT = "accumulation_window"
+# Options that may be functions, or objects that are called.
+FUNCTIONS = {"accum_steps", "effective_batch_size", "window_metrics"}
 
 
 class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
@@ -35,7 +38,7 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
             super().get_config() if inner is None else self._config_as(inner)
         )
         mine = arguments_of(self)
-        mine["accum_steps"] = serialize_accum_steps(mine["accum_steps"])
+        mine = {name: serialized(value) for name, value in mine.items()}
         takes_all = inner is not None or (
             "input_layers" in config and "output_layers" in config
         )
@@ -72,9 +75,9 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
     def from_config(cls, config: dict, *args: Any, **kwargs: Any) -> Self:
         """Makes a model from its configuration."""
         config = dict(config)
-        if isinstance(config.get("accum_steps"), dict):
-            config["accum_steps"] = keras.saving.deserialize_keras_object(
-                config["accum_steps"], *args, **kwargs
+        for name in FUNCTIONS.intersection(config):
+            config[name] = keras.saving.deserialize_keras_object(
+                config[name], *args, **kwargs
             )
         if MODEL in config:
             model = keras.saving.deserialize_keras_object(
@@ -114,11 +117,13 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
         return getattr(named, unpickle.__name__), *state
 
 
-def serialize_accum_steps(accum_steps):
-    """Returns `accum_steps` as it stands in a configuration."""
-    if callable(accum_steps):
-        return keras.saving.serialize_keras_object(accum_steps)
-    return int(accum_steps)
+def serialized(value):
+    """Returns an option as it stands in a configuration."""
+    if isinstance(value, tuple):
+        return list(map(serialized, value))
+    if callable(value):
+        return keras.saving.serialize_keras_object(value)
+    return int(value) if isinstance(value, Integral) else value
 
 
 def take_original(tensors):
@@ -152,5 +157,5 @@ def settable(config: Mapping) -> dict:
     sizes = ("microbatch_size", "effective_batch_size")
     given = [name for name in sizes if config.get(name) is not None]
     names = [*(given or ["accum_steps"]), "partial_window", "nonfinite"]
-    names.append("communication_dtype")
+    names += ["communication_dtype", "window_metrics"]
     return {name: config[name] for name in names if name in config}

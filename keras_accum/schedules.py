@@ -23,8 +23,9 @@ from typing import get_args
 import keras
 
 from keras_accum.checks import check_positive_int
+from keras_accum.noise_schedule import NoiseScale
 
-__all__ = ["LinearRamp", "PiecewiseConstant", "parse"]
+__all__ = ["LinearRamp", "NoiseScale", "PiecewiseConstant", "parse"]
 
 Unit = Literal["updates", "samples", "tokens"]
 UNITS = get_args(Unit)

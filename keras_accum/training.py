@@ -203,6 +203,7 @@ class Programs:
             accumulation.window["gradients"].updates_so_far(),
             lambda: rows.total_count(strategy, data),
             strategy.num_replicas_in_sync,
+            accumulation.window["noise"].for_schedule(),
         )
         with after(size):
             return add()

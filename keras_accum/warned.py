@@ -16,6 +16,12 @@ REGULARIZERS = (
     "than once in this window."
 )
 
+NO_NOISE_SCALE = (
+    "The gradient noise scale is not defined for a loss that couples the rows "
+    "of a batch: it is no mean of what single rows give. It stays unknown, and "
+    "a schedule that follows it at its smallest window."
+)
+
 MIXED_ROWS = (
     "An output of the model depends, for each row, on the other rows of the "
     "batch. A micro-batch has fewer, so that its outputs are not those of the "

@@ -1,6 +1,6 @@
 """A window: what is gathered between two updates, kind by kind.
 
-`Accumulation` is the only place that lists the kinds. A new kind is a class
+`window_kinds.py` is the only place that lists the kinds. A new kind is a class
 with the methods of `Part` and a line there; that it is summed over replicas,
 saved, restored and forgotten follows.
 
@@ -33,6 +33,9 @@ class Part:
     def variables(self) -> list[tf.Variable]:
         """The variables that hold what was gathered so far."""
         return []
+
+    def make_variables(self) -> None:
+        """Makes those that are there always, before an update is traced."""
 
     def signature(self) -> int:
         """Returns what programs were traced for; it is asked for every step."""
@@ -97,6 +100,11 @@ class Window:
         were traced before do not fit.
         """
         return tuple(part.signature() for part in self._parts.values())
+
+    def make_variables(self) -> None:
+        """Makes the variables that are there always, unless they exist."""
+        for part in self._parts.values():
+            part.make_variables()
 
     def add(self, microbatch: Microbatch) -> None:
         """Adds what a step recorded in its micro-batch."""

@@ -52,9 +52,14 @@ class Gradients(Part):
         return None if self._first is None else self._first.accumulator
 
     @property
-    def _objectives(self) -> list[Objective]:
-        first = [] if self._first is None else [self._first]
-        return first + [objective for objective, _ in self._others.values()]
+    def objectives(self) -> list[tuple[Objective, keras.Optimizer]]:
+        """The objectives so far, each with the optimizer that it is for."""
+        first = [(self._first, self._model.optimizer)] if self._first else []
+        return first + list(self._others.values())
+
+    @property
+    def _objectives(self):
+        return [objective for objective, _ in self.objectives]
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -161,9 +166,8 @@ class Gradients(Part):
     def _other(self, key, calls) -> Objective:
         """Returns the objective of some calls, and makes it if it is new."""
         if key not in self._others:
-            optimizer, variables = calls[0].optimizer, calls[0].variables
-            made = Objective(self._accumulator_of(variables))
-            self._others[key] = made, optimizer
+            made = Objective(self._accumulator_of(calls[0].variables))
+            self._others[key] = made, calls[0].optimizer
             state = self._restored.pop(len(self._others), None)
             if state is not None:
                 replicas.outside_of_tracing(
@@ -191,15 +195,11 @@ class Gradients(Part):
                 "ends, with the `train_step` that it was begun with."
             )
         totals, updates = iter(totals), []
-        whose = [(self._first, self._model.optimizer), *self._others.values()]
-        for objective, optimizer in whose:
+        for objective, optimizer in self.objectives:
             sums = [next(totals) for _ in objective.accumulator.sums()]
             if objective.is_called or objective is not self._first:
-                updates.append(
-                    objectives.update_of(
-                        objective, optimizer, sums, self._num_replicas
-                    )
-                )
+                arguments = objective, optimizer, sums, self._num_replicas
+                updates.append(objectives.update_of(*arguments))
         return objectives.joined(updates)
 
     def close(self, totals, applies) -> None:

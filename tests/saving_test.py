@@ -37,9 +37,9 @@ class ArgumentsTest(test_utils.TestCase):
     def test_schedules_are_objects(self):
         schedule = keras_accum.schedules.LinearRamp(1, 4, 10)
         self.assertEqual(
-            saving.serialize_accum_steps(schedule)["class_name"], "LinearRamp"
+            saving.serialized(schedule)["class_name"], "LinearRamp"
         )
-        self.assertEqual(saving.serialize_accum_steps(3), 3)
+        self.assertEqual(saving.serialized(3), 3)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def enumerations(trees) -> int:
     }
     (keys,) = (
         {key.value for key in node.keys}
-        for node in ast.walk(trees["accumulation"])
+        for node in ast.walk(trees["window_kinds"])
         if isinstance(node, ast.Dict) and len(node.keys) == len(parts)
     )
     known = parts | keys

@@ -1,0 +1,62 @@
+"""What is said at the end of an epoch of windows far larger than it pays."""
+
+import math
+
+from absl import logging
+
+from keras_accum import noise_scale
+from keras_accum.checks import NOISE_SCALE
+
+
+def give(accumulation) -> None:
+    """Logs, if half of a window or less would do nearly as well.
+
+    That is: if trainings with it need at most a tenth more updates, even if the
+    noise scale is at the upper end of its interval. It is said once, unless the
+    advice changes.
+
+    Args:
+        accumulation: What the model accumulates in.
+    """
+    options, told = accumulation.options, accumulation.window["told"]
+    if NOISE_SCALE not in options.window_metrics or options.follows_noise:
+        return
+    known = accumulation.window["noise"].known
+    moments, found = known.moments(), known.estimate()
+    if not moments.windows or not math.isfinite(found.high):
+        return
+    size = moments.sizes / moments.windows
+    share = noise_scale.enough(size, found.high) / size
+    text = smaller(accumulation, share)
+    if share > 0.5 or text in (None, told.advice):
+        return
+    told.advice = text
+    logging.warning(
+        "The gradient noise scale is %.3g (95 %%: %.3g to %.3g), and a window "
+        "has %.4g. %s would do nearly as well: at most a tenth more updates.",
+        found.value,
+        found.low,
+        found.high,
+        size,
+        text,
+    )
+
+
+def smaller(accumulation, share: float) -> str | None:
+    """Returns what to write for a smaller window, or None if there is nothing.
+
+    Args:
+        accumulation: What the model accumulates in.
+        share: Its size, over that of the windows so far.
+    """
+    options = accumulation.options
+    if options.effective_batch_size is not None:
+        rows = math.ceil(share * options.effective_batch_size)
+        return f"`effective_batch_size={rows}`"
+    if options.microbatch_size is not None:
+        return f"{share:.0%} of the rows of a batch"
+    _, before = accumulation.position.read()
+    after = math.ceil(share * before)
+    if after == before:
+        return None
+    return f"A window of {after} micro-batches instead of {before}"
