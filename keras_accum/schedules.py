@@ -9,26 +9,22 @@ References:
     - Megatron-LM: `--rampup-batch-size` and `--step-batch-size-schedule`.
 """
 
-import bisect
-import copy
 import re
-from collections.abc import Iterable
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
-from typing import Literal
-from typing import Self
-from typing import get_args
 
 import keras
 
-from keras_accum.checks import check_positive_int
 from keras_accum.noise_schedule import NoiseScale
+from keras_accum.schedule_table import Schedule
+from keras_accum.schedule_table import Unit
+from keras_accum.schedule_table import check_int
+from keras_accum.schedule_table import check_ints
+from keras_accum.schedule_table import check_unit
+from keras_accum.schedule_table import starts_in_updates
+from keras_accum.seesaw import Seesaw
 
-__all__ = ["LinearRamp", "NoiseScale", "PiecewiseConstant", "parse"]
-
-Unit = Literal["updates", "samples", "tokens"]
-UNITS = get_args(Unit)
+__all__ = ["LinearRamp", "NoiseScale", "PiecewiseConstant", "Seesaw", "parse"]
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 PAIR = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMBT]?):([1-9][0-9]*)")
@@ -39,23 +35,11 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def starts_in_updates(
-    boundaries: Sequence[int], values: Sequence[int], microbatch: int
-) -> list[int]:
-    """Returns the updates from which each of `values[1:]` holds.
-
-    Boundaries count what `microbatch` does, samples or tokens.
-    """
-    starts = []
-    updates = seen = 0
-    for boundary, k in zip(boundaries, values[:-1], strict=True):
-        # Of the windows that begin before the boundary the last may pass it,
-        # and further boundaries with it: no window has the values of these.
-        windows = max(0, -((seen - boundary) // (k * microbatch)))
-        updates += windows
-        seen += windows * k * microbatch
-        starts.append(updates)
-    return starts
+def in_updates(config, boundaries, values):
+    """Returns the boundaries, whatever their unit is, in updates."""
+    if config["unit"] == "updates":
+        return boundaries
+    return starts_in_updates(boundaries, values, config["microbatch"])
 
 
 def ramp_boundaries(initial: int, final: int, duration: int) -> list[int]:
@@ -69,56 +53,6 @@ def ramp_boundaries(initial: int, final: int, duration: int) -> list[int]:
         return [-(-i * duration // levels) for i in range(1, levels + 1)]
     # Rounded down, a falling line leaves a number as soon as it is below it.
     return [i * duration // levels + 1 for i in range(levels)]
-
-
-class Schedule:
-    """What the schedules share: the table, and saving by configuration.
-
-    Args:
-        config: The arguments of the class, checked.
-        boundaries: Where each of `values[1:]` begins, in the unit of `config`.
-        values: Micro-batches per window.
-    """
-
-    def __init__(
-        self,
-        config: dict[str, Any],
-        boundaries: Sequence[int],
-        values: Sequence[int],
-    ) -> None:
-        self._config = config
-        self._values = values
-        self._starts = (
-            boundaries
-            if config["unit"] == "updates"
-            else starts_in_updates(boundaries, values, config["microbatch"])
-        )
-
-    def __call__(self, updates: int) -> int:
-        """Returns the micro-batches of a window that begins after `updates`."""
-        return self._values[bisect.bisect_right(self._starts, updates)]
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments."""
-        return copy.deepcopy(self._config)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Makes a schedule from its configuration."""
-        return cls(**config)
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self.get_config() == other.get_config()
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
-
-    def __repr__(self) -> str:
-        items = self.get_config().items()
-        arguments = ", ".join(f"{name}={value!r}" for name, value in items)
-        return f"{type(self).__name__}({arguments})"
 
 
 @keras.saving.register_keras_serializable("keras_accum")
@@ -180,7 +114,7 @@ class PiecewiseConstant(Schedule):
         check_boundaries(boundaries, values)
         config = {"boundaries": boundaries, "values": values}
         config |= check_unit(unit, microbatch)
-        super().__init__(config, boundaries, values)
+        super().__init__(config, in_updates(config, boundaries, values), values)
 
 
 @keras.saving.register_keras_serializable("keras_accum")
@@ -236,7 +170,8 @@ class LinearRamp(Schedule):
         step = 1 if initial < final else -1
         values = range(ramp["initial"], ramp["final"] + step, step)
         config = ramp | check_unit(unit, microbatch)
-        super().__init__(config, ramp_boundaries(**ramp), values)
+        boundaries = ramp_boundaries(**ramp)
+        super().__init__(config, in_updates(config, boundaries, values), values)
 
 
 def parse(
@@ -308,44 +243,3 @@ def check_boundaries(boundaries, values):
             "first holds from the start. Received: "
             f"boundaries={boundaries}, values={values}"
         )
-
-
-def check_unit(unit, microbatch):
-    """Returns both, named, or raises unless they go together."""
-    if not isinstance(unit, str) or unit not in UNITS:
-        units = ", ".join(f'"{name}"' for name in UNITS)
-        raise ValueError(
-            f"`unit` must be one of {units}. Received: unit={unit!r}"
-        )
-    microbatch = check_int("microbatch", microbatch)
-    # Whoever gives it wants samples or tokens counted, and forgot the unit.
-    if unit == "updates" and microbatch != 1:
-        raise ValueError(
-            '`microbatch` must be left out with `unit="updates"`. Received: '
-            f'microbatch={microbatch}. Set `unit` to "samples" or "tokens" to '
-            "count them."
-        )
-    return {"unit": unit, "microbatch": microbatch}
-
-
-def check_ints(name, values):
-    """Returns `values` as a list of ints, or raises if it can't be."""
-    message = (
-        f"`{name}` must be a sequence of positive integers. "
-        f"Received: {name}={values!r}"
-    )
-    if not isinstance(values, Iterable):
-        raise TypeError(f"{message} (of type {type(values).__name__})")
-    values = list(values)
-    for value in values:
-        check_positive_int(value, message)
-    return [int(value) for value in values]
-
-
-def check_int(name, value):
-    """Returns `value` as an int, or raises unless it is a positive integer."""
-    check_positive_int(
-        value,
-        f"`{name}` must be a positive integer. Received: {name}={value!r}",
-    )
-    return int(value)
