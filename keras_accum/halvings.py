@@ -76,11 +76,11 @@ def check_rates(steps, rates, top):
             f"nor all 0. Received: from {min(rates)} to {max(rates)}"
         )
     for i in range(1, len(rates)):
-        before, after = rates[i - 1 : i + 1] if i > top else rates[i::-1][:2]
-        if after > before + ROUNDING * rates[top]:
+        rise = (rates[i] - rates[i - 1]) * (1 if i > top else -1)
+        if rise > ROUNDING * rates[top]:
             raise ValueError(
                 "`learning_rate` must rise once, or not at all, and then fall. "
                 f"Received: {rates[i - 1]} at step {steps[i - 1]}, and "
-                f"{rates[i]} after step {steps[i]}. Give `Seesaw` a schedule "
+                f"{rates[i]} at step {steps[i]}. Give `Seesaw` a schedule "
                 "without restarts."
             )

@@ -132,13 +132,16 @@ class Seesaw(Schedule):
         starts = starts_in_updates(cuts, self._sizes, microbatch=1)
         values = [config["accum_steps"] * size for size in self._sizes]
         super().__init__(config, starts, values)
-        self.learning_rate = SeesawRate(self)
+        self.learning_rate: keras.optimizers.schedules.LearningRateSchedule = (
+            SeesawRate(self)
+        )
 
-    def rate_after(self, updates) -> tf.Tensor:
+    def _rate_after(self, updates) -> tf.Tensor:
         """Returns what `learning_rate` does; see `SeesawRate`."""
         # Of each number of doublings: the update and the step that it begins
         # with, the rate there, and how it differs from `learning_rate`.
-        sizes, begins = np.array(self._sizes), np.array([0, *self._starts])
+        sizes = np.array(self._sizes, "int64")
+        begins = np.array([0, *self._starts], "int64")
         steps = np.cumsum([0, *(np.diff(begins) * sizes[:-1])])
         divisors = DIVISORS[self._config["rule"]] ** np.arange(len(sizes))
         updates = tf.cast(updates, tf.int64)
@@ -169,7 +172,7 @@ class Seesaw(Schedule):
         return cls(**config | {"learning_rate": rate})
 
     def __repr__(self) -> str:
-        return shown("Seesaw", self._config, show_rate)
+        return shown(type(self).__name__, self._config, show_rate)
 
 
 @keras.saving.register_keras_serializable("keras_accum")
@@ -189,7 +192,7 @@ class SeesawRate(keras.optimizers.schedules.LearningRateSchedule):
         Args:
             step: Updates so far, an integer scalar.
         """
-        return self._seesaw.rate_after(step)
+        return self._seesaw._rate_after(step)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments."""

@@ -157,6 +157,20 @@ def train_by_schedules() -> None:
     model.compile("sgd", loss_of_logits())
     model.fit(x, y, batch_size=8, verbose=0)
     assert updates_of(model) == 4  # Of 1, 2, 3 and the last 2.
+    seesaw = keras_accum.schedules.Seesaw(
+        learning_rate=keras.optimizers.schedules.CosineDecay(0.1, 8),
+        duration=8,
+        accum_steps=1,
+        maximum=2,
+        rule="sgd",
+    )
+    assert_type(
+        seesaw.learning_rate, keras.optimizers.schedules.LearningRateSchedule
+    )
+    model.accum_steps = seesaw
+    model.compile(keras.optimizers.SGD(seesaw.learning_rate), loss_of_logits())
+    model.fit(x, y, batch_size=8, verbose=0)
+    assert updates_of(model) == 6  # Of 1 up to the half, then of 2.
 
 
 class OwnSteps(keras_accum.GradientAccumulationModel):

@@ -400,7 +400,7 @@ class ErrorTest(test_utils.TestCase, parameterized.TestCase):
     def test_rate_that_rises_again(self):
         rate = decays.CosineDecayRestarts(0.1, 20)
         with self.assertRaisesRegex(
-            ValueError, "`learning_rate` must rise once.*after step"
+            ValueError, "`learning_rate` must rise once.*at step"
         ):
             schedules.Seesaw(rate, 60)
 
