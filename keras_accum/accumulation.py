@@ -18,6 +18,7 @@ from keras_accum.options import Options
 from keras_accum.options import check_optimizer
 from keras_accum.overrides import Overrides
 from keras_accum.position import Position
+from keras_accum.watch import Watch
 from keras_accum.window_kinds import make_window
 
 
@@ -42,6 +43,7 @@ class Accumulation:
         losses: The losses, and how much micro-batches count by them.
         size: Most rows of a micro-batch.
         progress: Where `fit` is.
+        watch: Who made a gradient not finite.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Accumulation:
         self.position = Position(options)
         self.size = MicrobatchSize(options.microbatch_size)
         self.window, self.losses = make_window(model, options, overrides)
+        self.watch = Watch(self)
         self._update = None
 
     def change(self, **changes) -> None:
@@ -103,6 +106,11 @@ class Accumulation:
         """Returns how often a policy skipped this epoch; 0 if it is not set."""
         is_ours = self.options.nonfinite == policy
         return self.window["nonfinite"].skipped if is_ours else 0
+
+    def end_training(self) -> None:
+        """Ends `fit`."""
+        self.watch.end_training()
+        self.progress.end_training()
 
     def set_optimizer(self, optimizer) -> None:
         """Starts a new window, for another optimizer."""

@@ -117,6 +117,7 @@ class EndOfEpoch(keras.callbacks.Callback):
         accumulation = self._accumulation
         accumulation.position.forget_solution()
         accumulation.progress.begin_training()
+        accumulation.watch.begin_training()
         is_carried = accumulation.options.partial_window == "carry"
         if is_carried or accumulation.is_restored:
             accumulation.resume()
@@ -131,6 +132,7 @@ class EndOfEpoch(keras.callbacks.Callback):
         self._completed = int(accumulation.position.completed)
         accumulation.window["nonfinite"].begin_epoch()
         accumulation.window["told"].begin_epoch()
+        accumulation.watch.begin_epoch()
 
     def on_test_begin(self, logs=None):
         """Ends the window before a validation."""
@@ -140,6 +142,7 @@ class EndOfEpoch(keras.callbacks.Callback):
         """Ends the window before the epoch's end is announced."""
         self._end_window()
         accumulation = self._accumulation
+        accumulation.watch.look_at_rest()
         accumulation.progress.end_epoch()
         if logs is not None:
             logs.update(accumulation.window["nonfinite"].logs())

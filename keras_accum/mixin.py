@@ -34,6 +34,7 @@ from keras_accum.annotations import Arguments
 from keras_accum.attributes import option
 from keras_accum.calls import make_call
 from keras_accum.checkpoint import WindowCheckpoint
+from keras_accum.nonfinite_report import NonfiniteReport
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
 from keras_accum.overrides import Overrides
@@ -215,6 +216,14 @@ class GradientAccumulationMixin(
         return self._accumulation.skipped("skip_window")
 
     @property
+    def nonfinite_report(self) -> NonfiniteReport | None:
+        """Who made the last gradients that were skipped not finite, or None.
+
+        Of each epoch the first are looked into. `fit` begins with None.
+        """
+        return self._accumulation.watch.report
+
+    @property
     def accumulator_dtype(self) -> str | None:
         """Dtype of the buffers, or None for float32 and wider."""
         return self._accumulation.options.accumulator_dtype
@@ -391,7 +400,7 @@ class GradientAccumulationMixin(
                 self.reset_window()
             raise
         finally:
-            self._accumulation.progress.end_training()
+            self._accumulation.end_training()
 
     @annotations.documented_by(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102

@@ -90,6 +90,19 @@ class SkipCounts(Part):
             return 0
         return round(float(tf.convert_to_tensor(self._skipped)))
 
+    def local_counts(self) -> tuple[tf.Tensor, ...]:
+        """Returns what each replica of this worker left out in this epoch.
+
+        Where all replicas leave out the same, each has its share of that.
+        """
+        if self._skipped is None or self.policy == "propagate":
+            return ()
+        strategy = self._model.distribute_strategy
+        return tuple(
+            copy.read_value()
+            for copy in replicas.copies(strategy, self._skipped)
+        )
+
     def logs(self) -> dict[str, int]:
         """Returns what to add to an epoch's logs, if anything was skipped."""
         if not self.skipped:

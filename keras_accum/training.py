@@ -64,7 +64,7 @@ class TrainFunction:
                 self._programs, self._signature = Programs(accumulation), None
             window["losses"].resume()
             loop, is_last = self._programs.loop(), self._programs.is_last()
-            logs = loop(iterator)
+            logs = accumulation.watch.look(loop(iterator))
             # A step that fails is not counted.
             if is_last is not None:
                 self._programs.count(is_last)
@@ -183,15 +183,15 @@ class Programs:
             if by_device:
                 add = functools.partial(self._begin_and, add, data)
             logs = if_there(data, add, position.variable)
-            if self.counts_in_python:
-                return logs
             # A step that fails is not counted.
             with after(logs):
-                return choose(
-                    is_window or position.advance(),
-                    lambda: boundary.merge_logs(logs, self.update()),
-                    lambda: logs,
-                )
+                if not self.counts_in_python:
+                    logs = choose(
+                        is_window or position.advance(),
+                        lambda: boundary.merge_logs(logs, self.update()),
+                        lambda: logs,
+                    )
+                return accumulation.watch.returned(logs, data)
 
         return step
 

@@ -24,6 +24,7 @@ from keras_accum import causes
 from keras_accum import compat
 from keras_accum import dry_run
 from keras_accum import first_batch
+from keras_accum import restoring
 from keras_accum import trial
 from keras_accum import verifiable
 from keras_accum.inner import tolerance_of
@@ -133,7 +134,7 @@ def verify(
     uneven = (0, few, rows - max(1, round(rows * 5 / 16)), rows)
     tolerance = tolerance_of(model)
     with (
-        dry_run.unchanged(model),
+        restoring.unchanged(model),
         trial.drawing_alike(in_all_threads=True),
         warnings.catch_warnings(),
     ):

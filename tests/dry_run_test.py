@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_accum import dry_run
+from keras_accum import restoring
 from tests import test_utils
 
 
@@ -21,7 +22,7 @@ class DryRunTest(test_utils.TestCase):
             (test_utils.position(model)),
         )
         function = model.train_function
-        with dry_run.unchanged(model):
+        with restoring.unchanged(model):
             self.assertTrue(model.run_eagerly)
             data = (tf.constant(x), tf.constant(y))
             result = dry_run.run(model, data, (0, 2, 6))
@@ -42,7 +43,7 @@ class DryRunTest(test_utils.TestCase):
         model.compile("adam", test_utils.crossentropy())
         before = [np.array(each) for each in model.variables]
         with self.assertRaisesRegex(KeyError, "mine"):
-            with dry_run.unchanged(model):
+            with restoring.unchanged(model):
                 model.trainable_weights[0].assign_add(
                     keras.ops.ones_like(model.trainable_weights[0])
                 )

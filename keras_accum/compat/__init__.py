@@ -36,6 +36,7 @@ from keras_accum.compat.iterators import number_of_batches
 from keras_accum.compat.iterators import record_number_of_batches
 from keras_accum.compat.iterators import recording_epoch_iterators
 from keras_accum.compat.layers import all_layers
+from keras_accum.compat.layers import calling_operations_through
 from keras_accum.compat.layers import compute_dtypes
 from keras_accum.compat.layers import existing_seed_state
 from keras_accum.compat.layers import global_seed_state

@@ -11,6 +11,7 @@ from keras.src.random import seed_generator
 from keras_accum.compat.hooks import Hook
 from keras_accum.compat.hooks import attribute
 
+_calls = Hook(keras.Operation, "__call__")
 _moments = Hook(keras.layers.BatchNormalization, "_moments")
 
 
@@ -91,6 +92,21 @@ def existing_seed_state() -> list[keras.Variable]:
     if global_state.get_global_attribute(name) is None:
         return []
     return global_seed_state()
+
+
+def calling_operations_through(function):
+    """Passes this thread's calls of layers and other operations to `function`.
+
+    A layer has cast its inputs by then, and found their masks.
+
+    Args:
+        function: Called as `function(call, operation, *args, **kwargs)`, where
+            `call(operation, *args, **kwargs)` does what Keras would.
+
+    Returns:
+        A context manager.
+    """
+    return _calls.calling(function)
 
 
 def recording_moments(function):
