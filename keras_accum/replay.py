@@ -27,6 +27,7 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import replicas
 from keras_accum import restoring
 from keras_accum import rows as row_counts
 from keras_accum import steps
@@ -314,7 +315,10 @@ def gradients_of(accumulation, data, recording: Callable) -> list[tuple]:
             y_pred = steps.forward(model, x, training=True)
         loss = compat.compute_loss(model, x, y, y_pred, sample_weight, True)
         loss = model.optimizer.scale_loss(loss)
-        gradients = tape.gradient(loss, [each.value for each in weights])
+        # Outside of replicas, the first one's copies are read.
+        strategy = model.distribute_strategy
+        read = [replicas.copies(strategy, each.value)[0] for each in weights]
+        gradients = tape.gradient(loss, read)
     return list(zip(weights, gradients, strict=True))
 
 

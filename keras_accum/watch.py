@@ -17,7 +17,7 @@ there, and the host goes on; meanwhile the batches are held.
 import collections
 import concurrent.futures
 import dataclasses
-import functools
+import math
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -35,7 +35,7 @@ class Trained(NamedTuple):
 
     Attributes:
         logs: Its logs.
-        data: Its batch; () if it is one of several steps of an execution.
+        data: Its batch; () if an execution has several steps.
         counts: What the replicas of this worker left out so far.
     """
 
@@ -50,22 +50,29 @@ class Held:
 
     Attributes:
         batch: Its index in the epoch, or the first and the last it may be.
-        data: As it was given to the step, or ().
+        data: As it was given to the step, or None.
         counts: As `Trained` has them; None once they were read.
+        num_bytes: How much memory the batch has, once that was measured.
     """
 
     batch: int | tuple[int, int]
     data: object
     counts: tuple[tf.Tensor, ...] | None
+    num_bytes: int = 0
 
-    @functools.cached_property
-    def num_bytes(self) -> int:
-        """Returns how much memory the batch has."""
-        return sum(
-            leaf.dtype.size * (leaf.shape.num_elements() or 0)
+    @property
+    def has_data(self) -> bool:
+        """Whether the batch is there."""
+        return self.data is not None
+
+    def measure(self) -> int:
+        """Returns how much memory the batch has, and notes it."""
+        self.num_bytes = sum(
+            leaf.dtype.size * math.prod(leaf.shape)
             for leaf in tf.nest.flatten(self.data, expand_composites=True)
             if isinstance(leaf, tf.Tensor)
         )
+        return self.num_bytes
 
 
 class Watch:
@@ -109,8 +116,10 @@ class Watch:
         model = self._accumulation.model
         if self._accumulation.options.nonfinite == "propagate":
             return logs
-        is_one_of_several = model.steps_per_execution > 1
-        return Trained(logs, () if is_one_of_several else data, self._counts())
+        if model.steps_per_execution > 1:
+            # They are one after the other in a loop, which takes no None.
+            data = ()
+        return Trained(logs, data, self._counts())
 
     def look(self, returned):
         """Looks at what `returned` gave to a step; returns its logs."""
@@ -122,11 +131,12 @@ class Watch:
         self._num_batches += num_steps
         if self._is_over:
             return returned.logs
+        data = returned.data
         if num_steps > 1:
-            batch = batch, batch + num_steps - 1
-        held = Held(batch, returned.data, returned.counts)
+            batch, data = (batch, batch + num_steps - 1), None
+        held = Held(batch, data, returned.counts)
         self._held.append(held)
-        if all("CPU" in each.device for each in held.counts):
+        if are_at_hand(held.counts):
             self._read([held])
         else:
             self._read_later()
@@ -144,6 +154,7 @@ class Watch:
 
     def _let_go(self):
         self._held: collections.deque[Held] = collections.deque()
+        self._bytes = 0
         self._awaited: Held | None = None
         self._reading: concurrent.futures.Future | None = None
 
@@ -176,18 +187,19 @@ class Watch:
     def _drop(self):
         """Lets go of batches that are of no use any more, or too large."""
         most = self._most_of_window()
-        known = sum(held.counts is None for held in self._held)
-        while known and most is not None and known > most:
-            self._held.popleft()
-            known -= 1
-        if len(self._held) < 2:
-            return
-        sizes = [held.num_bytes for held in self._held]
-        for held in list(self._held)[:-1]:
-            if sum(sizes) <= LIMIT:
+        held = self._held
+        while held and most is not None and held[0].counts is None:
+            if len(held) <= most:
                 break
-            held.data, held.num_bytes = (), 0
-            sizes.pop(0)
+            self._bytes -= held.popleft().num_bytes
+        if not held:
+            return
+        self._bytes += held[-1].measure()
+        for each in held:
+            if self._bytes <= LIMIT or each is held[-1]:
+                break
+            self._bytes -= each.num_bytes
+            each.data, each.num_bytes = None, 0
 
     def _most_of_window(self):
         """Returns how many batches a window has that are of use, if known.
@@ -230,8 +242,8 @@ def report_on(
         return NonfiniteReport(epoch, None, note="it was in no batch of `fit`")
     note = "computed again, all is finite"
     for held in candidates:
-        if held.data == ():
-            note = "the batch is not there any more"
+        if not held.has_data:
+            note = "its batches were not held"
             continue
         try:
             cause = replay.find_cause(
@@ -239,7 +251,7 @@ def report_on(
             )
         except Exception as error:  # noqa: BLE001
             # Training goes on, whatever a model makes of being called so.
-            said = str(error).partition("\n")[0]
+            said = str(error).partition("\n")[0].rstrip(".")
             note = f"it could not be computed again, {said}"
             continue
         if cause is not None:
@@ -257,6 +269,11 @@ def report_on(
         last = last if isinstance(last, int) else last[1]
         last = first, last
     return NonfiniteReport(epoch, last, note=note)
+
+
+def are_at_hand(counts: tuple[tf.Tensor, ...]) -> bool:
+    """Returns whether reading counts waits for no device."""
+    return all("CPU" in each.device for each in counts)
 
 
 def total(counts: tuple[tf.Tensor, ...]) -> float:
