@@ -32,12 +32,9 @@ def give(accumulation) -> None:
         return
     told.advice = text
     logging.warning(
-        "The gradient noise scale is %.3g (95 %%: %.3g to %.3g), and a window "
-        "has %.4g. %s would do nearly as well: at most a tenth more updates.",
-        found.value,
-        found.low,
-        found.high,
-        size,
+        "The gradient noise scale is %s (from %s to %s), and a window has %s. "
+        "%s would do nearly as well: at most a tenth more updates.",
+        *(f"{value:.3g}" for value in (*found, size)),
         text,
     )
 

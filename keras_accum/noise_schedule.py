@@ -72,12 +72,16 @@ class NoiseScale:
     """
 
     def __init__(self, minimum: int, maximum: int, ratio: float = 1.0) -> None:
-        for name, value in (("minimum", minimum), ("maximum", maximum)):
-            check_positive_int(
-                value,
-                f"`{name}` must be a positive integer. "
-                f"Received: {name}={value!r}",
-            )
+        check_positive_int(
+            minimum,
+            "`minimum` must be a positive integer. "
+            f"Received: minimum={minimum!r}",
+        )
+        check_positive_int(
+            maximum,
+            "`maximum` must be a positive integer. "
+            f"Received: maximum={maximum!r}",
+        )
         if maximum < minimum:
             raise ValueError(
                 "`maximum` must not be less than `minimum`. Received: "

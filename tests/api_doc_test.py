@@ -90,7 +90,7 @@ class ApiDocTest(absltest.TestCase):
                 self.assertTrue(inspect.getdoc(find(name)))
 
     def test_arguments_and_defaults(self):
-        self.assertLen(options(), 7)
+        self.assertLen(options(), 8)
         defaults = {
             code(name): ast.literal_eval(code(default))
             for name, default, *_ in rows("Arguments of a model")

@@ -56,6 +56,7 @@ def train_with_accum_steps() -> keras_accum.GradientAccumulationModel:
         nonfinite="skip_microbatch",
         accumulator_dtype="float32",
         communication_dtype="bfloat16",
+        window_metrics=("gradient_norm", "gradient_noise_scale"),
         name="accumulated",
     )
     model.compile("adam", loss_of_logits(), metrics=["accuracy"])
@@ -71,6 +72,8 @@ def train_with_accum_steps() -> keras_accum.GradientAccumulationModel:
     assert model.accumulator_dtype == "float32"
     assert_type(model.communication_dtype, Literal["bfloat16"] | None)
     model.communication_dtype = None
+    assert model.window_metrics == ("gradient_norm", "gradient_noise_scale")
+    model.window_metrics = [lambda gradients: tf.norm(gradients[0])]
 
     assert_type(model.partial_window, Literal["flush", "carry", "drop"])
     assert_type(
@@ -127,7 +130,7 @@ def train_by_rows() -> keras_accum.GradientAccumulationModel:
     model.compile("adam", loss_of_logits())
     model.fit(x, y, batch_size=8, verbose=0)
     assert updates_of(model) == 2
-    assert_type(model.effective_batch_size, int | None)
+    assert_type(model.effective_batch_size, int | Callable[[int], int] | None)
     model.effective_batch_size = 16
     return model
 
@@ -171,6 +174,11 @@ def train_by_schedules() -> None:
     model.compile(keras.optimizers.SGD(seesaw.learning_rate), loss_of_logits())
     model.fit(x, y, batch_size=8, verbose=0)
     assert updates_of(model) == 6  # Of 1 up to the half, then of 2.
+    noise = keras_accum.schedules.NoiseScale(minimum=2, maximum=4, ratio=1.0)
+    assert_type(noise(0), int)
+    model.accum_steps = noise
+    model.fit(x, y, batch_size=8, verbose=0)
+    assert updates_of(model) == 10
 
 
 class OwnSteps(keras_accum.GradientAccumulationModel):

@@ -576,7 +576,7 @@ class AdviceTest(tf.test.TestCase):
         (text,) = self.said(4, accum_steps=32)
         self.assertRegex(
             text,
-            r"^The gradient noise scale is \S+ \(95 %: \S+ to \S+\), and a "
+            r"^The gradient noise scale is \S+ \(from \S+ to \S+\), and a "
             r"window has 128. A window of \d micro-batches instead of 32 would",
         )
         (text,) = self.said(4, effective_batch_size=128)
