@@ -181,10 +181,7 @@ class EndOfEpochWithMetrics(EndOfEpoch):
 
 
 def end_of_epoch(accumulation) -> EndOfEpoch:
-    """Returns the callback that comes before all others.
-
-    Without metrics it has no method that Keras would call in every step.
-    """
+    """Returns the callback that comes before all others."""
     has_metrics = accumulation.options.window_metrics
     return (EndOfEpochWithMetrics if has_metrics else EndOfEpoch)(accumulation)
 

@@ -217,10 +217,7 @@ class GradientAccumulationMixin(
 
     @property
     def nonfinite_report(self) -> NonfiniteReport | None:
-        """Who made the last gradients that were skipped not finite, or None.
-
-        Of each epoch the first are looked into. `fit` begins with None.
-        """
+        """Who made the last gradients not finite that were skipped; or None."""
         return self._accumulation.watch.report
 
     @property
