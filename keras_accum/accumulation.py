@@ -34,10 +34,8 @@ class Accumulation:
         model: As above.
         options: As above; see `change`.
         overrides: As above.
-        is_active: Whether gradients are gathered; if not, the model is a
-            `keras.Model`.
-        is_restored: Whether the window comes from a checkpoint, and `fit` goes
-            on with it.
+        is_active: Whether gradients are gathered, unlike in a `keras.Model`.
+        is_restored: Whether `fit` goes on with a window from a checkpoint.
         position: Where in its window the next micro-batch is.
         window: What was gathered.
         losses: The losses, and how much micro-batches count by them.
@@ -106,11 +104,6 @@ class Accumulation:
         """Returns how often a policy skipped this epoch; 0 if it is not set."""
         is_ours = self.options.nonfinite == policy
         return self.window["nonfinite"].skipped if is_ours else 0
-
-    def end_training(self) -> None:
-        """Ends `fit`."""
-        self.watch.end_training()
-        self.progress.end_training()
 
     def set_optimizer(self, optimizer) -> None:
         """Starts a new window, for another optimizer."""

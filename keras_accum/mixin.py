@@ -397,7 +397,8 @@ class GradientAccumulationMixin(
                 self.reset_window()
             raise
         finally:
-            self._accumulation.end_training()
+            self._accumulation.progress.end_training()
+            self._accumulation.watch.end_training()
 
     @annotations.documented_by(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102

@@ -91,23 +91,16 @@ class SkipCounts(Part):
         return round(float(tf.convert_to_tensor(self._skipped)))
 
     def local_counts(self) -> tuple[tf.Tensor, ...]:
-        """Returns what each replica of this worker left out in this epoch.
-
-        Where all replicas leave out the same, each has its share of that.
-        """
+        """Returns the shares that this worker's replicas have in `skipped`."""
         if self._skipped is None or self.policy == "propagate":
             return ()
-        strategy = self._model.distribute_strategy
-        return tuple(
-            copy.read_value()
-            for copy in replicas.copies(strategy, self._skipped)
-        )
+        copies = replicas.copies(self._model.distribute_strategy, self._skipped)
+        return tuple(copy.read_value() for copy in copies)
 
     def logs(self) -> dict[str, int]:
         """Returns what to add to an epoch's logs, if anything was skipped."""
-        if not self.skipped:
-            return {}
-        return {LOG_NAMES[self.policy]: self.skipped}
+        count = self.skipped
+        return {LOG_NAMES[self.policy]: count} if count else {}
 
     def begin_epoch(self) -> None:
         """Sets the count of the epoch to zero."""

@@ -1,22 +1,6 @@
-"""Finds out where the gradient of a batch stops being finite.
+"""Computes a batch again, to find out what of it is not finite.
 
-As ordinary code, for layers that are called one after the other:
-
-```python
-for layer in layers:
-    if is_finite(inputs[layer]) and not is_finite(outputs[layer]):
-        return layer, "forward"
-for layer in reversed(layers):
-    if is_finite(gradient(outputs[layer])) and not (
-        is_finite(gradient(inputs[layer])) and is_finite(gradient(weights))
-    ):
-        return layer, "backward"
-```
-
-The real thing knows that layers call layers, and looks for the innermost. What
-comes before a layer is seen in the layer's own copy of its inputs: where two
-layers have the same inputs, the gradient is the sum of two, and either may be
-the bad one.
+It is computed eagerly, as in the host's own loop, and changes nothing.
 """
 
 import contextlib
@@ -34,154 +18,59 @@ from keras_accum import steps
 from keras_accum import trial
 from keras_accum.first_batch import rows_of
 from keras_accum.gradients import values_of
+from keras_accum.nonfinite_cause import Cause
+from keras_accum.nonfinite_cause import cause_in
+from keras_accum.nonfinite_report import NonfiniteReport
+from keras_accum.recorded_calls import Record
+from keras_accum.recorded_calls import Seen
+from keras_accum.recorded_calls import finite_entries
+from keras_accum.recorded_calls import is_looked_at
+
+NOT_HELD = "its batch was not held"
 
 
-@dataclasses.dataclass(frozen=True)
-class Cause:
-    """What made a gradient not finite; see `NonfiniteReport`."""
-
-    stage: str
-    rows: tuple[int, ...] = ()
-    layer: str | None = None
-    note: str = ""
-
-
-class Seen:
-    """Whether all that was seen of tensors is finite, and which rows are not.
-
-    Args:
-        num_rows: Rows of the batch; None if that is not known.
-    """
-
-    def __init__(self, num_rows: int | None) -> None:
-        self._num_rows = num_rows
-        self.is_finite = True
-        self.rows: set[int] = set()
-
-    def add(self, structure) -> None:
-        """Looks at the tensors of a structure; at others it does not."""
-        for leaf in tf.nest.flatten(structure, expand_composites=True):
-            if not is_looked_at(leaf):
-                continue
-            is_bad = tf.logical_not(finite_entries(leaf))
-            if not bool(tf.reduce_any(is_bad)):
-                continue
-            self.is_finite = False
-            if leaf.shape.rank and leaf.shape[0] == self._num_rows:
-                is_bad = tf.reshape(is_bad, [self._num_rows, -1])
-                found = tf.where(tf.reduce_any(is_bad, axis=1))
-                self.rows |= set(found.numpy().ravel().tolist())
-
-
-@dataclasses.dataclass
-class Call:
-    """A call of a layer, or all of a step.
-
-    Attributes:
-        operation: The layer, or other operation of Keras; None for the step.
-        inputs: What was seen of its inputs.
-        outputs: Of its outputs.
-        input_gradients: Of gradients with respect to its inputs.
-        output_gradients: With respect to its outputs.
-        calls: Those that it made, in their order.
-    """
-
-    operation: keras.Operation | None
-    inputs: Seen
-    outputs: Seen
-    input_gradients: Seen
-    output_gradients: Seen
-    calls: list["Call"] = dataclasses.field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """The path of the layer."""
-        return getattr(self.operation, "path", None) or self.operation.name
-
-    def has_bad_outputs(self) -> bool:
-        """Returns whether it made what is not finite from what is."""
-        return self.inputs.is_finite and not self.outputs.is_finite
-
-
-class Record:
-    """The calls of a step.
+def report_on(
+    accumulation, candidates: list, epoch: int | None, lacks_some: bool
+) -> NonfiniteReport:
+    """Replays batches, and returns the report on the first that is not finite.
 
     Args:
-        num_rows: Rows of the batch; None if that is not known.
+        accumulation: What the model accumulates in.
+        candidates: The `watch.Held` batches, in the order of training.
+        epoch: Their epoch.
+        lacks_some: Whether it may have been one before them.
     """
-
-    def __init__(self, num_rows: int | None) -> None:
-        self._num_rows = num_rows
-        self.step = self._new_call(None)
-        self._open = [self.step]
-
-    def _new_call(self, operation):
-        return Call(operation, *(Seen(self._num_rows) for _ in range(4)))
-
-    def recording(self) -> contextlib.AbstractContextManager:
-        """Records the calls within the context, of this thread."""
-        return compat.calling_operations_through(self._call)
-
-    def _call(self, method, operation, *args, **kwargs):
-        call = self._new_call(operation)
-        self._open[-1].calls.append(call)
-        call.inputs.add((args, kwargs))
-        args, kwargs = watched((args, kwargs), call.input_gradients)
-        self._open.append(call)
+    if not candidates:
+        return NonfiniteReport(epoch, None, note="it was in no batch of `fit`")
+    note = "computed again, all is finite"
+    for held in candidates:
+        if held.data is None:
+            note = NOT_HELD
+            continue
         try:
-            outputs = method(operation, *args, **kwargs)
-        finally:
-            self._open.pop()
-        call.outputs.add(outputs)
-        return watched(outputs, call.output_gradients)
-
-
-def is_looked_at(leaf) -> bool:
-    """Returns whether something is a tensor of floating numbers, with values.
-
-    What is traced has none.
-    """
-    return isinstance(leaf, tf.Tensor) and (
-        hasattr(leaf, "numpy")
-        and (leaf.dtype.is_floating or leaf.dtype.is_complex)
+            cause = find_cause(accumulation, held.data, accumulation.size.value)
+        except Exception as error:  # noqa: BLE001
+            # Training goes on, whatever a model makes of being called so.
+            said = str(error).partition("\n")[0].rstrip(".")
+            note = f"it could not be computed again, {said}"
+            continue
+        if cause is not None:
+            return NonfiniteReport(
+                epoch,
+                held.batch,
+                cause.rows,
+                cause.layer,
+                cause.stage,
+                cause.note,
+            )
+    first, last = (
+        each.batch if isinstance(each.batch, tuple) else (each.batch,) * 2
+        for each in (candidates[0], candidates[-1])
     )
-
-
-def finite_entries(tensor: tf.Tensor) -> tf.Tensor:
-    """Returns which entries are finite; a bool tensor."""
-    if tensor.dtype.is_complex:
-        return finite_entries(tf.math.real(tensor)) & finite_entries(
-            tf.math.imag(tensor)
-        )
-    return tf.math.is_finite(tensor)
-
-
-def watched(structure, seen: Seen):
-    """Returns tensors, of whose gradients will be told.
-
-    Args:
-        structure: Nested tensors, and others, which stay what they are.
-        seen: Is given the gradients.
-    """
-
-    @tf.custom_gradient
-    def tell(tensor):
-        def gradient(upstream):
-            seen.add(upstream)
-            return upstream
-
-        return tf.identity(tensor), gradient
-
-    def watch(leaf):
-        if not is_looked_at(leaf):
-            return leaf
-        told = tell(leaf)
-        # Keras attaches masks, and the logits that losses are computed from.
-        for name, value in vars(leaf).items():
-            setattr(told, name, tell(value) if is_looked_at(value) else value)
-        return told
-
-    return keras.tree.map_structure(watch, structure)
+    if lacks_some:
+        return NonfiniteReport(epoch, (0, last[1]), note=NOT_HELD)
+    batch = first[0] if first[0] == last[1] else (first[0], last[1])
+    return NonfiniteReport(epoch, batch, note=note)
 
 
 def find_cause(accumulation, data, size: int | None) -> Cause | None:
@@ -342,113 +231,6 @@ def gradients_of_own_step(accumulation, data, recording: Callable) -> list:
             call.variables or variables, call.gradients, strict=True
         )
     ]
-
-
-def cause_in(step: Call, data, bad: set[int]) -> Cause:
-    """Returns what made a gradient not finite.
-
-    Args:
-        step: What was recorded.
-        data: The micro-batch.
-        bad: The `id`s of the variables whose gradients are not finite.
-    """
-    inputs = of_batch(data)
-    if any(not call.outputs.is_finite for call in step.calls):
-        return cause_in_forward(step, inputs) or Cause("unknown")
-    for name, seen in inputs.items():
-        if name != "inputs" and not seen.is_finite:
-            return Cause("input", tuple(sorted(seen.rows)), note=name)
-
-    def loses_inputs(call):
-        ends = call.output_gradients.is_finite
-        return ends and not call.input_gradients.is_finite
-
-    def loses_weights(call):
-        weights = getattr(call.operation, "trainable_weights", ())
-        ids = {id(weight) for weight in weights}
-        return call.output_gradients.is_finite and not bad.isdisjoint(ids)
-
-    # Weights second: other layers may share them.
-    path = last(step, loses_inputs) or last(step, loses_weights)
-    if not path:
-        rows = [call.output_gradients.rows for call in step.calls]
-        return Cause("loss", tuple(sorted(set().union(*rows))))
-    if not (path[-1].inputs.is_finite and path[-1].outputs.is_finite):
-        cause = cause_in_forward(step, inputs)
-        if cause is not None:
-            return cause
-    rows = rows_in(path, lambda call: call.input_gradients)
-    return Cause("backward", rows, path[-1].name)
-
-
-def cause_in_forward(step: Call, inputs: dict[str, Seen]) -> Cause | None:
-    """Returns what made outputs not finite; None if it is not seen.
-
-    Args:
-        step: What was recorded.
-        inputs: What `of_batch` returned.
-    """
-    path = last(step, Call.has_bad_outputs)
-    seen = inputs["inputs"]
-    # A layer may have made something of missing values, and another has failed.
-    if not seen.is_finite and not (path and is_cleaned(step)):
-        return Cause("input", tuple(sorted(seen.rows)))
-    if not path:
-        return None
-    for variable in getattr(path[-1].operation, "variables", ()):
-        values = Seen(None)
-        values.add(tf.convert_to_tensor(variable))
-        if not values.is_finite:
-            return Cause("weights", layer=variable.path)
-    return Cause(
-        "forward", rows_in(path, lambda call: call.outputs), path[-1].name
-    )
-
-
-def of_batch(data) -> dict[str, Seen]:
-    """Returns what is seen of the parts of a batch, by their names."""
-    try:
-        parts = keras.utils.unpack_x_y_sample_weight(data)
-    except ValueError:
-        parts = (data,)
-    names = ("inputs", "labels", "sample weights")
-    found = {}
-    for name, part in zip(names, parts, strict=False):
-        found[name] = Seen(rows_of(data))
-        found[name].add(part)
-    return found
-
-
-def is_cleaned(call: Call) -> bool:
-    """Returns whether any layer makes finite outputs of other inputs."""
-    return any(
-        each.outputs.is_finite and not each.inputs.is_finite or is_cleaned(each)
-        for each in call.calls
-    )
-
-
-def last(call: Call, test: Callable) -> list[Call]:
-    """Returns the last call that passes a test, and is in none that does.
-
-    Then, of the calls that it made, the last one that does, and so on. They are
-    a list, the innermost one at the end; empty if there is none.
-
-    Args:
-        call: What made the calls.
-        test: A function of a call.
-    """
-    for each in reversed(call.calls):
-        if test(each):
-            return [each, *last(each, test)]
-        if path := last(each, test):
-            return path
-    return []
-
-
-def rows_in(path: list[Call], seen: Callable) -> tuple[int, ...]:
-    """Returns the rows that the innermost call tells that tells any."""
-    told = (seen(call).rows for call in reversed(path))
-    return tuple(sorted(next(filter(None, told), ())))
 
 
 def is_finite(values: tf.Tensor) -> bool:

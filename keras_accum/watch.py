@@ -16,7 +16,6 @@ there, and the host goes on; meanwhile the batches are held.
 
 import collections
 import concurrent.futures
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -44,39 +43,24 @@ class Trained(NamedTuple):
     counts: tuple[tf.Tensor, ...]
 
 
-@dataclasses.dataclass(eq=False)
-class Held:
+class Held(NamedTuple):
     """A batch that was trained on.
 
     Attributes:
         batch: Its index in the epoch, or the first and the last it may be.
         data: As it was given to the step, or None.
-        counts: As `Trained` has them; None once they were read.
-        num_bytes: How much memory the batch has, once that was measured.
+        counts: As `Trained` has them.
     """
 
     batch: int | tuple[int, int]
     data: object
-    counts: tuple[tf.Tensor, ...] | None
-    num_bytes: int = 0
-
-    @property
-    def has_data(self) -> bool:
-        """Whether the batch is there."""
-        return self.data is not None
-
-    def measure(self) -> int:
-        """Returns how much memory the batch has, and notes it."""
-        self.num_bytes = sum(
-            leaf.dtype.size * math.prod(leaf.shape)
-            for leaf in tf.nest.flatten(self.data, expand_composites=True)
-            if isinstance(leaf, tf.Tensor)
-        )
-        return self.num_bytes
+    counts: tuple[tf.Tensor, ...]
 
 
 class Watch:
     """Watches a training for gradients that are not finite.
+
+    What it does in each step is kept small: it is Python, between two steps.
 
     Args:
         accumulation: What the model accumulates in.
@@ -125,150 +109,105 @@ class Watch:
         """Looks at what `returned` gave to a step; returns its logs."""
         if not isinstance(returned, Trained):
             return returned
+        logs, data, counts = returned
         progress = self._accumulation.progress
         batch = progress.batches if progress.is_in_fit else self._num_batches
         num_steps = self._accumulation.model.steps_per_execution
         self._num_batches += num_steps
         if self._is_over:
-            return returned.logs
-        data = returned.data
+            return logs
         if num_steps > 1:
             batch, data = (batch, batch + num_steps - 1), None
-        held = Held(batch, data, returned.counts)
-        self._held.append(held)
-        if are_at_hand(held.counts):
-            self._read([held])
-        else:
+        if self._held is None:
+            self._begin(data, counts)
+        held = Held(batch, data, counts)
+        if not self._is_at_hand:
+            self._held.append(held)
             self._read_later()
-        self._drop()
-        return returned.logs
+        elif total(counts) > self._before:
+            self._report_on([*self._held, held])
+        elif self._keeps:
+            self._held.append(held)
+        return logs
 
     def look_at_rest(self) -> None:
         """Waits for all steps, and looks at what they and an update left."""
-        self._read(list(self._held))
+        self._read()
         if not self._is_over and total(self._counts()) > self._before:
-            self._report_on(list(self._held))
+            self._report_on(list(self._held or ()) if self._keeps else [])
 
     def _counts(self):
         return self._accumulation.window["nonfinite"].local_counts()
 
     def _let_go(self):
-        self._held: collections.deque[Held] = collections.deque()
-        self._bytes = 0
+        self._held: collections.deque[Held] | None = None
+        self._keeps, self._is_at_hand = False, True
         self._awaited: Held | None = None
         self._reading: concurrent.futures.Future | None = None
 
-    def _read(self, some: list[Held]):
-        """Reads counts, which waits for their steps."""
-        for held in some:
-            if self._is_over or held.counts is None:
-                continue
-            counts, held.counts = held.counts, None
-            if total(counts) > self._before:
-                held_so_far = list(self._held)
-                self._report_on(held_so_far[: held_so_far.index(held) + 1])
+    def _begin(self, data, counts):
+        """Begins to hold batches, by what the first one is.
+
+        Those after it are taken to be as large.
+        """
+        accumulation = self._accumulation
+        self._is_at_hand = are_at_hand(counts)
+        # Else each step's count tells all of it.
+        self._keeps = (
+            accumulation.options.nonfinite == "skip_window"
+            and accumulation.size.value is None
+        )
+        most = max(1, LIMIT // max(1, num_bytes(data)))
+        size = accumulation.position.accum_steps
+        if self._is_at_hand and isinstance(size, int):
+            # The count is read before the update that ends a window.
+            most = min(most, size)
+        self._held = collections.deque(maxlen=most)
+
+    def _read(self):
+        """Reads the counts, which waits for the steps; reports the first."""
+        held = list(self._held or ())
+        for index, each in enumerate(held):
+            if total(each.counts) > self._before:
+                self._report_on(held[: index + 1])
+                return
 
     def _read_later(self):
         """Has a thread wait for the newest step, if it waits for no other."""
         if self._reading is not None:
             if not self._reading.done():
                 return
-            done = list(self._held)
-            done = done[: done.index(self._awaited) + 1]
             if self._reading.result() > self._before:
-                self._read(done)
+                self._read()
                 return
-            for held in done:
-                held.counts = None
+            while not self._keeps and self._held:
+                if self._held.popleft() is self._awaited:
+                    break
+        if not self._held:
+            self._reading = None
+            return
         self._reader = self._reader or concurrent.futures.ThreadPoolExecutor(1)
         self._awaited = self._held[-1]
         self._reading = self._reader.submit(total, self._awaited.counts)
 
-    def _drop(self):
-        """Lets go of batches that are of no use any more, or too large."""
-        most = self._most_of_window()
-        held = self._held
-        while held and most is not None and held[0].counts is None:
-            if len(held) <= most:
-                break
-            self._bytes -= held.popleft().num_bytes
-        if not held:
-            return
-        self._bytes += held[-1].measure()
-        for each in held:
-            if self._bytes <= LIMIT or each is held[-1]:
-                break
-            self._bytes -= each.num_bytes
-            each.data, each.num_bytes = None, 0
-
-    def _most_of_window(self):
-        """Returns how many batches a window has that are of use, if known.
-
-        Where each micro-batch is looked at, and where a step ends a window, the
-        count that it leaves tells all.
-        """
-        accumulation = self._accumulation
-        if (
-            accumulation.options.nonfinite == "skip_microbatch"
-            or accumulation.size.value is not None
-        ):
-            return 0
-        size = accumulation.position.accum_steps
-        return size if isinstance(size, int) else None
+    def _has_all(self, candidates):
+        """Returns whether no batch that may be the one was let go of."""
+        if not self._keeps or len(candidates) < self._held.maxlen:
+            return True
+        return self._held.maxlen == self._accumulation.position.accum_steps
 
     def _report_on(self, candidates: list[Held]):
         """Replays batches, and tells of the first that is not finite."""
         self._is_over = True
         progress = self._accumulation.progress
         epoch = progress.epoch if progress.is_in_fit else None
-        if self._accumulation.options.nonfinite == "skip_microbatch":
+        if not self._keeps:
             candidates = candidates[-1:]
-        self._report = report = report_on(self._accumulation, candidates, epoch)
+        self._report = report = replay.report_on(
+            self._accumulation, candidates, epoch, not self._has_all(candidates)
+        )
         self._let_go()
         logging.warning("Gradients were not finite: %s", report.told())
-
-
-def report_on(
-    accumulation, candidates: list[Held], epoch: int | None
-) -> NonfiniteReport:
-    """Replays batches, and returns the report on the first that is not finite.
-
-    Args:
-        accumulation: What the model accumulates in.
-        candidates: The batches, in the order of training.
-        epoch: Their epoch.
-    """
-    if not candidates:
-        return NonfiniteReport(epoch, None, note="it was in no batch of `fit`")
-    note = "computed again, all is finite"
-    for held in candidates:
-        if not held.has_data:
-            note = "its batches were not held"
-            continue
-        try:
-            cause = replay.find_cause(
-                accumulation, held.data, accumulation.size.value
-            )
-        except Exception as error:  # noqa: BLE001
-            # Training goes on, whatever a model makes of being called so.
-            said = str(error).partition("\n")[0].rstrip(".")
-            note = f"it could not be computed again, {said}"
-            continue
-        if cause is not None:
-            return NonfiniteReport(
-                epoch,
-                held.batch,
-                cause.rows,
-                cause.layer,
-                cause.stage,
-                cause.note,
-            )
-    first, last = candidates[0].batch, candidates[-1].batch
-    if len(candidates) > 1:
-        first = first if isinstance(first, int) else first[0]
-        last = last if isinstance(last, int) else last[1]
-        last = first, last
-    return NonfiniteReport(epoch, last, note=note)
 
 
 def are_at_hand(counts: tuple[tf.Tensor, ...]) -> bool:
@@ -278,4 +217,13 @@ def are_at_hand(counts: tuple[tf.Tensor, ...]) -> bool:
 
 def total(counts: tuple[tf.Tensor, ...]) -> float:
     """Returns the sum of the replicas' counts."""
-    return sum(float(each) for each in counts)
+    return sum(map(float, counts))
+
+
+def num_bytes(data) -> int:
+    """Returns how much memory a batch has, on all local replicas."""
+    return sum(
+        leaf.dtype.size * math.prod(leaf.shape)
+        for leaf in tf.nest.flatten(data, expand_composites=True)
+        if isinstance(leaf, tf.Tensor)
+    )

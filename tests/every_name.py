@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_accum
+from keras_accum.nonfinite_report import NonfiniteReport
 from keras_accum.plan_table import Size
 
 AccumSteps = int | Callable[[int], int]
@@ -68,6 +69,8 @@ def train_with_accum_steps() -> keras_accum.GradientAccumulationModel:
     assert_type(model.accum_steps, AccumSteps)
     assert_type(model.nonfinite_microbatches, int)
     assert model.nonfinite_microbatches == 0
+    assert_type(model.nonfinite_report, NonfiniteReport | None)
+    assert model.nonfinite_report is None
     assert_type(model.accumulator_dtype, str | None)
     assert model.accumulator_dtype == "float32"
     assert_type(model.communication_dtype, Literal["bfloat16"] | None)
