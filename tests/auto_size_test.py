@@ -1,6 +1,5 @@
 """The size that fits is found, and a failed attempt leaves nothing behind."""
 
-import itertools
 import json
 import os
 import pathlib
@@ -229,7 +228,9 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
         for name in equivalence_test.OPTIMIZERS
         if name not in ("adam", "muon")
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(
+        second=("_adafactor", "_lamb", "_schedule_free", "_sgd")
+    )
     def test_a_rehearsal_assigns_nothing_with(self, name):
         self.check_rehearsal(name)
 
@@ -337,25 +338,24 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
             self.assertEqual(outcome["updates"], 2)
             self.assertBetween(outcome["size"], 1, rows)
 
-    @parameterized.parameters(
-        *test_utils.with_nightly(
-            [(400, 256, False, 1), (400, 256, True, None)],
-            [
-                (400, 256, False, None),
-                (400, 256, True, 1),
-                *itertools.product([600], [512], [False, True], [None, 1]),
-            ],
-        )
+    @parameterized.product(
+        (
+            {"limit": 400, "rows": 256},
+            {"limit": 600, "rows": 512},
+        ),
+        jit_compile=(False, True),
+        arenas=(None, 1),
     )
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_never_dies(self, limit, rows, jit_compile, arenas):
         outcome, died = self.outcome(limit, jit_compile, rows, arenas=arenas)
         self.check(outcome, died, rows)
 
     @parameterized.parameters(
         *test_utils.with_nightly(
-            [(1000, 768, False), (1500, 1024, True)],
+            [(1000, 768, False)],
             [
+                (1500, 1024, True),
                 (1000, 768, True),
                 (1500, 1024, False),
                 (2500, 2048, False),
@@ -372,7 +372,7 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
             other, _ = self.outcome(limit, jit_compile, rows, size=twice)
             self.assertTrue(other is None or other["error"])
 
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_trains_as_with_the_size_that_it_finds(self):
         self.check_found(500, jit_compile=False, rows=256)
 

@@ -12,6 +12,7 @@ from absl.testing import parameterized
 from conformance import checks
 from conformance import report
 from conformance import systems
+from tests import test_utils
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 
@@ -32,8 +33,16 @@ class ChecksTest(tf.test.TestCase, parameterized.TestCase):
     @pytest.mark.thorough
     @pytest.mark.long
     def test_passes(self, system):
+        claims = [check.claim for check in checks.all_checks()]
+        if not test_utils.IS_NIGHTLY:
+            # Other tests have each of them, too: a third for each system.
+            claims = claims[list(FAILING).index(system) :: 3]
         finished = subprocess.run(
-            [sys.executable, "-m", "conformance.worker", f"--system={system}"],
+            [
+                *(sys.executable, "-m", "conformance.worker"),
+                f"--system={system}",
+                *(f"--claim={claim}" for claim in claims),
+            ],
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -43,13 +52,13 @@ class ChecksTest(tf.test.TestCase, parameterized.TestCase):
             result["claim"]: result
             for result in map(json.loads, finished.stdout.splitlines())
         }
-        self.assertLen(results, len(checks.all_checks()))
+        self.assertContainsSubset(claims, results)
         failing = {
             claim
             for claim, result in results.items()
             if report.applies(result) and not report.passes(result)
         }
-        self.assertEqual(failing, FAILING[system], results)
+        self.assertEqual(failing, FAILING[system] & set(results), results)
         for claim in failing:
             self.assertIn("warning", results[claim], claim)
 

@@ -31,9 +31,9 @@ def pytest_collection_modifyitems(config, items):
     for_the_night = []
     for item in items:
         # See `test_utils.first_command`.
-        cases = getattr(item.obj, "first_cases", None)
-        if cases is not None and item.name not in cases:
-            item.add_marker("thorough")
+        for cases in getattr(item.obj, "cases_of_commands", ()):
+            if item.name not in cases:
+                item.add_marker("thorough")
         # What its class repeats, and it repeats itself.
         if len(list(item.iter_markers("thorough"))) > 1 and not IS_NIGHTLY:
             for_the_night.append(item)

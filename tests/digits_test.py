@@ -350,7 +350,7 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
         ("--dataset=no_such_set", "`digits` needs no network"),
         ("--batch_size=100", "must be a multiple of"),
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_says_what_to_do_and_no_more(self, argument, message):
         finished = test_utils.run_program("examples/digits.py", argument)
         self.assertEqual(finished.returncode, 1)

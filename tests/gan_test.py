@@ -49,7 +49,7 @@ class TrainingTest(tf.test.TestCase, parameterized.TestCase):
             ],
         )
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_same_weights_otherwise(
         self, dtype, bound, jit_compile, accum_steps
     ):
@@ -115,7 +115,7 @@ class CommandTest(tf.test.TestCase, parameterized.TestCase):
         (("--updates=0",), "updates"),
         (("more",), "--name=value"),
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_wrong_flags(self, flags, named):
         run = self.run_example(*flags)
         self.assertNotEqual(run.returncode, 0)

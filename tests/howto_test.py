@@ -10,6 +10,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from tests import pages
+from tests import test_utils
 
 PAGES = tuple(
     sorted(f"howto/{file.stem}" for file in (pages.DOCS / "howto").glob("*.md"))
@@ -108,7 +109,7 @@ class PagesTest(parameterized.TestCase):
     def test_two_devices(self):
         self.check(DEVICES, results(2)[0][DEVICES])
 
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_slow_programs_print_what_is_below_them(self):
         for page in SLOW:
             self.check(page, results(1, are_slow=True)[0][page])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import keras
-import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -49,7 +48,7 @@ class ProcessTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         ("one_device",), ("mirrored_1", "threads"), ("mirrored_2",)
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0, 2))
     def test_lives(self, strategy, *options):
         self.check(strategy, *options)
 

@@ -87,6 +87,7 @@ def trained_weights(model):
 
 @pytest.mark.thorough
 class TrainingTest(test_utils.TestCase):
+    @test_utils.at_night
     def test_gives_the_weights_of_one_process(self):
         folders = {
             name: os.path.join(TEMP_DIR, name)

@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -19,11 +18,11 @@ class TablesTest(test_utils.TestCase, parameterized.TestCase):
         self.assertIn(memory_table.marked(name, lines), page())
 
     @parameterized.parameters("moments", "buffers")
-    @test_utils.first_command(0)
+    @test_utils.at_night
     def test_what_stays(self, name):
         self.assert_is_in_page(name, memory_table.TABLES[name]())
 
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_what_comes_and_goes(self):
         strategy, missing = test_utils.chosen_strategy()
         if missing or strategy.num_replicas_in_sync != 2:

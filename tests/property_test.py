@@ -1,6 +1,6 @@
 """Random models, data, windows, policies and interruptions, and a loop by hand.
 
-3 cases that are always the same, 40 in the thorough tests, and at night 1,000
+3 cases that are always the same, 20 in the thorough tests, and at night 1,000
 that are not.
 """
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import keras_accum
 from tests import test_utils
 
-CASES = 1000 if test_utils.IS_NIGHTLY else 40
+CASES = 1000 if test_utils.IS_NIGHTLY else 20
 FEW_CASES = 3
 WORDS, LENGTH, FEATURES, CLASSES = 5, 4, 3, 2
 

@@ -27,7 +27,8 @@ tf.config.set_logical_device_configuration(
     [tf.config.LogicalDeviceConfiguration()] * {devices},
 )
 """
-# What a program has before the lines of the swap, and after them.
+# What a program has before the lines of the swap, and after them. The process
+# has both programs, and each has its own names.
 BEFORE = """
 import keras
 import numpy as np
@@ -83,15 +84,23 @@ def run(*code):
 class ReadmeTest(absltest.TestCase):
     def test_swap(self):
         (diff,) = blocks("diff")
-        moved = []
-        for mark, name in ("+", "Functional"), ("-", "GradientAccumulation"):
-            finished = run(BEFORE, side(diff, mark), AFTER)
-            self.assertEqual(finished.returncode, 0, finished.stderr)
-            self.assertIn(f"class {name}", finished.stdout)
-            # 1024 rows make 4 updates of 256.
-            self.assertIn("updates 4\n", finished.stdout)
-            (weights,) = re.findall("weights (.*)", finished.stdout)
-            moved.append(np.array(json.loads(weights)))
+        programs = [
+            "\n".join([BEFORE, side(diff, mark), AFTER]) for mark in "+-"
+        ]
+        finished = run(*(f"exec({each!r}, {{}})" for each in programs))
+        self.assertEqual(finished.returncode, 0, finished.stderr)
+        self.assertEqual(
+            re.findall("class ([A-Za-z]*)", finished.stdout),
+            ["Functional", "GradientAccumulationModel"],
+        )
+        # 1024 rows make 4 updates of 256.
+        self.assertEqual(
+            re.findall("updates .*", finished.stdout), ["updates 4"] * 2
+        )
+        moved = [
+            np.array(json.loads(weights))
+            for weights in re.findall("weights (.*)", finished.stdout)
+        ]
         distance = np.linalg.norm(moved[0] - moved[1])
         self.assertGreater(np.linalg.norm(moved[0]), 0.01)
         self.assertLess(distance / np.linalg.norm(moved[0]), 1e-4)

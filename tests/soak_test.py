@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from tests import test_utils
 
-ROUNDS, MICROBATCHES = 80 if test_utils.IS_NIGHTLY else 50, 250
+ROUNDS, MICROBATCHES = (80, 250) if test_utils.IS_NIGHTLY else (40, 100)
 # Programs, pools and caches are there after this many rounds.
 WARM = 20
-# The buffers, or the batches of a round, would be more.
+# The buffers, or the batches of two rounds, would be more.
 FEATURES, ROWS = 700, 4
 ALLOWED_MIB = 1.5
 STATM = pathlib.Path("/proc/self/statm")

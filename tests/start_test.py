@@ -8,6 +8,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 from tests import pages
+from tests import test_utils
 
 PAGES = ("start", "glossary", "coming_from", "index")
 # The pages that run on 1 and on 2 devices.
@@ -80,10 +81,10 @@ def columns(devices):
 
 
 @functools.cache
-def results():
-    """Returns what was printed and counted, by the number of devices."""
-    processes = {
-        devices: pages.start(
+def results(devices):
+    """Returns what was printed and counted on a number of devices."""
+    return pages.finish(
+        pages.start(
             devices,
             {
                 page: [code for code, _ in pages.blocks(page)]
@@ -92,11 +93,7 @@ def results():
             pages.COUNT,
             columns=columns(devices) + (list(FORGETFUL) * (devices == 2)),
         )
-        for devices in (1, 2)
-    }
-    return {
-        devices: pages.finish(process) for devices, process in processes.items()
-    }
+    )
 
 
 @functools.cache
@@ -117,8 +114,9 @@ def figure(cell):
 
 class PagesTest(parameterized.TestCase):
     @parameterized.parameters(1, 2)
+    @test_utils.first_command(0)
     def test_blocks_print_what_is_below_them(self, devices):
-        self.check(PAGES_ON[devices], results()[devices][0])
+        self.check(PAGES_ON[devices], results(devices)[0])
 
     @pytest.mark.thorough
     def test_blocks_of_others_print_what_is_below_them(self):
@@ -148,8 +146,9 @@ class PagesTest(parameterized.TestCase):
 
 class NumbersTest(parameterized.TestCase):
     @parameterized.parameters(1, 2)
+    @test_utils.first_command(0)
     def test_glossary(self, devices):
-        _, counted = results()[devices]
+        _, counted = results(devices)
         _, *rows = example_table(devices)
         self.assertGreater(len(rows), 5)
         for name, *cells in rows:
@@ -164,11 +163,12 @@ class NumbersTest(parameterized.TestCase):
             self.assertEqual(column["last window"], 8)
 
     def test_start_makes_4_updates(self):
-        printed, _ = results()[1]
+        printed, _ = results(1)
         self.assertIn("4/4", printed["start"][2])
 
+    @pytest.mark.thorough
     def test_forgetful(self):
-        _, (*_, same, larger, refused) = results()[2]
+        _, (*_, same, larger, refused) = results(2)
         self.assertEqual(same["micro-batch rows"], 4)
         self.assertEqual(same["effective batch size"], 64)
         self.assertEqual(larger["effective batch size"], 128)

@@ -101,20 +101,30 @@ def train_microbatch(model, is_first, data):
     return steps.train_microbatch(model._accumulation, is_first, data)
 
 
-def first_command(*cases):
+def first_command(*cases, second=None):
     """Leaves a parameterized test's other cases to the thorough tests.
 
     In a class whose tests are all thorough, it leaves them to the night.
 
     Args:
         *cases: The numbers or names of the cases that the first command runs.
+        second: Those that the thorough tests run, where these leave some to the
+            night. None: all others.
     """
 
     def note(test):
-        test.first_cases = {f"{test.__name__}{case}" for case in cases}
+        commands = [cases] if second is None else [cases, (*cases, *second)]
+        test.cases_of_commands = [
+            {f"{test.__name__}{case}" for case in each} for each in commands
+        ]
         return test
 
     return note
+
+
+def at_night(test):
+    """Leaves a test to the night, with all of its cases."""
+    return first_command(second=())(test)
 
 
 def mirrored(replicas=None):
@@ -338,7 +348,12 @@ class TestCase(tf.test.TestCase):
         if not traces_reference:
             reference_args = eagerly(reference_args)
         expected.compile(**reference_args)
-        actual.compile(**compile_args())
+        arguments = compile_args()
+        if not arguments.get("run_eagerly"):
+            # Compiling by XLA, as Keras does, takes longest. It is a mode of
+            # some tests, and of all at night.
+            arguments.setdefault("jit_compile", "auto" if IS_NIGHTLY else False)
+        actual.compile(**arguments)
         for window in windows:
             if self.microbatch_size:
                 train_on(actual, [concatenate(window)])

@@ -11,6 +11,7 @@ import tempfile
 from unittest import mock
 
 import keras
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -207,6 +208,7 @@ class JaxTestCase(test_utils.TestCase):
 class LowerTest(test_utils.TestCase):
     """What needs no JAX, so that it is tried wherever tests run."""
 
+    @pytest.mark.thorough
     def test_lowers_a_window_with_its_loop(self):
         model = trained(
             decoder, texts, keras_accum.GradientAccumulationModel, accum_steps=2

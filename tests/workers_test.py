@@ -112,16 +112,17 @@ class EquivalenceTest(WorkersTestCase):
     # As TensorFlow has it on a CPU. Several replicas are tested by replacing
     # what it finds there.
     def test_two_workers(self):
-        self.check(2, 1, ["own", "rounded"])
+        self.check(2, 1, ["own"])
 
     @pytest.mark.thorough
     def test_two_workers_with_one_replica(self):
-        self.check(2, 1, ["arrays", "float16", "files"])
+        names = ["arrays", "float16", "rounded"]
+        self.check(2, 1, test_utils.with_nightly(names, ["files"]))
 
     @pytest.mark.thorough
     def test_two_workers_with_two_replicas(self):
         # Starting workers takes longer than most cases.
-        names = ["plain", "masks", "files"]
+        names = test_utils.with_nightly(["masks", "files"], ["plain"])
         folder = self.check(2, 2, names, others=["collectives"])
         for found in worker_processes.results(folder, 2, "collectives"):
             with self.subTest("Reductions are at boundaries alone."):
@@ -133,12 +134,11 @@ class EquivalenceTest(WorkersTestCase):
                 self.assertAllEqual(found["unknown/branches"], [2])
                 self.assertAllEqual(found["unknown/others"], [1])
 
-    @unittest.skipUnless(test_utils.IS_NIGHTLY, "Tested at night.")
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_four_workers_with_one_replica(self):
         self.check(4, 1, ["masks", "own"])
 
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_four_workers_with_two_replicas(self):
         self.check(4, 2, ["undisturbed"])
 
@@ -146,7 +146,10 @@ class EquivalenceTest(WorkersTestCase):
 @pytest.mark.thorough
 class CheckpointTest(WorkersTestCase):
     def test_resumes(self):
-        names = ["tf_checkpoint", "model_checkpoint", "backup_and_restore"]
+        # `FaultTest` goes on from a `tf.train.Checkpoint`, too.
+        names = test_utils.with_nightly(
+            ["model_checkpoint", "backup_and_restore"], ["tf_checkpoint"]
+        )
         folder = self.run_cases(names, workers=2)
         for name in names:
             with self.subTest(name):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests everything, and what takes too long for `.ci/run` as well: 1,000 random
-# runs instead of 40, more combinations, limits and workers, 60 processes of 300
+# runs instead of 20, more combinations, limits and workers, 60 processes of 300
 # fits that drop iterators, the micro-batches of all of Keras's tests that train,
 # and each other Python that is on PATH. Takes two or three hours, in an
 # environment with `.[keras-tests]`.
