@@ -54,7 +54,9 @@ def build(rate=0.3, **arguments):
     model = keras_accum.GradientAccumulationModel(
         inputs, keras.layers.Dense(2)(hidden), **arguments
     )
-    model.compile(keras.optimizers.Adam(0.1), "mse", metrics=["mae"])
+    model.compile(
+        keras.optimizers.Adam(0.1), "mse", metrics=["mae"], jit_compile=False
+    )
     return model
 
 

@@ -96,7 +96,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         ("keras", 1), ("keras", 2), ("h5", 0), ("h5", 2), ("tf", 0), ("tf", 1)
     )
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_bits_after_other_batches(self, kind, batch):
         self.check_bits(kind, batch)
 
@@ -124,7 +124,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
     @unittest.skipIf(os.name == "nt", "Windows has no SIGKILL.")
     @parameterized.parameters(
         *test_utils.with_nightly(
-            [("carry", 3), ("flush", 2)], [("carry", 1), ("flush", 1)]
+            [("carry", 3)], [("flush", 2), ("carry", 1), ("flush", 1)]
         )
     )
     @pytest.mark.thorough
@@ -136,7 +136,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         ({"accum_steps": 2}, 1, 0),
         ({"microbatch_size": 1}, 1, 2),
     )
-    @test_utils.first_command(0)
+    @test_utils.first_command(0, second=(2,))
     def test_goes_on_from_a_backup_without_anything_else(
         self, arguments, epoch, batch
     ):
@@ -228,7 +228,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         mid_window(path)
         model = loaded("h5", path, accum_steps=ACCUM_STEPS)
         plain = keras.Model(model.inputs, model.outputs)
-        plain.compile(keras.optimizers.Adam(0.1), "mse")
+        plain.compile(keras.optimizers.Adam(0.1), "mse", jit_compile=False)
         plain.optimizer.build(plain.trainable_variables)
         before = [np.zeros_like(w) for w in plain.get_weights()]
         expected = model.get_weights()
@@ -293,7 +293,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
     # HDF5 raises too, and may end the process when it closes the file.
     @unittest.skipIf(os.name == "nt", "Windows does not limit files.")
     @parameterized.parameters("keras", "tf")
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_a_full_disk_changes_nothing(self, kind):
         import resource
 
@@ -455,7 +455,7 @@ class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
         self.check(kind, onto_replicas)
 
     @parameterized.parameters(("keras", False), ("h5", True), ("tf", False))
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_goes_on_the_other_way(self, kind, onto_replicas):
         self.check(kind, onto_replicas)
 
@@ -475,6 +475,7 @@ class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
             model.compile(
                 keras.optimizers.SGD(0.1, momentum=0.9),
                 loss=test_utils.crossentropy(),
+                jit_compile=False,
             )
             model.optimizer.build(model.trainable_variables)
             return model

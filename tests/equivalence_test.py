@@ -208,14 +208,14 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         "sum_over_batch_size", "mean", "mean_with_sample_weight", "sum"
     )
-    @test_utils.first_command(0, 1, 3)
+    @test_utils.first_command(0, 3)
     def test_masks_and_weights(self, reduction):
         self.check_masks(reduction, weights=True)
 
     @parameterized.parameters(
         "sum_over_batch_size", "mean", "mean_with_sample_weight", "sum"
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_masks(self, reduction):
         self.check_masks(reduction, weights=False)
 
@@ -348,6 +348,7 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
         )
 
     @parameterized.parameters(False, True)
+    @test_utils.first_command(0)
     def test_overridden_weight_and_regularizers(self, jit_compile):
         def build(cls, **kwargs):
             class Sum(cls):
@@ -376,7 +377,7 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
                 return None
 
         model = test_utils.mlp(Sum, regularizer="l2", accum_steps=2)
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         return model
 
     def test_regularizers_that_may_count_twice_are_warned_of(self):
@@ -444,12 +445,12 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
             return keras.ops.mean(keras.ops.square(y_pred - y))
 
         model = test_utils.accumulating(test_utils.mlp, accum_steps=2)
-        model.compile("sgd", loss=scalar)
+        model.compile("sgd", loss=scalar, jit_compile=False)
         # Keras multiplies the mean by the mean of the weights.
         batch = (np.ones((2, 6)), np.ones((2, 3)), np.array([1.0, 2.0]))
         with self.assertWarnsRegex(UserWarning, "One weight per micro-batch"):
             model.train_on_batch(*batch)
-        model.compile("sgd", loss=model.loss)
+        model.compile("sgd", loss=model.loss, jit_compile=False)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             model.train_on_batch(*batch)
@@ -462,7 +463,9 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
         initial = expected.get_weights()
         histories = []
         for model, batch_size in ((expected, 32), (actual, 8)):
-            model.compile("sgd", loss=test_utils.crossentropy())
+            model.compile(
+                "sgd", loss=test_utils.crossentropy(), jit_compile=False
+            )
             model.run_eagerly = model is expected
             histories.append(
                 model.fit(
@@ -499,7 +502,7 @@ class PrecisionTest(test_utils.TestCase, parameterized.TestCase):
         ("adamw", True),
         ("lamb", False),
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(3,))
     def test_float64_of_others(self, name, jit_compile):
         self.check_float64(name, jit_compile)
 
@@ -523,7 +526,7 @@ class PrecisionTest(test_utils.TestCase, parameterized.TestCase):
         ("bfloat16", False),
         ("float16", False),
     )
-    @test_utils.first_command(1, 2, 3)
+    @test_utils.first_command(1, 3)
     def test_half_precision(self, policy, jit_compile):
         self.check_half_precision(policy, jit_compile)
 
@@ -533,7 +536,7 @@ class PrecisionTest(test_utils.TestCase, parameterized.TestCase):
         ("bfloat16", True),
         ("float16", True),
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(2,))
     def test_half_precision_of_others(self, policy, jit_compile):
         self.check_half_precision(policy, jit_compile)
 
@@ -562,7 +565,7 @@ class PrecisionTest(test_utils.TestCase, parameterized.TestCase):
     def test_loss_scale_changes_at_boundaries_only(self):
         keras.config.set_dtype_policy("mixed_float16")
         model = test_utils.accumulating()
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         scales = []
         (x, y), *others = test_utils.microbatches([4] * 4)
         before = model.get_weights()

@@ -109,7 +109,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
         model = keras_accum.GradientAccumulationModel(
             *self.layers(), accum_steps=2
         )
-        model.compile("adam", "mse", metrics=["mae"])
+        model.compile("adam", "mse", metrics=["mae"], jit_compile=False)
         model(x)
         before = [np.array(each) for each in model.variables]
         found = first_batch.find(model._accumulation, (tf.constant(x), y))
@@ -137,7 +137,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
         for looks in (False, True):
             keras.utils.set_random_seed(0)
             model = Model()
-            model.compile("sgd", "mse")
+            model.compile("sgd", "mse", jit_compile=False)
             if looks:
                 first_batch.find(model._accumulation, (x, y))
             model(x)
@@ -155,7 +155,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
             return linear(Model, **kwargs)
 
         model = build(keras_accum.GradientAccumulationModel, accum_steps=2)
-        model.compile("sgd", "mse")
+        model.compile("sgd", "mse", jit_compile=False)
         x, y = arrays(ROWS)
         model.fit(x, y, batch_size=2, verbose=0)
         found = model._accumulation.losses.findings
@@ -166,7 +166,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
             return (y - y_pred + tf.random.normal(tf.shape(y))) ** 2
 
         model = linear(keras_accum.GradientAccumulationModel, accum_steps=2)
-        model.compile("sgd", noisy)
+        model.compile("sgd", noisy, jit_compile=False)
         x, y = map(tf.constant, arrays(ROWS))
         found = first_batch.find(model._accumulation, (x, y))
         self.assertEqual(found.compiled, (Kind.MEAN,))
@@ -184,7 +184,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
 
         loss = Drawing()
         model = linear(keras_accum.GradientAccumulationModel, accum_steps=2)
-        model.compile("sgd", loss)
+        model.compile("sgd", loss, jit_compile=False)
         states = [random.getstate(), np.random.get_state()[1].tolist()]
         seeds = loss.seeds.state.numpy()
         x, y = map(tf.constant, arrays(ROWS))
@@ -205,7 +205,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
             yield x[4:], y[4:], None
 
         model = linear(keras_accum.GradientAccumulationModel, accum_steps=2)
-        model.compile("sgd", "mse")
+        model.compile("sgd", "mse", jit_compile=False)
         model.fit(batches(), verbose=0)
         self.assertEqual(int(model.optimizer.iterations), 1)
 
@@ -224,7 +224,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
                 return super().train_step((x, y))
 
         model = Model(accum_steps=2)
-        model.compile("sgd", "mse")
+        model.compile("sgd", "mse", jit_compile=False)
         x, y = np.ones((ROWS, 2, 5)), np.ones((ROWS, 4))
         model.fit(x, y, batch_size=4, verbose=0)
         self.assertEqual(model.layer.kernel.shape, (10, 4))
@@ -236,7 +236,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
         model = keras_accum.GradientAccumulationModel(
             x, keras.layers.Dense(1)(hidden), accum_steps=2
         )
-        model.compile("sgd", "mse")
+        model.compile("sgd", "mse", jit_compile=False)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             model.fit(
@@ -253,7 +253,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
         # What the loss divides by differs late in the batch.
         y = np.sort(y, axis=0)
         model = linear(keras_accum.GradientAccumulationModel, accum_steps=2)
-        model.compile("sgd", masked_mean)
+        model.compile("sgd", masked_mean, jit_compile=False)
         found = first_batch.find(model._accumulation, (tf.constant(x), y))
         self.assertEqual(found.compiled, (Kind.COUPLED,))
 
@@ -327,7 +327,11 @@ class OtherRowsTest(test_utils.TestCase, parameterized.TestCase):
             keras.layers.Dense(1, "sigmoid", dtype=dtype)(hidden),
             accum_steps=4,
         )
-        model.compile("sgd", keras.losses.Dice() if loss == "dice" else loss)
+        model.compile(
+            "sgd",
+            keras.losses.Dice() if loss == "dice" else loss,
+            jit_compile=False,
+        )
         said = self.fit(
             model,
             self.batches(4).map(lambda x, y: ((x.values, x.value_rowids()), y)),
@@ -339,7 +343,7 @@ class OtherRowsTest(test_utils.TestCase, parameterized.TestCase):
     def test_ragged_inputs_of_a_model_without_weights(self):
         keras.utils.set_random_seed(0)
         model = Ragged(microbatch_size=4)
-        model.compile("sgd", keras.losses.Dice())
+        model.compile("sgd", keras.losses.Dice(), jit_compile=False)
         self.assertEmpty(self.fit(model, self.batches(16)))
         self.assertTrue(model._accumulation.losses.found.couples_rows)
 

@@ -5,7 +5,6 @@ import os
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -146,7 +145,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
         ("xla", "mean_with_sample_weight", "sum"),
         ("eager", "sum_over_batch_size", "sum_over_batch_size"),
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_outputs_with_other_reductions(self, mode, *reductions):
         self.check_outputs(mode, reductions)
 
@@ -178,7 +177,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
         self.assertTrue(actual._accumulation.losses.uses_denominators())
 
     @parameterized.parameters(*MODES)
-    @test_utils.first_command(0, 2)
+    @test_utils.first_command(0)
     def test_masks_with_added_losses(self, mode):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(7)
@@ -216,6 +215,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
                 "sgd",
                 loss=[test_utils.crossentropy(), test_utils.crossentropy()],
                 metrics=[["accuracy"], ["accuracy"]],
+                jit_compile=False,
             )
             logs = [model.train_on_batch(*batch), model.test_on_batch(*batch)]
             reported.append(logs)
@@ -224,12 +224,12 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
 
 class FitTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(("graph", True), ("xla", False), ("eager", False))
-    @test_utils.first_command(0, 1)
+    @test_utils.first_command(0, second=(1,))
     def test_fit_evaluate_and_predict(self, mode, known_length):
         self.check_fit(mode, known_length)
 
     @parameterized.parameters(("graph", False), ("xla", True), ("eager", True))
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_fit_evaluate_and_predict_otherwise(self, mode, known_length):
         self.check_fit(mode, known_length)
 
@@ -281,7 +281,11 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         reported = []
         for model in (build(keras.Model), in_microbatches(build)):
             loss = test_utils.crossentropy()
-            model.compile("sgd", loss if name == "mlp" else [loss, loss])
+            model.compile(
+                "sgd",
+                loss if name == "mlp" else [loss, loss],
+                jit_compile=False,
+            )
             reported.append(
                 [
                     model.evaluate(x, y, batch_size=5, verbose=0)
@@ -308,7 +312,10 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         initial = expected.get_weights()
         for model in (expected, actual):
             model.compile(
-                "adam", loss=test_utils.crossentropy(), steps_per_execution=2
+                "adam",
+                loss=test_utils.crossentropy(),
+                steps_per_execution=2,
+                jit_compile=False,
             )
             model.run_eagerly = model is expected
             model.fit(test_utils.dataset(batches, True), verbose=0)
@@ -342,7 +349,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         model = keras_accum.GradientAccumulationModel(
             inputs, keras.layers.Dense(3)(hidden), microbatch_size=3
         )
-        model.compile("adam", loss=test_utils.crossentropy())
+        model.compile("adam", loss=test_utils.crossentropy(), jit_compile=False)
         states = []
         for known_length in (True, False):
             model.fit(test_utils.dataset(batches, known_length), verbose=0)
@@ -352,6 +359,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(states, [(2, 6), (4, 12)])
 
     @parameterized.parameters(False, True)
+    @test_utils.first_command(1)
     def test_sparse_and_ragged_inputs(self, is_ragged):
         rng = np.random.default_rng(0)
         x = rng.normal(size=(7, 6)).astype("float32") * (
@@ -393,7 +401,9 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         )
         initial = expected.get_weights()
         for model in (expected, actual):
-            model.compile("adam", loss=test_utils.crossentropy())
+            model.compile(
+                "adam", loss=test_utils.crossentropy(), jit_compile=False
+            )
         expected.run_eagerly = True
         for batch, size in zip(batches, (None, 3, 5, None), strict=True):
             actual.microbatch_size = size
@@ -407,19 +417,23 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         initial = expected.get_weights()
         (x, y), other = test_utils.microbatches([8, 8])
         for model in (expected, actual):
-            model.compile("adam", loss=test_utils.crossentropy())
+            model.compile(
+                "adam", loss=test_utils.crossentropy(), jit_compile=False
+            )
             model.run_eagerly = model is expected
             model.train_on_batch(x, y)
         # The labels of the last micro-batch do not exist.
         wrong = np.where(np.arange(8) < 7, y, 99)
-        actual.compile("adam", loss=checked_crossentropy)
+        actual.compile("adam", loss=checked_crossentropy, jit_compile=False)
         before = actual.get_weights()
         with self.assertRaises(tf.errors.InvalidArgumentError):
             actual.train_on_batch(x, wrong)
         self.assertAllClose(before, actual.get_weights(), 0, 0)
         self.assertEqual(test_utils.num_microbatches(actual), 0)
         for model in (expected, actual):
-            model.compile("adam", loss=test_utils.crossentropy())
+            model.compile(
+                "adam", loss=test_utils.crossentropy(), jit_compile=False
+            )
             model.run_eagerly = model is expected
             model.train_on_batch(*other)
         self.assertSameTraining(actual, expected, initial)
@@ -435,7 +449,7 @@ def checked_crossentropy(y_true, y_pred):
 class ProgramTest(test_utils.TestCase):
     def graph_size(self, rows):
         model = in_microbatches()
-        model.compile("adam", loss=test_utils.crossentropy())
+        model.compile("adam", loss=test_utils.crossentropy(), jit_compile=False)
         programs = training.Programs(model._accumulation)
         step = programs.make_step()
         batch = test_utils.microbatches([rows])[0]
@@ -453,7 +467,7 @@ class ProgramTest(test_utils.TestCase):
     def test_batches_of_other_sizes_are_not_traced_again(self):
         counted, traces = test_utils.counting_traces()
         model = test_utils.mlp(counted, microbatch_size=3)
-        model.compile("adam", loss=test_utils.crossentropy())
+        model.compile("adam", loss=test_utils.crossentropy(), jit_compile=False)
         model.fit(
             test_utils.dataset(test_utils.microbatches([7, 30, 2, 300])),
             verbose=0,
@@ -485,14 +499,16 @@ class EffectiveBatchSizeTest(test_utils.TestCase, parameterized.TestCase):
         model = test_utils.mlp(
             keras_accum.GradientAccumulationModel, effective_batch_size=size
         )
-        model.compile("adam", loss=test_utils.crossentropy())
+        model.compile("adam", loss=test_utils.crossentropy(), jit_compile=False)
         return model
 
     def test_counts_the_batches_of_the_first_ones_size(self):
         x, y = test_utils.concatenate(test_utils.microbatches([22]))
         expected, actual = test_utils.mlp(), self.model(12)
         initial = expected.get_weights()
-        expected.compile("adam", loss=test_utils.crossentropy())
+        expected.compile(
+            "adam", loss=test_utils.crossentropy(), jit_compile=False
+        )
         expected.run_eagerly = True
         for size, k in ((4, 3), (6, 2), (12, 1)):
             actual.fit(x, y, batch_size=size, shuffle=False, verbose=0)

@@ -4,7 +4,6 @@ import functools
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -99,7 +98,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         (masked, "xla", True),
         (masked, "eager", False),
     )
-    @test_utils.first_command(0, 1, 3)
+    @test_utils.first_command(0, 3)
     def test_are_those_of_the_large_batch(self, build, mode, renorm):
         self.check_layer(build, mode, renorm)
 
@@ -119,7 +118,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
             ],
         )
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_are_those_of_the_large_batch_elsewhere(self, build, mode, renorm):
         self.check_layer(build, mode, renorm)
 
@@ -148,7 +147,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         )
         batches = list(data((8, 3, 4), offset=1000.0))
         model = build(keras_accum.GradientAccumulationModel, accum_steps=3)
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         test_utils.train_on(model, batches)
         x, _ = test_utils.concatenate(batches)
         values = x.astype("float64").reshape(-1, test_utils.FEATURES)
@@ -203,7 +202,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         model = normalizing(
             keras_accum.GradientAccumulationModel, accum_steps=3
         )
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         model.fit(test_utils.dataset(batches), verbose=0)
         expected = normalizing(keras.Model)
         for window in (batches[:3], batches[3:]):
@@ -217,7 +216,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         model = normalizing(
             keras_accum.GradientAccumulationModel, accum_steps=3
         )
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         test_utils.train_on(model, batches[:2])
         model.reset_window()
         for batch in batches[:2]:
@@ -233,7 +232,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         model = normalizing(
             keras_accum.GradientAccumulationModel, accum_steps=3
         )
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         model.train_on_batch(batches[0][0] * np.nan, batches[0][1])
         model.reset_window()
         test_utils.train_on(model, batches)
@@ -245,7 +244,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         model = normalizing(
             keras_accum.GradientAccumulationModel, accum_steps=3
         )
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         step = tf.function(model.train_step, reduce_retracing=True)
         for x, y in batches:
             step((tf.constant(x), tf.constant(y)))
@@ -276,7 +275,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         model = normalizing(
             keras_accum.GradientAccumulationModel, accum_steps=2, **kwargs
         )
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         test_utils.train_on(model, batches)
         expected = normalizing(keras.Model, **kwargs)
         call = tf.function(expected)
@@ -291,7 +290,9 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
             normalizing(keras_accum.GradientAccumulationModel),
         ]
         for model in models:
-            model.compile("sgd", loss=test_utils.crossentropy())
+            model.compile(
+                "sgd", loss=test_utils.crossentropy(), jit_compile=False
+            )
             test_utils.train_on(model, batches)
         self.assertAllClose(*map(statistics, models), rtol=0, atol=0)
 

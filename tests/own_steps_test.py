@@ -6,7 +6,6 @@ from unittest import mock
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -33,7 +32,8 @@ def gan(wrap=lambda optimizer: optimizer, strategy=None, mode=None, **kwargs):
     """A compiled GAN."""
     with (strategy or tf.distribute.get_strategy()).scope():
         model = cases.GAN(**({"accum_steps": 3} | kwargs))
-        model.compile(**cases.gan_optimizers(wrap), **(mode or {}))
+        mode = mode or {"jit_compile": False}
+        model.compile(**cases.gan_optimizers(wrap), **mode)
     return model
 
 
@@ -59,7 +59,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
         ({"run_eagerly": True},),
         ({"jit_compile": True, "steps_per_execution": 3},),
     )
-    @test_utils.first_command(0, 2)
+    @test_utils.first_command(2, second=(3,))
     def test_two_optimizers(self, mode):
         model = gan(mode=mode)
         batches = cases.gan_batches(FLAT)
@@ -74,7 +74,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
         (True, {"nonfinite": "skip_microbatch"}),
         (False, {"nonfinite": "skip_window"}),
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0, 3))
     def test_on_replicas(self, jit_compile, kwargs):
         strategy, missing = test_utils.chosen_strategy()
         if missing:
@@ -99,7 +99,9 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
 
         with strategy.scope():
             other = test_utils.accumulating(accum_steps=2)
-            other.compile("sgd", loss=test_utils.crossentropy())
+            other.compile(
+                "sgd", loss=test_utils.crossentropy(), jit_compile=False
+            )
         expected = reductions(other, test_utils.microbatches([4] * 2))
         model = gan(strategy=strategy, accum_steps=2)
         found = reductions(model, cases.gan_batches([4] * 2))
@@ -129,7 +131,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
         ({"run_eagerly": True}, None),
         ({"jit_compile": False}, "mirrored"),
     )
-    @test_utils.first_command(3)
+    @test_utils.first_command(3, second=(0,))
     def test_each_scales_its_own_loss(self, mode, strategy):
         if strategy is not None:
             strategy, missing = test_utils.chosen_strategy()
@@ -141,7 +143,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameGAN(model, scaled)
 
     @parameterized.product(size=(3, "auto"), jit_compile=(True, False))
-    @test_utils.first_command(1)
+    @test_utils.first_command(1, second=(0, 2))
     def test_micro_batches_of_a_batch(self, size, jit_compile):
         model = gan(
             accum_steps=1,
@@ -234,7 +236,7 @@ class ResumeTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(resumed.g_optimizer.iterations), 2)
 
     @parameterized.product(before=(1, 2), after=(1, 2))
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(1, 2))
     def test_goes_on_on_another_number_of_replicas(self, before, after):
         def make(replicas):
             strategy = None
@@ -283,7 +285,7 @@ class NonfiniteTest(test_utils.TestCase, parameterized.TestCase):
         return batches
 
     @parameterized.product(spoils=("real", "noise"), jit_compile=(True, False))
-    @test_utils.first_command(3)
+    @test_utils.first_command(3, second=(0,))
     def test_a_micro_batch_is_skipped_as_a_whole(self, spoils, jit_compile):
         model = gan(
             nonfinite="skip_microbatch", mode={"jit_compile": jit_compile}
@@ -307,7 +309,7 @@ class NonfiniteTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.product(
         wrap=(lambda optimizer: optimizer, scaled), jit_compile=(True, False)
     )
-    @test_utils.first_command(3)
+    @test_utils.first_command(3, second=(0,))
     def test_a_window_is_skipped_as_a_whole(self, wrap, jit_compile):
         model = gan(
             wrap, nonfinite="skip_window", mode={"jit_compile": jit_compile}
@@ -399,7 +401,7 @@ class SeveralCallsTest(test_utils.TestCase, parameterized.TestCase):
         model = test_utils.mlp(cls, accum_steps=3)
         model.compile(keras.optimizers.Adam(0.01), **mode)
         expected = test_utils.mlp()
-        expected.compile(keras.optimizers.Adam(0.01))
+        expected.compile(keras.optimizers.Adam(0.01), jit_compile=False)
         initial = expected.get_weights()
         model.fit(test_utils.dataset(batches), verbose=0)
         for window in (batches[:3], batches[3:]):
@@ -457,7 +459,9 @@ class SeveralCallsTest(test_utils.TestCase, parameterized.TestCase):
         model = test_utils.mlp(Parts, accum_steps=3)
         expected = test_utils.mlp()
         for each in (model, expected):
-            each.compile("adam", loss=test_utils.crossentropy())
+            each.compile(
+                "adam", loss=test_utils.crossentropy(), jit_compile=False
+            )
         initial = expected.get_weights()
         model.fit(test_utils.dataset(batches), verbose=0)
         for window in (batches[:3], batches[3:]):
@@ -471,6 +475,7 @@ class SeveralCallsTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(test_utils.position(model), 1)
 
     @parameterized.parameters(False, True)
+    @test_utils.first_command(0)
     def test_no_more_are_counted_than_there_are(self, is_replicated):
         strategy = None
         if is_replicated:
@@ -570,7 +575,7 @@ class RefusedTest(test_utils.TestCase, parameterized.TestCase):
         mode=({"run_eagerly": True}, {"jit_compile": True}),
         call=("apply", "apply_gradients"),
     )
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(0, second=(3,))
     def test_a_gan_that_updates_by_itself(self, mode, call):
         class Unedited(cases.GAN):
             def update_by(self, optimizer, gradients, variables, rows):
@@ -599,7 +604,7 @@ class RefusedTest(test_utils.TestCase, parameterized.TestCase):
 
     def test_a_model_that_a_callback_trains(self):
         other = test_utils.mlp()
-        other.compile("sgd", loss=test_utils.crossentropy())
+        other.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
 
         class TrainsOther(keras.callbacks.Callback):
             def on_train_batch_end(self, batch, logs=None):
@@ -628,7 +633,7 @@ class RefusedTest(test_utils.TestCase, parameterized.TestCase):
         for weight in (4, None):
             model = test_utils.mlp(Vector, accum_steps=2)
             model.weight = weight
-            model.compile("sgd")
+            model.compile("sgd", jit_compile=False)
             if weight:
                 with self.assertWarnsRegex(UserWarning, "several values"):
                     model.train_on_batch(*batch)
@@ -662,11 +667,11 @@ class LinesTest(test_utils.TestCase, parameterized.TestCase):
         keras.utils.set_random_seed(0)
         inputs = keras.Input((3,))
         model = Mine(inputs, keras.layers.Dense(1)(inputs), accum_steps=3)
-        model.compile(keras.optimizers.SGD(0.1))
+        model.compile(keras.optimizers.SGD(0.1), jit_compile=False)
         return model
 
     @parameterized.product(of_halves=(True, False), jit_compile=(True, False))
-    @test_utils.first_command(1, 3)
+    @test_utils.first_command(1, second=(0, 3))
     def test_parts_and_losses(self, of_halves, jit_compile):
         model = self.model(of_halves)
         initial = model.get_weights()

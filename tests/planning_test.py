@@ -1,8 +1,9 @@
 """`plan`: what sizes need, whether they fit, and that nothing changes."""
 
+import functools
+
 import keras
 import numpy as np
-import pytest
 from absl.testing import absltest
 from absl.testing import parameterized
 
@@ -11,10 +12,12 @@ from keras_accum import forecast
 from tests import test_utils
 
 MIB = 2**20
-LENGTH, UNITS, CLASSES, ROWS = 2048, 16, 3, 16
+LENGTH, UNITS, CLASSES, ROWS = 2048, 16, 3, 8
 # All rows need more, half of them less.
-LIMIT = 30 * MIB
+LIMIT = 15 * MIB
 WAYS = {"compiled": {"jit_compile": True}, "traced": {"jit_compile": False}}
+# Compiling each size takes longest, and is for the second command.
+TRACED = 1
 
 
 class Block(keras.layers.Layer):
@@ -75,28 +78,19 @@ def values(model):
     return [variable.numpy() for variable in variables]
 
 
-@pytest.fixture(scope="module")
-def found():
-    """Returns a plan for each way, made once."""
-    return {name: plan_of(**way) for name, way in WAYS.items()}
-
-
-def plan_of(memory_limit=LIMIT, **arguments):
-    return keras_accum.plan(
-        make(**arguments), *batch(), memory_limit=memory_limit
-    )
+@functools.cache
+def plan(way):
+    """Returns the plan of a way, made once."""
+    return keras_accum.plan(make(**WAYS[way]), *batch(), memory_limit=LIMIT)
 
 
 class PlanTest(parameterized.TestCase):
-    @pytest.fixture(autouse=True)
-    def _take(self, found):
-        self.found = found
-
     @parameterized.parameters(*WAYS)
+    @test_utils.first_command(TRACED)
     def test_lists_sizes_with_their_bytes(self, way):
-        found, model = self.found[way], make()
+        found, model = plan(way), make()
         plain = [each for each in found.sizes if not each.is_recomputed]
-        self.assertEqual([each.rows for each in plain], [16, 8, 4, 2, 1])
+        self.assertEqual([each.rows for each in plain], [8, 4, 2, 1])
         # Weights, and the statistics of BatchNormalization, and the seeds.
         weights = sum(each.numpy().nbytes for each in model.variables)
         trained = sum(each.numpy().nbytes for each in model.trainable_weights)
@@ -112,18 +106,20 @@ class PlanTest(parameterized.TestCase):
             self.assertEqual(each.fits, each.total <= LIMIT)
 
     @parameterized.parameters(*WAYS)
+    @test_utils.first_command(TRACED)
     def test_needs_less_for_fewer_rows_and_for_recomputed_layers(self, way):
         sizes = {
             (each.rows, each.is_recomputed): each.activations
-            for each in self.found[way].sizes
+            for each in plan(way).sizes
         }
         for recomputed in (False, True):
-            self.assertLess(sizes[8, recomputed], 0.7 * sizes[16, recomputed])
-        self.assertLess(sizes[16, True], 0.7 * sizes[16, False])
+            self.assertLess(sizes[4, recomputed], 0.7 * sizes[8, recomputed])
+        self.assertLess(sizes[8, True], 0.7 * sizes[8, False])
 
     @parameterized.parameters(*WAYS)
+    @test_utils.first_command(TRACED)
     def test_best_is_the_fastest_that_fits(self, way):
-        found = self.found[way]
+        found = plan(way)
         timed = [each for each in found.sizes if each.rows_per_second]
         self.assertTrue(all(each.fits for each in timed))
         self.assertEqual(
@@ -134,14 +130,15 @@ class PlanTest(parameterized.TestCase):
         self.assertIn(largest, [each.rows for each in timed])
 
     @parameterized.parameters(*WAYS)
+    @test_utils.first_command(TRACED)
     def test_table_says_what_to_do(self, way):
-        found = self.found[way]
+        found = plan(way)
         lines = str(found).splitlines()
         self.assertLen(lines[2:-1], len(found.sizes) + found.best.is_recomputed)
         self.assertEqual(lines[-1], f"microbatch_size={found.best.rows}")
 
     def test_layers_are_those_of_rematerialize(self):
-        found, model = self.found["traced"], make(jit_compile=False)
+        found, model = plan("traced"), make(jit_compile=False)
         self.assertIn("block_0", found.layers)
         keras_accum.rematerialize(model, found.layers)
         again = keras_accum.plan(model, *batch(), memory_limit=LIMIT)
@@ -177,11 +174,11 @@ class ForecastTest(parameterized.TestCase):
 
 
 class UnchangedTest(parameterized.TestCase):
-    @test_utils.first_command(1)
     @parameterized.parameters(
         {"jit_compile": True, "arguments": {}},
         {"jit_compile": False, "arguments": {"accum_steps": 4}},
     )
+    @test_utils.first_command(1, second=())
     def test_training_goes_on_as_if_nothing_had_been(
         self, jit_compile, arguments
     ):
@@ -197,7 +194,7 @@ class UnchangedTest(parameterized.TestCase):
             for start in (0, 4):
                 each.train_on_batch(x[start : start + 4], y[start : start + 4])
         before, function = values(model), model.train_function
-        keras_accum.plan(model, x[:4], y[:4])
+        keras_accum.plan(model, x[:2], y[:2])
         for a, b in zip(before, values(model), strict=True):
             np.testing.assert_array_equal(a, b)
         self.assertIs(model.train_function, function)
@@ -210,7 +207,7 @@ class UnchangedTest(parameterized.TestCase):
 
     def test_optimizer_that_is_not_built_stays_so(self):
         model = make(jit_compile=False)
-        keras_accum.plan(model, *batch(2))
+        keras_accum.plan(model, *batch(1))
         self.assertFalse(model.optimizer.built)
 
 
@@ -224,7 +221,7 @@ class ModelsTest(parameterized.TestCase):
 
     def test_nothing_fits(self):
         found = keras_accum.plan(
-            make(jit_compile=False), *batch(4), memory_limit=2**10
+            make(jit_compile=False), *batch(1), memory_limit=2**10
         )
         self.assertIsNone(found.best)
         self.assertIn("Nothing fits", str(found))
@@ -233,11 +230,11 @@ class ModelsTest(parameterized.TestCase):
         strategy = test_utils.chosen_strategy()[0]
         with strategy.scope():
             model = make(jit_compile=False)
-        found = keras_accum.plan(model, *batch(4), memory_limit=2**30)
-        most = 4 // strategy.num_replicas_in_sync
-        self.assertEqual(found.sizes[0].rows, most)
+        rows = strategy.num_replicas_in_sync
+        found = keras_accum.plan(model, *batch(rows), memory_limit=2**30)
+        self.assertEqual(found.sizes[0].rows, 1)
         self.assertEqual(
-            found.sizes[0].batch, 3 * sum(a.nbytes for a in batch(most))
+            found.sizes[0].batch, 3 * sum(a.nbytes for a in batch(1))
         )
         self.assertTrue(found.best.fits)
 

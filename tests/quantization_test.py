@@ -46,7 +46,7 @@ class QuantizationTest(test_utils.TestCase, parameterized.TestCase):
         (None, "graph"),
         (None, "xla"),
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0, 3))
     def test_trains_as_the_large_batch_elsewhere(self, quantization, mode):
         self.check(quantization, mode)
 
@@ -110,6 +110,7 @@ class QuantizationTest(test_utils.TestCase, parameterized.TestCase):
                 msg=mine.path,
             )
 
+    @pytest.mark.thorough
     def test_scales_on_several_replicas(self):
         strategy, missing = test_utils.chosen_strategy()
         if missing:
@@ -121,10 +122,12 @@ class QuantizationTest(test_utils.TestCase, parameterized.TestCase):
         batches[0][0][-1] *= 50
         with strategy.scope():
             replicated = test_utils.accumulating(build, accum_steps=2)
-            replicated.compile("sgd", loss=test_utils.crossentropy())
+            replicated.compile(
+                "sgd", loss=test_utils.crossentropy(), jit_compile=False
+            )
         single = test_utils.accumulating(build, accum_steps=2)
         initial = single.get_weights()
-        single.compile("sgd", loss=test_utils.crossentropy())
+        single.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         for model in (replicated, single):
             model.fit(test_utils.dataset(batches), verbose=0)
         self.assertSameTraining(replicated, single, initial, tolerance=0.1)

@@ -19,7 +19,7 @@ NONE = {"mode": None}
 FULL = {"mode": "full"}
 ACTIVATIONS = {"mode": "activations"}
 LARGE = {"mode": "larger_than", "output_size_threshold": 40}
-LISTED = {"mode": "list_of_layers", "layer_names": ["embedding", "block_1"]}
+LISTED = {"mode": "list_of_layers", "layer_names": ["embedding", "block_0"]}
 WINDOW, BATCH, PLAIN = {"accum_steps": 3}, {"microbatch_size": 4}, {}
 
 needs_scope = unittest.skipUnless(
@@ -80,7 +80,7 @@ class Block(keras.layers.Layer):
         )
 
 
-def network(scope=NONE, block=Block):
+def network(scope=NONE, block=Block, blocks=1):
     """Returns inputs and outputs, with what is recomputed as `scope` says."""
     keras.utils.set_random_seed(0)
     with contextlib.ExitStack() as stack:
@@ -90,7 +90,7 @@ def network(scope=NONE, block=Block):
         x = keras.layers.Embedding(
             VOCABULARY, WIDTH, mask_zero=True, name="embedding"
         )(inputs)
-        for index in range(2):
+        for index in range(blocks):
             x = block(name=f"block_{index}")(x)
         x = keras.layers.GlobalAveragePooling1D()(x)
         x = keras.layers.Dropout(0.3)(x)
@@ -133,14 +133,25 @@ def trained(make, options, compiled, strategy=None, loss=None):
     return [*variables, model.predict(x, verbose=0), *map(np.array, logs)]
 
 
-def functional(options, scope=NONE):
+def functional(options, scope=NONE, blocks=1):
     """Returns the functional model."""
-    return keras_accum.GradientAccumulationModel(*network(scope), **options)
+    return keras_accum.GradientAccumulationModel(
+        *network(scope, blocks=blocks), **options
+    )
+
+
+def untraced(compiled):
+    """Returns how a reference is compiled: XLA alone draws in its own way."""
+    return compiled if compiled.get("jit_compile") else {"run_eagerly": True}
+
+
+def plain(options, compiled):
+    """Returns what a model without recomputing comes to."""
+    return _plain(tuple(options.items()), tuple(untraced(compiled).items()))
 
 
 @functools.cache
-def plain(options, compiled):
-    """Returns what a model without recomputing comes to."""
+def _plain(options, compiled):
     return trained(functional, dict(options), dict(compiled))
 
 
@@ -156,25 +167,28 @@ class RematerializationTest(parameterized.TestCase):
 class ScopeTest(RematerializationTest):
     @parameterized.parameters(
         (FULL, WINDOW, {"jit_compile": True}),
-        (FULL, PLAIN, {"jit_compile": False}),
+        (FULL, WINDOW, {"jit_compile": False}),
+        (ACTIVATIONS, BATCH, {"jit_compile": False}),
+        (LARGE, BATCH, {"run_eagerly": True}),
+        (LISTED, PLAIN, {"jit_compile": False}),
+        (LISTED, WINDOW, {"run_eagerly": True}),
         (ACTIVATIONS, BATCH, {"run_eagerly": True}),
         (LARGE, BATCH, {"jit_compile": True}),
-        (LISTED, WINDOW, {"jit_compile": False}),
-        (LISTED, WINDOW, {"run_eagerly": True}),
     )
-    @test_utils.first_command(1)
+    @test_utils.first_command(1, second=(0, 2, 3, 4))
     def test_is_as_without(self, scope, options, compiled):
         make = functools.partial(functional, scope=scope)
         self.assert_same(
             trained(make, options, compiled),
-            plain(tuple(options.items()), tuple(compiled.items())),
+            plain(options, compiled),
         )
 
-    @pytest.mark.thorough
-    def test_replicas(self):
+    @parameterized.parameters(False, True)
+    @test_utils.first_command(second=(0,))
+    def test_replicas(self, jit_compile):
         strategy = test_utils.chosen_strategy()[0]
         make = functools.partial(functional, scope=FULL)
-        compiled = {"jit_compile": True}
+        compiled = {"jit_compile": jit_compile}
         self.assert_same(
             trained(make, WINDOW, compiled, strategy),
             trained(functional, WINDOW, compiled, strategy),
@@ -186,25 +200,30 @@ class ScopeTest(RematerializationTest):
             trained(
                 functools.partial(functional, scope=scope),
                 BATCH,
-                {"jit_compile": False},
+                compiled,
                 loss=keras.losses.Dice(),
             )
-            for scope in (FULL, NONE)
+            for scope, compiled in (
+                (FULL, {"jit_compile": False}),
+                (NONE, {"run_eagerly": True}),
+            )
         )
         self.assert_same(some, others)
 
     @pytest.mark.thorough
     def test_half_precision(self):
-        def run(scope):
+        def run(scope, compiled):
             policy = keras.dtype_policies.get("mixed_bfloat16")
             keras.config.set_dtype_policy(policy)
             try:
                 make = functools.partial(functional, scope=scope)
-                return trained(make, WINDOW, {"jit_compile": False})
+                return trained(make, WINDOW, compiled)
             finally:
                 keras.config.set_dtype_policy("float32")
 
-        for a, b in zip(run(FULL), run(NONE), strict=True):
+        some = run(FULL, {"jit_compile": False})
+        others = run(NONE, {"run_eagerly": True})
+        for a, b in zip(some, others, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-3)
 
 
@@ -248,8 +267,9 @@ class FunctionTest(RematerializationTest):
     @parameterized.parameters(
         (tf.recompute_grad, {"jit_compile": True}),
         (getattr(keras, "remat", None), {"run_eagerly": True}),
+        (tf.recompute_grad, {"jit_compile": False}),
     )
-    @test_utils.first_command(1)
+    @test_utils.first_command(1, second=(2,))
     def test_is_as_without(self, recompute, compiled):
         if recompute is None:
             self.skipTest("Keras 3.9 has the first.")
@@ -262,12 +282,16 @@ class FunctionTest(RematerializationTest):
 
         some, others = (
             trained(functools.partial(make, recompute=each), WINDOW, compiled)
-            for each in (recompute, lambda function: function)
+            for each, compiled in (
+                (recompute, compiled),
+                (lambda function: function, untraced(compiled)),
+            )
         )
         self.assert_same(some, others)
 
     @needs_scope
     @parameterized.parameters(WINDOW, {"accum_steps": 1})
+    @test_utils.first_command(0)
     def test_steps_of_ones_own(self, **window):
         some, others = (
             trained(
@@ -275,9 +299,12 @@ class FunctionTest(RematerializationTest):
                     *network(scope), **options
                 ),
                 window,
-                {"jit_compile": False},
+                compiled,
             )
-            for scope in (LISTED, NONE)
+            for scope, compiled in (
+                (LISTED, {"jit_compile": False}),
+                (NONE, {"run_eagerly": True}),
+            )
         )
         self.assert_same(some, others)
 
@@ -347,17 +374,18 @@ class RematerializeTest(RematerializationTest):
     @test_utils.first_command(0)
     def test_is_as_without(self, layer):
         def make(options):
-            model = keras.Model(*network())
+            # One of two, which are alike.
+            model = keras.Model(*network(blocks=2))
             model = keras_accum.GradientAccumulationModel.from_model(
                 model, **options
             )
             keras_accum.rematerialize(model, [layer])
             return model
 
-        compiled = {"jit_compile": False}
+        expected = functools.partial(functional, blocks=2)
         self.assert_same(
-            trained(make, WINDOW, compiled),
-            plain(tuple(WINDOW.items()), tuple(compiled.items())),
+            trained(make, WINDOW, {"jit_compile": False}),
+            trained(expected, WINDOW, {"run_eagerly": True}),
         )
 
     @parameterized.parameters(

@@ -127,7 +127,10 @@ def made(kind, state):
 
 def compile_(model):
     model.compile(
-        keras.optimizers.SGD(0.1, momentum=0.9), "mse", metrics=["mae"]
+        keras.optimizers.SGD(0.1, momentum=0.9),
+        "mse",
+        metrics=["mae"],
+        jit_compile=False,
     )
 
 
@@ -144,7 +147,7 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
         (nested, "effective_batch_size"),
         (without_norm, "microbatch_size"),
     )
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(0, second=(1, 3))
     def test_trains_as_the_large_batch(self, kind, way):
         self.check_training(kind, way)
 
@@ -158,7 +161,7 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
         (without_norm, "accum_steps"),
         (without_norm, "effective_batch_size"),
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(4,))
     def test_trains_as_the_large_batch_otherwise(self, kind, way):
         self.check_training(kind, way)
 
@@ -187,7 +190,7 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
         *zip(KINDS, 2 * (STATES[1:] + STATES[:1]), strict=True),
         *zip(KINDS, 2 * (STATES[2:] + STATES[:2]), strict=True),
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0, 3, 6, 9))
     def test_shares_all_in_other_states(self, kind, state):
         self.check_sharing(kind, state)
 
@@ -250,12 +253,12 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
         self.assertAllClose(loss, 3 * error, rtol=1e-5)
 
     @parameterized.parameters(unbuilt, Subclassed, accumulating)
-    @test_utils.first_command(2)
+    @test_utils.first_command(2, second=(0,))
     def test_files_and_pickles(self, kind):
         self.check_files(kind)
 
     @parameterized.parameters(sequential, functional, nested)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(1,))
     def test_files_and_pickles_of_others(self, kind):
         self.check_files(kind)
 
@@ -307,7 +310,7 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
                 return {"loss": loss}
 
         found = GA.from_model(Own(), accum_steps=3)
-        found.compile("sgd")
+        found.compile("sgd", jit_compile=False)
         fit(found, 8)
         self.assertEqual(int(found.optimizer.iterations), 2)
 
@@ -319,7 +322,10 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "give one of them"):
             GA.from_model(functional(), accum_steps=2, microbatch_size=3)
         model = functional()
-        model.compile(keras.optimizers.SGD(gradient_accumulation_steps=2))
+        model.compile(
+            keras.optimizers.SGD(gradient_accumulation_steps=2),
+            jit_compile=False,
+        )
         with self.assertRaisesRegex(ValueError, "a second time"):
             GA.from_model(model, accum_steps=2)
         self.assertEqual(GA.from_model(model).accum_steps, 1)
@@ -357,6 +363,7 @@ class KerasHubTest(test_utils.TestCase, parameterized.TestCase):
             keras.optimizers.SGD(0.1),
             loss=test_utils.crossentropy(),
             metrics=["accuracy"],
+            jit_compile=False,
         )
         return model.fit(
             SENTENCES,
@@ -370,7 +377,7 @@ class KerasHubTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         ({"accum_steps": 3}, 4), ({"microbatch_size": 5}, 12)
     )
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_task(self, arguments, batch_size):
         large = text_classifier()
         expected = self.train(large, 12)
@@ -496,7 +503,7 @@ class CallsSuperTest(test_utils.TestCase, parameterized.TestCase):
         run_eagerly=(False, True),
         on_replicas=(False, True),
     )
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(0, second=(3, 4))
     def test_steps_losses_and_metrics(self, way, run_eagerly, on_replicas):
         if on_replicas and run_eagerly:
             self.skipTest("Slow, and the same.")
@@ -536,7 +543,7 @@ class CallsSuperTest(test_utils.TestCase, parameterized.TestCase):
 
 class TensorBoardTest(test_utils.TestCase):
     def tags(self, model):
-        model.compile("sgd", "mse")
+        model.compile("sgd", "mse", jit_compile=False)
         callback = keras.callbacks.TensorBoard(
             tempfile.mkdtemp(dir=self.get_temp_dir())
         )

@@ -113,6 +113,9 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(actual.optimizer.iterations), 2 * WINDOWS)
 
     @parameterized.named_parameters((name, name) for name in INPUTS)
+    @test_utils.first_command(
+        "_tf_data", "_numpy", "_generator", "_unknown_length"
+    )
     def test_inputs(self, name):
         self.assertFitsAlike(data(), inputs=name, jit_compile=False)
 
@@ -141,11 +144,12 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.assertFitsAlike(test_utils.microbatches(sizes), **mode)
 
     @parameterized.parameters("graph", "loop")
+    @test_utils.first_command(1)
     def test_uneven_microbatches_and_partial_windows(self, mode):
         self.check_uneven(**MODES[mode])
 
     @parameterized.parameters("xla", "eager", "loop_xla")
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_uneven_microbatches_and_partial_windows_elsewhere(self, mode):
         self.check_uneven(**(MODES | OTHER_MODES)[mode])
 
@@ -189,7 +193,9 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         losses = []
         for evaluate_first in (False, True):
             model = test_utils.accumulating()
-            model.compile("sgd", loss=test_utils.crossentropy())
+            model.compile(
+                "sgd", loss=test_utils.crossentropy(), jit_compile=False
+            )
             if evaluate_first:
                 model.evaluate(x, y, batch_size=8, verbose=0)
             history = model.fit(
@@ -257,7 +263,9 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             (build(keras.Model), large),
             (test_utils.accumulating(build), batches),
         ):
-            model.compile("sgd", loss=test_utils.crossentropy())
+            model.compile(
+                "sgd", loss=test_utils.crossentropy(), jit_compile=False
+            )
             model.run_eagerly = each is large
             batches_of_each = test_utils.dataset(each, known_length=True)
             history = model.fit(batches_of_each, epochs=2, verbose=0)
@@ -265,6 +273,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.assertAllClose(*losses, rtol=1e-6)
 
     @parameterized.parameters("sum", "mean", "mean_with_sample_weight", None)
+    @test_utils.first_command(0, 3)
     def test_reported_loss_of_every_reduction(self, reduction):
         batches = test_utils.microbatches([8, 1, 1, 7, 2, 9, 5, 5])
         large = [test_utils.concatenate(batches[i : i + 4]) for i in (0, 4)]
@@ -275,7 +284,9 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             (test_utils.accumulating(regularizer=regularizer), batches),
         ):
             model.compile(
-                "sgd", loss=test_utils.crossentropy(reduction=reduction)
+                "sgd",
+                loss=test_utils.crossentropy(reduction=reduction),
+                jit_compile=False,
             )
             model.run_eagerly = each is large
             batches_of_each = test_utils.dataset(each, known_length=True)
@@ -291,7 +302,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         ("mean_with_sample_weight", False, "eager"),
         ("mean_with_sample_weight", True, "xla"),
     )
-    @test_utils.first_command(1, 3)
+    @test_utils.first_command(1, second=(2,))
     def test_reported_losses_of_outputs(self, reduction, known_rows, mode):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(7)
@@ -349,7 +360,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.check_unbuilt(**MODES[mode])
 
     @parameterized.parameters("xla", "eager", *OTHER_MODES)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0, 1))
     def test_subclassed_unbuilt_model_elsewhere(self, mode):
         self.check_unbuilt(**(MODES | OTHER_MODES)[mode])
 
@@ -375,19 +386,19 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
     def test_no_trainable_weights(self):
         model = test_utils.accumulating()
         model.trainable = False
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         with self.assertWarnsRegex(UserWarning, "any trainable weights"):
             model.train_on_batch(*data()[0])
 
 
 class OneTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.named_parameters((name, name) for name in MODES)
-    @test_utils.first_command("_graph", "_xla", "_loop")
+    @test_utils.first_command("_graph")
     def test_accum_steps_1_is_keras_model_to_the_bit(self, name):
         self.check_bits(**MODES[name])
 
     @parameterized.named_parameters((name, name) for name in OTHER_MODES)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=("_auto",))
     def test_accum_steps_1_is_keras_model_elsewhere(self, name):
         self.check_bits(**OTHER_MODES[name])
 
@@ -409,7 +420,9 @@ class OneTest(test_utils.TestCase, parameterized.TestCase):
             test_utils.mlp(),
             test_utils.mlp(keras_accum.GradientAccumulationModel),
         ):
-            model.compile("adam", loss=test_utils.crossentropy())
+            model.compile(
+                "adam", loss=test_utils.crossentropy(), jit_compile=False
+            )
             logs = [model.train_on_batch(*batch) for batch in data()]
             results.append((model.get_weights(), logs))
         self.assertAllClose(*results, rtol=0, atol=0)
@@ -417,6 +430,7 @@ class OneTest(test_utils.TestCase, parameterized.TestCase):
 
 class StepTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(False, True)
+    @test_utils.first_command(0)
     def test_between_boundaries_nothing_changes(self, jit_compile):
         model = test_utils.accumulating()
         model.compile(
@@ -437,14 +451,25 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
 
     def test_train_on_batch_reports_the_micro_batch(self):
         model, plain = test_utils.accumulating(), test_utils.mlp()
-        plain.compile("sgd", loss=test_utils.crossentropy(), metrics=["acc"])
+        plain.compile(
+            "sgd",
+            loss=test_utils.crossentropy(),
+            metrics=["acc"],
+            jit_compile=False,
+        )
         plain.run_eagerly = True
-        model.compile("sgd", loss=test_utils.crossentropy(), metrics=["acc"])
+        model.compile(
+            "sgd",
+            loss=test_utils.crossentropy(),
+            metrics=["acc"],
+            jit_compile=False,
+        )
         for batch in data()[:K]:
             expected = plain.test_on_batch(*batch)
             self.assertAllClose(model.train_on_batch(*batch), expected)
 
     @parameterized.parameters(False, True)
+    @test_utils.first_command(0)
     def test_a_loop_of_ones_own(self, in_graph):
         batches = test_utils.microbatches([8, 7, 5, 3])
         expected, actual = test_utils.mlp(), test_utils.accumulating()
@@ -453,6 +478,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
             model.compile(
                 "adam",
                 loss=test_utils.crossentropy(reduction="sum"),
+                jit_compile=False,
             )
         expected.run_eagerly = True
         step = tf.function(actual.train_step) if in_graph else actual.train_step
@@ -488,7 +514,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
                 return {"loss": loss}
 
         model = Parts(accum_steps=3)
-        model.compile("sgd")
+        model.compile("sgd", jit_compile=False)
         model.fit(test_utils.dataset(data()[:3] * 2), epochs=2, verbose=0)
         self.assertEqual(int(model.optimizer.iterations), 4)
 
@@ -499,7 +525,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
                 return super().train_step((2.0 * x, y))
 
         model = test_utils.mlp(Doubling, accum_steps=2)
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         x, y = data()[0]
         expected = model.evaluate(2.0 * x, y, batch_size=99, verbose=0)
         model.reset_metrics()
@@ -511,7 +537,9 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
         expected, actual = test_utils.mlp(), test_utils.accumulating()
         initial = expected.get_weights()
         for model in (expected, actual):
-            model.compile("sgd", loss=test_utils.crossentropy())
+            model.compile(
+                "sgd", loss=test_utils.crossentropy(), jit_compile=False
+            )
         expected.run_eagerly = True
         actual.fit(test_utils.dataset(batches), verbose=0)
         for batch in batches:
@@ -524,7 +552,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
         )
 
     @parameterized.product(accum_steps=(1, 4), jit_compile=(False, True))
-    @test_utils.first_command(0, 1, 2)
+    @test_utils.first_command(0, 2, second=(3,))
     def test_train_step_of_ones_own(self, accum_steps, jit_compile):
         class Mine(keras_accum.GradientAccumulationModel):
             def train_step(self, batch):
@@ -569,7 +597,7 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
             pass
 
         model = test_utils.mlp(Mine, accum_steps=2)
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         history = model.fit(test_utils.dataset(data()), verbose=0).history
         self.assertEqual(list(history), ["theirs"])
         self.assertEqual(int(model.optimizer.iterations), 6)
@@ -590,7 +618,9 @@ class StepTest(test_utils.TestCase, parameterized.TestCase):
         optimizer = keras.optimizers.SGD()
         if policy == "mixed_float16":
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        model.compile(optimizer, loss=test_utils.crossentropy())
+        model.compile(
+            optimizer, loss=test_utils.crossentropy(), jit_compile=False
+        )
         return model
 
     @parameterized.product(
@@ -651,7 +681,10 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         counted, traces = test_utils.counting_traces()
         model = test_utils.mlp(counted, accum_steps=2)
         model.compile(
-            "sgd", loss=test_utils.crossentropy(), steps_per_execution=steps
+            "sgd",
+            loss=test_utils.crossentropy(),
+            steps_per_execution=steps,
+            jit_compile=False,
         )
         dataset = test_utils.dataset(data()).cache()
         model.fit(dataset, verbose=0)
@@ -670,7 +703,7 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
 
     def test_a_change_from_a_callback(self):
         model = test_utils.accumulating(accum_steps=5)
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         updates = []
 
         def change(batch, logs):
@@ -690,10 +723,14 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(model.optimizer.iterations), 4)
 
     @parameterized.parameters(1, 5)
+    @test_utils.first_command(0)
     def test_from_1_during_fit(self, steps):
         model = test_utils.accumulating(accum_steps=1)
         model.compile(
-            "sgd", loss=test_utils.crossentropy(), steps_per_execution=steps
+            "sgd",
+            loss=test_utils.crossentropy(),
+            steps_per_execution=steps,
+            jit_compile=False,
         )
 
         def change(epoch, logs):
@@ -708,7 +745,7 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(model.optimizer.iterations), 12 + 3)
 
     @parameterized.parameters(*MODES)
-    @test_utils.first_command(0, 2)
+    @test_utils.first_command(0, second=(1,))
     def test_schedule(self, mode):
         seen = []
 
@@ -731,7 +768,7 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         (0, "loop"),
         ("8", "loop"),
     )
-    @test_utils.first_command(0, 1, 2, 3)
+    @test_utils.first_command(0, 3)
     def test_schedule_that_returns_nonsense(self, value, mode):
         model = test_utils.accumulating(accum_steps=lambda updates: value)
         with self.assertRaisesRegex(
@@ -771,7 +808,7 @@ class GradientsTest(test_utils.TestCase):
                 return self.used(inputs)
 
         model = Half(accum_steps=2)
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         with self.assertWarnsRegex(UserWarning, "Gradients do not exist"):
             test_utils.train_on(model, data()[:2])
         buffers = test_utils.accumulator(model).buffers
@@ -795,7 +832,7 @@ class GradientsTest(test_utils.TestCase):
 
         model = Optional(accum_steps=2)
         model.build(None)
-        model.compile(keras.optimizers.SGD(1.0), loss="mse")
+        model.compile(keras.optimizers.SGD(1.0), loss="mse", jit_compile=False)
         rng = np.random.default_rng(0)
         a, b, y = rng.normal(size=(3, 4, 6)).astype("float32")
         y = y[:, :3]
@@ -882,10 +919,14 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(model.optimizer.iterations), 1)
 
     @parameterized.parameters(1, 3)
+    @test_utils.first_command(1)
     def test_an_exhausted_iterator_counts_nothing(self, steps):
         model = test_utils.accumulating(partial_window="carry", accum_steps=7)
         model.compile(
-            "sgd", loss=test_utils.crossentropy(), steps_per_execution=steps
+            "sgd",
+            loss=test_utils.crossentropy(),
+            steps_per_execution=steps,
+            jit_compile=False,
         )
         batches = data()[:5]
         for epoch in range(1, 8):
@@ -949,7 +990,7 @@ class CallbackTest(test_utils.TestCase):
 
     def test_callback_list_and_single_callback(self):
         model = test_utils.accumulating()
-        model.compile("sgd", loss=test_utils.crossentropy())
+        model.compile("sgd", loss=test_utils.crossentropy(), jit_compile=False)
         callbacks = keras.callbacks.CallbackList(
             [keras.callbacks.History()], model=model, epochs=1
         )

@@ -91,7 +91,7 @@ def own(cls=None, **kwargs):
     x = keras.Input((5,))
     hidden = keras.layers.Dropout(0.5)(keras.layers.Dense(8)(x))
     model = cls(x, keras.layers.Dense(4)(hidden), **kwargs)
-    model.compile("sgd")
+    model.compile("sgd", jit_compile=False)
     return model
 
 
@@ -114,12 +114,12 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
             (keras.losses.Dice(), False, True),
         ),
     )
-    @test_utils.first_command(1)
+    @test_utils.first_command(1, second=(2,))
     def test_compiled_losses(self, way, case):
         loss, with_accum_steps, with_microbatch_size = case
         cls = keras_accum.GradientAccumulationModel
         model = whole_batch_test.one_output(cls, **way)
-        model.compile("adam", loss, metrics=["mae"])
+        model.compile("adam", loss, metrics=["mae"], jit_compile=False)
         found = self.verify(model)
         is_exact = (
             with_accum_steps if "accum_steps" in way else (with_microbatch_size)
@@ -131,7 +131,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         # It trains as if nothing had been.
         x, y = whole_batch_test.arrays()
         other = whole_batch_test.one_output(cls, **way)
-        other.compile("adam", loss, metrics=["mae"])
+        other.compile("adam", loss, metrics=["mae"], jit_compile=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logs = [
@@ -144,7 +144,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         model = whole_batch_test.normalized(
             keras_accum.GradientAccumulationModel, **ACCUM_STEPS
         )
-        model.compile("adam", "mse")
+        model.compile("adam", "mse", jit_compile=False)
         found = self.verify(model)
         self.assertFalse(found.exact)
         causes = {each.cause for each in found.differences if each.cause}
@@ -187,7 +187,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
     def test_a_step_that_never_calls_the_model(self, **way):
         x, y = whole_batch_test.arrays()
         model = Parts([keras.layers.Dense(4), keras.layers.Dense(2)], **way)
-        model.compile("sgd")
+        model.compile("sgd", jit_compile=False)
         with self.assertRaisesRegex(ValueError, "must be built.*dense"):
             keras_accum.verify(model, x, y)
         model.fit(x, y, batch_size=3, verbose=0)
@@ -210,7 +210,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
             model = keras_accum.GradientAccumulationModel(
                 x, layer(keras.layers.Dense(3)(hidden)), **ACCUM_STEPS
             )
-            model.compile("sgd", "mse")
+            model.compile("sgd", "mse", jit_compile=False)
             found = self.verify(model)
             # Without weights before it, an added loss has no gradient.
             if expected == "denominators":
@@ -232,7 +232,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         for way in (ACCUM_STEPS, MICROBATCH_SIZE):
             with strategy.scope():
                 model = whole_batch_test.one_output()
-                model.compile("sgd", "mse")
+                model.compile("sgd", "mse", jit_compile=False)
                 model = keras_accum.GradientAccumulationModel.from_model(
                     model, **way
                 )
@@ -300,7 +300,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
     def test_refuses_what_it_cannot_verify(self):
         x, y = whole_batch_test.arrays()
         plain = whole_batch_test.one_output()
-        plain.compile("sgd", "mse")
+        plain.compile("sgd", "mse", jit_compile=False)
         with self.assertRaisesRegex(ValueError, "must accumulate"):
             keras_accum.verify(plain, x, y)
         model = whole_batch_test.one_output(
@@ -308,7 +308,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         )
         with self.assertRaisesRegex(ValueError, "must be compiled"):
             keras_accum.verify(model, x, y)
-        model.compile("sgd", "mse")
+        model.compile("sgd", "mse", jit_compile=False)
         with self.assertRaisesRegex(ValueError, "at least 3"):
             keras_accum.verify(model, x[:2], y[:2])
         with self.assertRaisesRegex(ValueError, "same number of rows"):
@@ -317,7 +317,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         model = keras_accum.GradientAccumulationModel(
             inputs, keras.layers.LSTM(1, stateful=True)(inputs), **ACCUM_STEPS
         )
-        model.compile("sgd", "mse")
+        model.compile("sgd", "mse", jit_compile=False)
         with self.assertRaisesRegex(ValueError, "no stateful layers"):
             keras_accum.verify(model, tf.zeros((4, 2, 5)), tf.zeros((4, 1)))
 

@@ -113,7 +113,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         ),
         jit_compile=(False, True),
     )
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(0, second=(3, 4))
     def test_is_that_of_one_tape(self, loss, build, jit_compile):
         self.check(build, loss, jit_compile=jit_compile)
 
@@ -157,7 +157,9 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
                 metrics=["mae"],
                 auto_scale_loss=False,
                 # XLA draws in a way of its own.
-                **compile_args,
+                **compile_args
+                if model is actual or compile_args.get("jit_compile")
+                else {"run_eagerly": True},
             )
             x, y = arrays()
             history = model.fit(
@@ -197,6 +199,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
                 loss_weights={"a": 2.0, "b": 0.5},
                 metrics={"a": "mae", "b": "mse"},
                 weighted_metrics={"a": "mae"},
+                jit_compile=False,
             )
             # The last batch is short.
             args = {"batch_size": ROWS, "verbose": 0}
@@ -244,7 +247,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         keras.utils.set_random_seed(3)
         x = keras.Input((FEATURES,))
         model = Looking(x, keras.layers.Dense(4)(x), microbatch_size=SIZE)
-        model.compile("sgd")
+        model.compile("sgd", jit_compile=False)
         with self.assertWarnsRegex(UserWarning, "`compute_loss`"):
             model.fit(*arrays(), batch_size=ROWS, verbose=0)
 
@@ -259,7 +262,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         model.temperature = model.add_weight(
             name="temperature", shape=(), initializer="ones"
         )
-        model.compile("sgd")
+        model.compile("sgd", jit_compile=False)
         with self.assertWarnsRegex(UserWarning, "`compute_loss`"):
             model.fit(*arrays(), batch_size=ROWS, verbose=0)
         self.assertNotEqual(float(model.temperature), 1.0)
@@ -274,7 +277,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         x = keras.Input((FEATURES,))
         outputs = keras.layers.Dense(4, "sigmoid")(x)
         model = Cubed(x, outputs, microbatch_size=SIZE)
-        model.compile("sgd", keras.losses.Dice())
+        model.compile("sgd", keras.losses.Dice(), jit_compile=False)
         with self.assertWarnsRegex(UserWarning, "`dice`"):
             model.fit(*arrays(), batch_size=ROWS, verbose=0)
 
@@ -288,7 +291,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         x = keras.Input((FEATURES,))
         hidden = keras.layers.ActivityRegularization(l2=1.0)(x)
         model = Scaling(x, keras.layers.Dense(4)(hidden), microbatch_size=SIZE)
-        model.compile("sgd")
+        model.compile("sgd", jit_compile=False)
         with self.assertWarnsRegex(UserWarning, "`compute_loss`"):
             model.fit(*arrays(), batch_size=ROWS, verbose=0)
 
@@ -300,7 +303,9 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
             (keras_accum.GradientAccumulationModel, {"microbatch_size": SIZE}),
         ):
             model = one_output(cls, **way)
-            model.compile("sgd", keras.losses.Dice(), metrics=["mae"])
+            model.compile(
+                "sgd", keras.losses.Dice(), metrics=["mae"], jit_compile=False
+            )
             results.append(model.evaluate(x, y, batch_size=ROWS, verbose=0))
         self.assertAllClose(results[1], results[0])
 
@@ -310,14 +315,19 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
             model = normalized(
                 keras_accum.GradientAccumulationModel, microbatch_size=SIZE
             )
-            model.compile(keras.optimizers.SGD(0.0), loss, metrics=["mae"])
+            model.compile(
+                keras.optimizers.SGD(0.0),
+                loss,
+                metrics=["mae"],
+                jit_compile=False,
+            )
             x, y = arrays()
             history = model.fit(x, y, batch_size=ROWS, verbose=0)
             models.append((model.get_weights(), history.history["mae"]))
         self.assertAllClose(models[1], models[0])
 
     @parameterized.parameters(False, True)
-    @test_utils.first_command(0)
+    @test_utils.first_command(0, second=())
     def test_on_replicas(self, jit_compile):
         strategy = test_utils.chosen_strategy()[0]
 
@@ -354,7 +364,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
                 model.compile(
                     keras.optimizers.SGD(0.3),
                     loss,
-                    **args if model is actual else {},
+                    **args if model is actual else {"run_eagerly": True},
                 )
             history = model.fit(
                 x, labels, batch_size=rows, epochs=2, shuffle=False, verbose=0
@@ -374,7 +384,9 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
             microbatch_size=SIZE,
             nonfinite="skip_microbatch",
         )
-        model.compile("sgd", {"a": keras.losses.Dice(), "b": "mse"})
+        model.compile(
+            "sgd", {"a": keras.losses.Dice(), "b": "mse"}, jit_compile=False
+        )
         x, y = arrays()
         with self.assertRaisesRegex(ValueError, "couple the rows"):
             model.fit(x, {"a": y, "b": x[:, :2]}, verbose=0)
@@ -388,7 +400,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
             model = two_outputs(
                 keras_accum.GradientAccumulationModel, accum_steps=2
             )
-            model.compile("sgd", loss)
+            model.compile("sgd", loss, jit_compile=False)
             x, y = arrays()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
