@@ -122,11 +122,12 @@ def draw(history: dict[str, list[float]], path: pathlib.Path) -> None:
     needed.set_xscale("log")
     needed.set_yscale("log")
     needed.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    needed.set_ylim(0.9, 100)
     needed.set_yticks([1, 2, 5, 10, 30])
     needed.minorticks_off()
     needed.set_title("What follows at the end, by the theory")
     needed.set_xlabel("bytes in a window")
-    needed.legend(frameon=False)
+    needed.legend(ncols=2, loc="upper center", framealpha=1, edgecolor="none")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)

@@ -10,10 +10,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_accum.checks import check_policy
 from keras_accum.halvings import find_cuts
 from keras_accum.halvings import find_peak
 from keras_accum.halvings import rates_of
-from keras_accum.checks import check_policy
 from keras_accum.schedule_table import Schedule
 from keras_accum.schedule_table import check_int
 from keras_accum.schedule_table import shown

@@ -105,7 +105,7 @@ def model_of(noise, strategy=None, **kwargs):
             1, use_bias=False, kernel_initializer="zeros"
         )(inputs)
         model = keras_accum.GradientAccumulationModel(inputs, outputs, **kwargs)
-        model.compile(keras.optimizers.SGD(0.0), "mse")
+        model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
     # The gradient of a row is -2 y, with a mean of 2: the scale is noise^2.
     rng = np.random.default_rng(0)
     y = (1.0 + noise * rng.normal(size=(4096, 1))).astype("float32")
@@ -168,7 +168,7 @@ class FollowingTest(tf.test.TestCase):
         inputs = keras.Input((1,))
         outputs = keras.layers.Dense(1)(inputs)
         model = cls(inputs, outputs, accum_steps=schedules.NoiseScale(2, 64))
-        model.compile(keras.optimizers.SGD(0.0), "mse")
+        model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
         _, x, y = model_of(8.0)
         model.fit(x[:64], y[:64], 4, verbose=0)
         before = len(counted)
@@ -196,7 +196,12 @@ class FollowingTest(tf.test.TestCase):
 
     def test_steps_per_execution(self):
         model, x, y = model_of(8.0, accum_steps=schedules.NoiseScale(2, 64))
-        model.compile(keras.optimizers.SGD(0.0), "mse", steps_per_execution=4)
+        model.compile(
+            keras.optimizers.SGD(0.0),
+            "mse",
+            steps_per_execution=4,
+            jit_compile=False,
+        )
         model.fit(x[:2400], y[:2400], 4, verbose=0)
         updates = int(model.optimizer.iterations.numpy())
         self.assertBetween(updates, 40, 120)

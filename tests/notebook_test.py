@@ -5,9 +5,9 @@ import sys
 import unittest
 
 import nbformat
+import pytest
 from absl.testing import absltest
 
-from tests import test_utils
 from tools import run_notebook
 
 LIMIT = 200
@@ -87,7 +87,7 @@ class NotebookTest(absltest.TestCase):
     @unittest.skipUnless(
         sys.platform == "linux", "Linux alone holds to a limit of addresses."
     )
-    @test_utils.at_night
+    @pytest.mark.thorough
     def test_runs_from_top_to_bottom(self):
         notebook = run_notebook.read()
         for cell in notebook.cells:

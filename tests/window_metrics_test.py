@@ -116,7 +116,7 @@ class NormTest(tf.test.TestCase):
     def test_is_the_mean_of_an_epochs_windows(self):
         x, y = regression(32)
         model = mlp(accum_steps=2, window_metrics="gradient_norm")
-        model.compile(frozen(), "mse")
+        model.compile(frozen(), "mse", jit_compile=False)
         seen = []
         history = model.fit(
             x,
@@ -147,7 +147,7 @@ class NormTest(tf.test.TestCase):
     def test_without_windows_of_several(self):
         x, y = regression(8)
         model = mlp(window_metrics=["gradient_norm"])
-        model.compile(frozen(), "mse")
+        model.compile(frozen(), "mse", jit_compile=False)
         norm = last(model.fit(x, y, batch_size=8, verbose=0))["gradient_norm"]
         self.assertGreater(norm, 0.0)
 
@@ -160,7 +160,7 @@ class NormTest(tf.test.TestCase):
             frozen(loss_scale_factor=64.0),
         ):
             model = mlp(accum_steps=2, window_metrics=(*BOTH, of_first))
-            model.compile(optimizer, "mse")
+            model.compile(optimizer, "mse", jit_compile=False)
             logs = last(model.fit(x, y, 8, verbose=0, shuffle=False))
             norms.append([logs["gradient_norm"], logs["of_first"]])
         self.assertAllClose(norms, norms[:1] * 3, rtol=1e-5)
@@ -169,7 +169,8 @@ class NormTest(tf.test.TestCase):
         x, y = regression(32)
         x[:8] = 1e30
         model = mlp(accum_steps=2)
-        model.compile(keras.optimizers.LossScaleOptimizer(frozen()), "mse")
+        scaled = keras.optimizers.LossScaleOptimizer(frozen())
+        model.compile(scaled, "mse", jit_compile=False)
         logs = last(model.fit(x, y, 8, verbose=0, shuffle=False))
         self.assertTrue(np.isfinite(logs["gradient_norm"]))
 
@@ -189,12 +190,12 @@ class NormTest(tf.test.TestCase):
                 return {"loss": loss}
 
         plain = mlp(accum_steps=2)
-        plain.compile(frozen(), "mse")
+        plain.compile(frozen(), "mse", jit_compile=False)
         two = Two(
             plain.inputs, plain.outputs, accum_steps=2, window_metrics=BOTH
         )
         two.other = frozen()
-        two.compile(frozen(), "mse")
+        two.compile(frozen(), "mse", jit_compile=False)
         found, expected = (
             last(model.fit(x, y, 4, shuffle=False, verbose=0))
             for model in (two, plain)
@@ -217,7 +218,7 @@ class FunctionTest(tf.test.TestCase):
             return tf.reduce_max(tf.abs(gradients[-1]))
 
         model = mlp(accum_steps=5, window_metrics=(largest, of_first))
-        model.compile(frozen(), "mse")
+        model.compile(frozen(), "mse", jit_compile=False)
         logs = last(model.fit(x, y, batch_size=8, verbose=0))
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(squared_errors(model, x, y))
@@ -238,7 +239,7 @@ class FunctionTest(tf.test.TestCase):
     def test_may_be_set_at_any_time(self):
         x, y = regression(40)
         model = mlp(accum_steps=5, window_metrics=())
-        model.compile(frozen(), "mse")
+        model.compile(frozen(), "mse", jit_compile=False)
         self.assertNotIn("gradient_norm", last(model.fit(x, y, 8, verbose=0)))
         self.assertEmpty(model._accumulation.window["noise"].variables)
         self.assertEmpty(model._accumulation.window["told"].variables)
@@ -270,7 +271,14 @@ class NoiseTest(tf.test.TestCase):
         rows = of_rows(
             lambda: squared_errors(model, *pool), model.trainable_variables
         )
-        self.check(model, Draws(*pool), truth(rows), 1600, loss="mse")
+        self.check(
+            model,
+            Draws(*pool),
+            truth(rows),
+            1600,
+            loss="mse",
+            jit_compile=False,
+        )
 
     def test_microbatch_size_and_weights(self):
         pool = regression()
@@ -329,6 +337,7 @@ class NoiseTest(tf.test.TestCase):
             self.truth_of_tokens(model, *pool),
             1600,
             loss=test_utils.crossentropy(),
+            jit_compile=False,
         )
 
     @pytest.mark.thorough
@@ -363,6 +372,7 @@ class NoiseTest(tf.test.TestCase):
             model.compile(
                 frozen(),
                 [mean(), mean(reduction="mean_with_sample_weight")],
+                jit_compile=False,
             )
             x, y = pool
             history = model.fit(
@@ -400,7 +410,7 @@ class NoiseTest(tf.test.TestCase):
         for reduction in ("sum", "sum_over_batch_size"):
             model = mlp(accum_steps=4)
             loss = keras.losses.MeanSquaredError(reduction=reduction)
-            model.compile(frozen(), loss)
+            model.compile(frozen(), loss, jit_compile=False)
             logs = last(model.fit(x, y, 8, shuffle=False, verbose=0))
             found.append(logs["gradient_noise_scale"])
         self.assertAllClose(*found, rtol=1e-4)
@@ -414,16 +424,17 @@ class NoiseTest(tf.test.TestCase):
                         errors = squared_errors(self, x[half], y[half])
                         loss = tf.reduce_mean(errors)
                     weights = self.trainable_weights
-                    self.accumulate(tape.gradient(loss, weights), len(errors))
+                    rows = tf.shape(errors)[0]
+                    self.accumulate(tape.gradient(loss, weights), rows)
                 return {"loss": loss}
 
         x, y = regression(64)
         plain = mlp(accum_steps=4)
-        plain.compile(frozen(), "mse")
+        plain.compile(frozen(), "mse", jit_compile=False)
         own = Own(
             plain.inputs, plain.outputs, accum_steps=4, window_metrics=BOTH
         )
-        own.compile(frozen(), "mse")
+        own.compile(frozen(), "mse", jit_compile=False)
         for name, value in last(
             own.fit(x, y, 8, shuffle=False, verbose=0)
         ).items():
@@ -442,7 +453,7 @@ class NoiseTest(tf.test.TestCase):
             ({"microbatch_size": 8}, 32),
         ):
             model = mlp(**way)
-            model.compile(frozen(), coupled)
+            model.compile(frozen(), coupled, jit_compile=False)
             with self.assertWarnsRegex(UserWarning, "noise scale is not"):
                 logs = last(model.fit(x, y, size, verbose=0))
             self.assertTrue(np.isnan(logs["gradient_noise_scale"]))
@@ -451,20 +462,20 @@ class NoiseTest(tf.test.TestCase):
     def test_what_is_skipped_does_not_count(self):
         x, y = regression(96)
         expected = mlp(accum_steps=3)
-        expected.compile(frozen(), "mse")
+        expected.compile(frozen(), "mse", jit_compile=False)
         good = last(expected.fit(x[:72], y[:72], 8, shuffle=False, verbose=0))
         bad = np.concatenate([x[:72], np.full((8, 6), np.nan), x[80:]])
         model = mlp(accum_steps=3, nonfinite="skip_window")
-        model.compile(frozen(), "mse")
+        model.compile(frozen(), "mse", jit_compile=False)
         logs = last(model.fit(bad, y, 8, shuffle=False, verbose=0))
         for name in BOTH:
             self.assertAllClose(logs[name], good[name], rtol=1e-5)
         # Two micro-batches are left of the last window.
         model = mlp(accum_steps=3, nonfinite="skip_microbatch")
-        model.compile(frozen(), "mse")
+        model.compile(frozen(), "mse", jit_compile=False)
         logs = last(model.fit(bad, y, 8, shuffle=False, verbose=0))
         left = mlp(accum_steps=3)
-        left.compile(frozen(), "mse")
+        left.compile(frozen(), "mse", jit_compile=False)
         rest = [np.concatenate([each[:72], each[80:]]) for each in (x, y)]
         good = last(left.fit(*rest, 8, shuffle=False, verbose=0))
         for name in BOTH:
@@ -506,7 +517,7 @@ class LogsTest(tf.test.TestCase):
         folder = self.get_temp_dir()
         table = os.path.join(folder, "log.csv")
         model = mlp(accum_steps=2)
-        model.compile(frozen(), "mse")
+        model.compile(frozen(), "mse", jit_compile=False)
         model.fit(
             x,
             y,
@@ -541,7 +552,7 @@ class LogsTest(tf.test.TestCase):
     def test_evaluate_and_validation_have_none(self):
         x, y = regression(32)
         model = mlp(accum_steps=2)
-        model.compile(frozen(), "mse")
+        model.compile(frozen(), "mse", jit_compile=False)
         history = model.fit(x, y, 8, validation_data=(x, y), verbose=0)
         self.assertNotIn("val_gradient_norm", history.history)
         logs = model.evaluate(x, y, verbose=0, return_dict=True)
@@ -551,22 +562,22 @@ class LogsTest(tf.test.TestCase):
         strategy = test_utils.chosen_strategy()[0]
         with strategy.scope():
             model = mlp(accum_steps=2)
-            model.compile(frozen(), "mse")
+            model.compile(frozen(), "mse", jit_compile=False)
         x, y = regression(64)
         model.fit(x, y, 8, verbose=0)
         sums = model._accumulation.window["noise"].sums()
         # The share of a replica, the counts, and what the one loss has.
-        self.assertEqual([each.shape.rank for each in sums], [0, 1, 0])
+        self.assertEqual([list(each.shape) for each in sums], [[2], [2], []])
 
 
 class AdviceTest(tf.test.TestCase):
     def said(self, sizes, noise=0.5, **way):
         """Returns what is logged of windows, with noise in the labels."""
         rng = np.random.default_rng(0)
-        x = np.ones((1280, 6), "float32")
-        y = 1.0 + noise * rng.normal(size=(1280, 1)).astype("float32")
+        x = np.ones((640, 6), "float32")
+        y = 1.0 + noise * rng.normal(size=(640, 1)).astype("float32")
         model = mlp(**way)
-        model.compile(frozen(), "mse")
+        model.compile(frozen(), "mse", jit_compile=False)
         with self.assertLogs("absl", "WARNING") as logged:
             logging.warning("One line at least.")
             model.fit(x, y, sizes, epochs=2, verbose=0)
@@ -601,7 +612,7 @@ class SavingTest(tf.test.TestCase):
 
         def make():
             model = mlp(accum_steps=4, partial_window="carry")
-            model.compile(keras.optimizers.SGD(0.01), "mse")
+            model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=False)
             return model
 
         model = make()
@@ -628,7 +639,7 @@ class SavingTest(tf.test.TestCase):
     def test_a_window_begun_without_is_left_out(self):
         x, y = regression(64)
         model = mlp(accum_steps=4, window_metrics=(), partial_window="carry")
-        model.compile(frozen(), "mse")
+        model.compile(frozen(), "mse", jit_compile=False)
         model.fit(x[:16], y[:16], 8, verbose=0)
         model.window_metrics = BOTH
         logs = last(model.fit(x[16:32], y[16:32], 8, verbose=0))
