@@ -12,6 +12,8 @@ line is drawn.
 * cosine: the fixed k that took the fewest rows, and a cosine to 0.
 * Seesaw: k begins with that, and `schedules.Seesaw` makes it grow where the
   same cosine would fall by half.
+* NoiseScale: k follows the gradient noise scale, from 1 to 16, and the learning
+  rate stays, after the warm-up.
 
 Each is tuned alike: of three learning rates, the one with the fewest rows for
 one seed is taken for three. What is far behind another rate, or has taken more
@@ -164,6 +166,19 @@ def fixed_arms() -> list[Arm]:
         )
         for k in RATES
     ]
+
+
+def noise_arm() -> Arm:
+    """Returns the arm whose k follows the noise of gradients."""
+    return Arm(
+        "NoiseScale",
+        lambda rate, rows: (
+            keras_accum.schedules.NoiseScale(1, max(RATES)),
+            steady(rate, 1),
+        ),
+        RATES[1],
+        (MOST,),
+    )
 
 
 def other_arms(k: int) -> list[Arm]:
@@ -356,7 +371,7 @@ def main(argv: list[str]) -> None:
     results = [runs.tuned(arm) for arm in fixed_arms()]
     rows = [np.mean([run.reached()[0] for run in each]) for each in results]
     best = list(RATES)[int(np.argmin(rows))]
-    results += [runs.tuned(arm) for arm in other_arms(best)]
+    results += [runs.tuned(arm) for arm in [*other_arms(best), noise_arm()]]
     print_table(results)
     if _PICTURE.value is not None:
         draw(results, _PICTURE.value)

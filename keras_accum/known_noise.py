@@ -1,5 +1,6 @@
 """What all windows so far tell of the gradients' noise."""
 
+import math
 from collections.abc import Mapping
 
 import keras
@@ -81,6 +82,15 @@ class KnownNoise:
     def moments(self) -> noise_scale.Moments:
         """Returns the moving sums over the windows; floats."""
         return noise_scale.Moments(*map(float, self._vector()))
+
+    def value(self) -> float:
+        """Returns the noise scale alone, without any work for the device."""
+        moments = self.moments()
+        if not moments.windows:
+            return math.nan
+        if moments.norms <= 0.0:
+            return math.inf
+        return max(moments.traces, 0.0) / moments.norms
 
     def estimate(self) -> noise_scale.Estimate:
         """Returns the noise scale in the unit of the weights; floats."""

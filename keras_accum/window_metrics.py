@@ -117,7 +117,8 @@ class WindowMetrics(Part):
             accumulator = objective.accumulator
             pairs = zip(accumulator.variables, accumulator.buffers, strict=True)
             weight = tf.cast(next(totals), tf.float32)
-            weight *= loss_sums.scale_of(optimizer)
+            if objective.is_called:
+                weight *= loss_sums.scale_of(optimizer)
             sums = {
                 id(variable): next(totals)
                 for variable, buffer in pairs
@@ -148,9 +149,9 @@ class WindowMetrics(Part):
         logs = {}
         for name in map(name_of, self.options.window_metrics):
             if name == NOISE_SCALE:
-                found = self._noise.known.estimate()
-                logs[name] = found.value
+                logs[name] = self._noise.known.value()
                 if with_interval:
+                    found = self._noise.known.estimate()
                     logs[f"{name}_low"] = found.low
                     logs[f"{name}_high"] = found.high
                 continue
