@@ -12,8 +12,8 @@ def give(accumulation) -> None:
     """Logs, if half of a window or less would do nearly as well.
 
     That is: if trainings with it need at most a tenth more updates, even if the
-    noise scale is at the upper end of its interval. It is said once, unless the
-    advice changes.
+    noise scale is at the upper end of its interval. It is said once, and again
+    if it comes down to half of that.
 
     Args:
         accumulation: What the model accumulates in.
@@ -28,9 +28,9 @@ def give(accumulation) -> None:
     size = moments.sizes / moments.windows
     share = noise_scale.enough(size, found.high) / size
     text = smaller(accumulation, share)
-    if share > 0.5 or text in (None, told.advice):
+    if share > 0.5 or text is None or told.advised / 2 < share:
         return
-    told.advice = text
+    told.advised = share
     logging.warning(
         "The gradient noise scale is %s (from %s to %s), and a window has %s. "
         "%s would do nearly as well: at most a tenth more updates.",

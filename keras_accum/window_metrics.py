@@ -33,7 +33,7 @@ class WindowMetrics(Part):
 
     Attributes:
         options: As above.
-        advice: What was said last of the size of windows.
+        advised: The share of a window that was said to be enough.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class WindowMetrics(Part):
     ) -> None:
         self._model, self.options = model, options
         self._gradients, self._noise = gradients, noise
-        self.advice: str | None = None
+        self.advised = 2.0
         # The number of windows in an epoch, and the sum over them, by name.
         self._sums: dict[str, tf.Variable] = {}
 
@@ -86,28 +86,34 @@ class WindowMetrics(Part):
             return
         self.make_variables()
         losses = self._losses(totals["gradients"])
-        on_cpu = replicas.on_cpu(self._gradients.accumulator.weight)
-        squared_norm = loss_sums.squared_norm(losses, on_cpu)
         counts = tf.constant(True) if applies is None else applies
-        # An overflow lowers the scale, and has no norm.
-        if any(
+        self._noise.measure(losses, totals["noise"], counts)
+        metrics = {
+            name_of(metric): metric
+            for metric in self.options.window_metrics
+            if metric != NOISE_SCALE
+        }
+        if not metrics:
+            return
+        scales = any(
             isinstance(each.optimizer, keras.optimizers.LossScaleOptimizer)
             for each in updates
-        ):
-            counts &= tf.math.is_finite(squared_norm)
-        for metric in self.options.window_metrics:
-            name = name_of(metric)
-            if name == NOISE_SCALE:
-                continue
-            if metric == NORM:
-                value = tf.sqrt(squared_norm)
-            else:
+        )
+        norm = tf.zeros(())
+        if NORM in metrics or scales:
+            on_cpu = replicas.on_cpu(self._gradients.accumulator.weight)
+            norm = tf.sqrt(loss_sums.squared_norm(losses, on_cpu))
+        if scales:
+            # An overflow lowers the scale, and has no norm.
+            counts &= tf.math.is_finite(norm)
+        for name, metric in metrics.items():
+            value = norm
+            if metric != NORM:
                 value = metric(mean_gradients(self._model, updates))
             value = tf.reshape(tf.cast(value, tf.float32), ())
             pair = tf.stack([tf.ones(()), value])
             pair = tf.where(counts, pair, tf.zeros_like(pair))
             self._sums[name].assign_add(pair)
-        self._noise.measure(squared_norm, losses, totals["noise"], counts)
 
     def _losses(self, totals):
         """Returns what the window has of each loss."""

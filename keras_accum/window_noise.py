@@ -21,6 +21,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_accum import inner_products
 from keras_accum import loss_sums
 from keras_accum import noise_scale
 from keras_accum import replicas
@@ -121,10 +122,20 @@ class WindowNoise(Part):
                 calls[self._gradients.objectives[index][0]] for index in (i, j)
             )
             if some[0].optimizer is others[0].optimizer:
-                product = loss_sums.product_of_calls(some, others, on_cpu)
+                product = loss_sums.product_of_calls(
+                    some, others, on_cpu, self._part()
+                )
                 product = tf.math.divide_no_nan(product, size)
                 product = microbatch.or_nothing(product)
                 self._product(i, j).assign_add(product)
+
+    def _part(self):
+        """Returns which part of the gradients this window looks at.
+
+        All take turns, so that the means over windows are of all.
+        """
+        updates = tf.convert_to_tensor(self._gradients.updates_so_far())
+        return tf.cast(updates % inner_products.PARTS, tf.int32)
 
     def _product(self, i, j):
         """Returns the variable of a pair of losses, and makes it if new."""
@@ -144,7 +155,6 @@ class WindowNoise(Part):
 
     def measure(
         self,
-        squared_norm: tf.Tensor,
         losses: Sequence[LossSum],
         totals: Sequence[tf.Tensor],
         counts: tf.Tensor | bool,
@@ -152,7 +162,6 @@ class WindowNoise(Part):
         """Adds a window to what is known, within each replica.
 
         Args:
-            squared_norm: Of its mean gradient; a float32 scalar.
             losses: What it has of each loss.
             totals: What the `sums` of all replicas add up to.
             counts: Whether it makes an update; a bool scalar.
@@ -165,6 +174,8 @@ class WindowNoise(Part):
         product = weight**2 * loss_sums.bilinear(
             losses, lambda i, j: products.get((i, j), tf.zeros(()))
         )
+        on_cpu = replicas.on_cpu(self._counts)
+        squared_norm = loss_sums.squared_norm(losses, on_cpu, self._part())
         trace, norm = noise_scale.of_window(
             product, squared_norm, weight, count
         )

@@ -10,6 +10,7 @@ import tensorflow as tf
 from absl import logging
 
 import keras_accum
+from keras_accum.inner_products import LEAST_ENTRIES
 from tests import test_utils
 
 UNEVEN = [8, 8, 8, 1, 8, 3, 8, 4]
@@ -65,17 +66,17 @@ class Draws:
         )
 
 
-def regression(rows=200, seed=0):
+def regression(rows=200, seed=0, width=6):
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(rows, 6)).astype("float32")
-    y = x @ rng.normal(size=(6, 1)) + rng.normal(size=(rows, 1))
+    x = rng.normal(size=(rows, width)).astype("float32")
+    y = x @ rng.normal(size=(width, 1)) + rng.normal(size=(rows, 1))
     return x, y.astype("float32")
 
 
-def mlp(**kwargs):
+def mlp(width=6, units=5, **kwargs):
     keras.utils.set_random_seed(1)
-    inputs = keras.Input((6,))
-    hidden = keras.layers.Dense(5, activation="tanh")(inputs)
+    inputs = keras.Input((width,))
+    hidden = keras.layers.Dense(units, activation="tanh")(inputs)
     outputs = keras.layers.Dense(1)(hidden)
     kwargs.setdefault("window_metrics", BOTH)
     return keras_accum.GradientAccumulationModel(inputs, outputs, **kwargs)
@@ -267,7 +268,15 @@ class NoiseTest(tf.test.TestCase):
 
     def test_uneven_micro_batches(self):
         pool = regression()
-        model = mlp(accum_steps=8)
+        self.check_mlp(mlp(accum_steps=8), pool)
+
+    @pytest.mark.thorough
+    def test_a_layer_that_is_looked_at_in_parts(self):
+        pool = regression(width=64)
+        model = mlp(64, LEAST_ENTRIES // 64, accum_steps=8)
+        self.check_mlp(model, pool)
+
+    def check_mlp(self, model, pool):
         rows = of_rows(
             lambda: squared_errors(model, *pool), model.trainable_variables
         )
