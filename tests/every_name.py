@@ -174,7 +174,8 @@ def train_by_schedules() -> None:
         seesaw.learning_rate, keras.optimizers.schedules.LearningRateSchedule
     )
     model.accum_steps = seesaw
-    model.compile(keras.optimizers.SGD(seesaw.learning_rate), loss_of_logits())
+    rate: Any = seesaw.learning_rate
+    model.compile(keras.optimizers.SGD(rate), loss_of_logits())
     model.fit(x, y, batch_size=8, verbose=0)
     assert updates_of(model) == 6  # Of 1 up to the half, then of 2.
     noise = keras_accum.schedules.NoiseScale(minimum=2, maximum=4, ratio=1.0)
