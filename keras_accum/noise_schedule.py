@@ -9,19 +9,18 @@ References:
 
 import math
 from numbers import Real
-from typing import Any
-from typing import Self
 
 import keras
 
 from keras_accum.checks import check_positive_int
+from keras_accum.schedule_table import Configured
 
 # A window of one micro-batch tells nothing; every so often there are two.
 PROBE_EVERY = 8
 
 
 @keras.saving.register_keras_serializable("keras_accum")
-class NoiseScale:
+class NoiseScale(Configured):
     """A window of `ratio` times the gradient noise scale, within two bounds.
 
     As ordinary code, for each window:
@@ -96,6 +95,13 @@ class NoiseScale:
             raise ValueError(message)
         self._minimum, self._maximum = int(minimum), int(maximum)
         self._ratio = float(ratio)
+        super().__init__(
+            {
+                "minimum": self._minimum,
+                "maximum": self._maximum,
+                "ratio": self._ratio,
+            }
+        )
 
     def __call__(
         self,
@@ -129,28 +135,3 @@ class NoiseScale:
         is_probe = not is_known or updates % PROBE_EVERY == 0
         # One alone tells nothing.
         return 2 if size * num_replicas == 1 and is_probe else size
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments."""
-        return {
-            "minimum": self._minimum,
-            "maximum": self._maximum,
-            "ratio": self._ratio,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Makes a schedule from its configuration."""
-        return cls(**config)
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return self.get_config() == other.get_config()
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
-
-    def __repr__(self) -> str:
-        items = self.get_config().items()
-        return f"NoiseScale({', '.join(f'{n}={v!r}' for n, v in items)})"

@@ -16,28 +16,15 @@ Unit = Literal["updates", "samples", "tokens"]
 UNITS = get_args(Unit)
 
 
-class Schedule:
-    """What the schedules share: the table, and saving by configuration.
+class Configured:
+    """What has a configuration: its arguments, which say all of it.
 
     Args:
         config: The arguments of the class, checked.
-        starts: The updates from which each of `values[1:]` holds.
-        values: Micro-batches per window.
     """
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        starts: Sequence[int],
-        values: Sequence[int],
-    ) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
-        self._starts = starts
-        self._values = values
-
-    def __call__(self, updates: int) -> int:
-        """Returns the micro-batches of a window that begins after `updates`."""
-        return self._values[bisect.bisect_right(self._starts, updates)]
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments."""
@@ -58,6 +45,30 @@ class Schedule:
 
     def __repr__(self) -> str:
         return shown(type(self).__name__, self._config)
+
+
+class Schedule(Configured):
+    """What most schedules share: a table.
+
+    Args:
+        config: As for `Configured`.
+        starts: The updates from which each of `values[1:]` holds.
+        values: Micro-batches per window.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        starts: Sequence[int],
+        values: Sequence[int],
+    ) -> None:
+        super().__init__(config)
+        self._starts = starts
+        self._values = values
+
+    def __call__(self, updates: int) -> int:
+        """Returns the micro-batches of a window that begins after `updates`."""
+        return self._values[bisect.bisect_right(self._starts, updates)]
 
 
 def shown(

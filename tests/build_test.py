@@ -35,6 +35,7 @@ LAYERS = (
         "warned",
     },
     {"checks", "inner_products"},
+    {"schedule_table"},
     {"advice", "noise_schedule"},
     {
         "checkpoint",
@@ -68,7 +69,6 @@ LAYERS = (
         "restoring",
         "rounded_sum",
         "rows",
-        "schedule_table",
     },
     {"reduction", "seesaw"},
     {
