@@ -209,4 +209,4 @@ def enough(size: float, scale: float) -> float:
 
 def no_windows() -> np.ndarray:
     """Returns the `Moments` before any window, as a vector."""
-    return np.zeros(len(Moments._fields))
+    return np.zeros(len(Moments.__annotations__))

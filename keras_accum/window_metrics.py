@@ -85,7 +85,7 @@ class WindowMetrics(Part):
         if not (self.options.window_metrics or self._noise.is_measured):
             return
         self.make_variables()
-        losses = self._losses(totals["gradients"])
+        losses = self._loss_sums(totals["gradients"])
         counts = tf.constant(True) if applies is None else applies
         self._noise.measure(losses, totals["noise"], counts)
         metrics = {
@@ -115,7 +115,7 @@ class WindowMetrics(Part):
             pair = tf.where(counts, pair, tf.zeros_like(pair))
             self._sums[name].assign_add(pair)
 
-    def _losses(self, totals):
+    def _loss_sums(self, totals):
         """Returns what the window has of each loss."""
         totals, found = iter(totals), []
         num_replicas = self._model.distribute_strategy.num_replicas_in_sync

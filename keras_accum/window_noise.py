@@ -62,7 +62,7 @@ class WindowNoise(Part):
         losses: Losses,
     ) -> None:
         self._model, self.options = model, options
-        self._gradients, self._losses = gradients, losses
+        self._gradients, self._known_losses = gradients, losses
         # Of this window, summed over replicas: its weight and the number of its
         # micro-batches, and what pairs of losses have.
         self._counts: tf.Variable | None = None
@@ -103,8 +103,11 @@ class WindowNoise(Part):
             return
         self.make_variables()
         calls = self._gradients.find(microbatch)
-        if microbatch.whole is not None or self._losses.found.couples_rows:
-            self._losses.warn_once(warned.NO_NOISE_SCALE)
+        if (
+            microbatch.whole is not None
+            or self._known_losses.found.couples_rows
+        ):
+            self._known_losses.warn_once(warned.NO_NOISE_SCALE)
             self._counts.assign_add([0.0, UNSEEN])
             return
         size = loss_sums.size_of(microbatch, list(calls.values()))
