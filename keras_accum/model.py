@@ -85,7 +85,9 @@ class GradientAccumulationModel(GradientAccumulationMixin, keras.Model):
             get the mean gradients of the trainable weights, tensors or None,
             and return a scalar. All but the noise scale are means over the
             windows of the epoch. At the end of an epoch the logs have the ends
-            of its 95 % interval as well. May be set at any time.
+            of its 95 % interval as well. May be set at any time. Of functions,
+            those are saved that `keras.saving.register_keras_serializable` has
+            registered.
         **kwargs: As for `keras.Model`.
 
     Raises:

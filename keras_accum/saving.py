@@ -38,6 +38,7 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
             super().get_config() if inner is None else self._config_as(inner)
         )
         mine = arguments_of(self)
+        mine["window_metrics"] = tuple(filter(is_saved, mine["window_metrics"]))
         mine = {name: serialized(value) for name, value in mine.items()}
         takes_all = inner is not None or (
             "input_layers" in config and "output_layers" in config
@@ -115,6 +116,15 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
         unpickle, *state = super().__reduce__()
         named = functional.named_class(type(self))
         return getattr(named, unpickle.__name__), *state
+
+
+def is_saved(metric) -> bool:
+    """Returns whether a metric can be found again: a name, or registered.
+
+    Without its metrics a model can be loaded; with an unknown one it cannot.
+    """
+    name = getattr(metric, "__name__", None)
+    return name is None or keras.saving.get_registered_name(metric) != name
 
 
 def serialized(value):
