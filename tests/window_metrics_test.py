@@ -193,7 +193,7 @@ class NormTest(tf.test.TestCase):
         plain = mlp(accum_steps=2)
         plain.compile(frozen(), "mse", jit_compile=False)
         two = Two(
-            plain.inputs, plain.outputs, accum_steps=2, window_metrics=BOTH
+            plain.input, plain.output, accum_steps=2, window_metrics=BOTH
         )
         two.other = frozen()
         two.compile(frozen(), "mse", jit_compile=False)
@@ -441,7 +441,7 @@ class NoiseTest(tf.test.TestCase):
         plain = mlp(accum_steps=4)
         plain.compile(frozen(), "mse", jit_compile=False)
         own = Own(
-            plain.inputs, plain.outputs, accum_steps=4, window_metrics=BOTH
+            plain.input, plain.output, accum_steps=4, window_metrics=BOTH
         )
         own.compile(frozen(), "mse", jit_compile=False)
         for name, value in last(
