@@ -9,9 +9,6 @@ sum(np.vdot(gradient, other) for gradient, other in zip(gradients, others))
 A gradient is read once more for it. On a CPU, that of a dense layer with few
 rows is not: of `x^T dy` the squared norm is `<x x^T, dy dy^T>`, of two matrices
 with a column for each row.
-
-Who needs only the mean over many gradients may look at a part of each, and take
-turns with the parts: what is found is multiplied by their number.
 """
 
 from collections.abc import Sequence
@@ -22,17 +19,12 @@ from keras_accum import compat
 from keras_accum import outer_products
 from keras_accum.annotations import Gradient
 
-# Parts of a gradient, and the fewest entries of one that has parts.
-PARTS, LEAST_ENTRIES = 4, 2**14
 # XLA on a CPU sums up fast along rows of about that length.
 LENGTHS = (1024, 512, 256, 128, 64)
 
 
 def inner_product(
-    some: Sequence[Gradient],
-    others: Sequence[Gradient],
-    on_cpu: bool = False,
-    part: tf.Tensor | None = None,
+    some: Sequence[Gradient], others: Sequence[Gradient], on_cpu: bool = False
 ) -> tf.Tensor:
     """Returns the inner product of two lists of gradients; a float32 scalar.
 
@@ -40,51 +32,17 @@ def inner_product(
         some: Gradients, dense or of rows; None stands for zeros.
         others: Of the same variables; the same list for the squared norm.
         on_cpu: Whether they are on a CPU.
-        part: Which of the `PARTS` to look at, an int32 scalar; None for all.
     """
     products = [
-        product(one, other, on_cpu, part if has_parts(one) else None)
+        product(one, other, on_cpu)
         for one, other in zip(some, others, strict=True)
         if one is not None and other is not None
     ]
     return tf.add_n(products) if products else tf.zeros(())
 
 
-def has_parts(gradient: Gradient) -> bool:
-    """Returns whether a gradient has parts: those of its variable's rows."""
-    if isinstance(gradient, tf.IndexedSlices):
-        shape = tf.TensorShape(tf.get_static_value(gradient.dense_shape))
-    else:
-        shape = gradient.shape
-    return (
-        shape.is_fully_defined()
-        and shape.num_elements() >= LEAST_ENTRIES
-        and shape[0] % PARTS == 0
-    )
-
-
-def product(
-    one: Gradient, other: Gradient, on_cpu: bool, part: tf.Tensor | None
-) -> tf.Tensor:
+def product(one: Gradient, other: Gradient, on_cpu: bool) -> tf.Tensor:
     """Returns the inner product of two gradients; see `inner_product`."""
-    if part is None:
-        return whole_product(one, other, on_cpu)
-    is_same = one is other
-    # Where one has other rows, the product is zero.
-    if any(isinstance(each, tf.IndexedSlices) for each in (one, other)):
-        one, other = (
-            rows_of_part(each, part)
-            if isinstance(each, tf.IndexedSlices)
-            else each
-            for each in (one, other)
-        )
-    else:
-        one, other = (part_of(each, part, on_cpu) for each in (one, other))
-    return PARTS * whole_product(one, one if is_same else other, on_cpu)
-
-
-def whole_product(one: Gradient, other: Gradient, on_cpu: bool) -> tf.Tensor:
-    """Returns the inner product of two gradients; a float32 scalar."""
     is_same = one is other
     if is_same and isinstance(one, tf.IndexedSlices):
         one = other = summed_rows(one)
@@ -92,45 +50,21 @@ def whole_product(one: Gradient, other: Gradient, on_cpu: bool) -> tf.Tensor:
         one = tf.gather(tf.convert_to_tensor(one), other.indices)
         other = other.values
     elif isinstance(one, tf.IndexedSlices):
-        return whole_product(other, one, on_cpu)
-    factors = outer_products.factors(one) if is_same and on_cpu else None
-    if factors is not None and is_cheaper(*factors):
-        one, other = (
-            tf.matmul(factor, factor, transpose_b=True) for factor in factors
-        )
-        return total(one * other)
+        return product(other, one, on_cpu)
+    if is_same and on_cpu:
+        factors = outer_products.factors(one)
+        if factors is not None and is_cheaper(*factors):
+            one, other = (
+                tf.matmul(factor, factor, transpose_b=True)
+                for factor in factors
+            )
+            return total(one * other)
     one, other = tf.cast(one, tf.float32), tf.cast(other, tf.float32)
     if not compat.is_compiled_by_xla():
-        return 2.0 * tf.nn.l2_loss(one) if is_same else total(one * other)
+        if is_same:
+            return 2.0 * tf.nn.l2_loss(one)
+        return total(one * other)
     return along_rows(one * other) if on_cpu else total(one * other)
-
-
-def part_of(gradient: tf.Tensor, part: tf.Tensor, on_cpu: bool) -> tf.Tensor:
-    """Returns some of the rows of a gradient that has parts."""
-    factors = outer_products.factors(gradient) if on_cpu else None
-    if factors is not None and is_cheaper(*factors):
-        x, dy = factors
-        return tf.matmul(slice_of(x, part, 1), dy, transpose_a=True)
-    return slice_of(gradient, part, 0)
-
-
-def slice_of(values: tf.Tensor, part: tf.Tensor, axis: int) -> tf.Tensor:
-    """Returns a part of a tensor, along an axis."""
-    length = values.shape[axis] // PARTS
-    begin, size = [0] * values.shape.rank, list(values.shape)
-    begin[axis], size[axis] = part * length, length
-    return tf.slice(values, begin, size)
-
-
-def rows_of_part(rows: tf.IndexedSlices, part: tf.Tensor) -> tf.IndexedSlices:
-    """Returns rows, with zeros in the place of those of other parts."""
-    length = int(tf.get_static_value(rows.dense_shape)[0]) // PARTS
-    is_in_part = tf.cast(rows.indices // length, part.dtype) == part
-    shape = [-1] + [1] * (rows.values.shape.rank - 1)
-    values = tf.where(
-        tf.reshape(is_in_part, shape), rows.values, tf.zeros_like(rows.values)
-    )
-    return tf.IndexedSlices(values, rows.indices, rows.dense_shape)
 
 
 def summed_rows(rows: tf.IndexedSlices) -> tf.Tensor:

@@ -16,7 +16,6 @@ import keras
 import tensorflow as tf
 
 from keras_accum import compat
-from keras_accum.annotations import Gradient
 from keras_accum.calls import Call
 from keras_accum.inner_products import inner_product
 from keras_accum.microbatch import Microbatch
@@ -38,20 +37,17 @@ class LossSum:
     sums: dict[int, tf.Tensor]
 
 
-def squared_norm(
-    losses: Sequence[LossSum], on_cpu: bool, part: tf.Tensor | None = None
-) -> tf.Tensor:
+def squared_norm(losses: Sequence[LossSum], on_cpu: bool) -> tf.Tensor:
     """Returns the squared norm of the mean gradient; a float32 scalar.
 
     Args:
         losses: Those of the window.
         on_cpu: Whether the sums are on a CPU.
-        part: As for `inner_product`.
     """
 
     def product(i, j):
         some, others = common(losses[i].sums, losses[j].sums)
-        return inner_product(some, others, on_cpu, part)
+        return inner_product(some, others, on_cpu)
 
     return bilinear(losses, product)
 
@@ -89,10 +85,7 @@ def common(some: Mapping, others: Mapping) -> tuple[list, list]:
 
 
 def product_of_calls(
-    some: Sequence[Call],
-    others: Sequence[Call],
-    on_cpu: bool,
-    part: tf.Tensor | None = None,
+    some: Sequence[Call], others: Sequence[Call], on_cpu: bool
 ) -> tf.Tensor:
     """Returns the inner product of two sums of weighted gradients.
 
@@ -100,12 +93,11 @@ def product_of_calls(
         some: Calls of `accumulate`.
         others: The same, or others.
         on_cpu: As for `inner_product`.
-        part: As for `inner_product`.
     """
     terms = []
     for one, other in itertools.product(some, others):
         gradients = common(gradients_of(one), gradients_of(other))
-        value = inner_product(*gradients, on_cpu, part)
+        value = inner_product(*gradients, on_cpu)
         for call in (one, other):
             if call.weight is not None:
                 value *= tf.cast(call.weight, value.dtype)
@@ -119,21 +111,12 @@ def gradients_of(call: Call) -> dict:
     What overwrites its variable, as in float8 training, is none.
     """
     return {
-        id(variable): of_shape(gradient, variable.shape)
+        id(variable): gradient
         for variable, gradient in zip(
             call.variables, call.gradients, strict=True
         )
         if gradient is not None and not compat.is_overwritten(variable)
     }
-
-
-def of_shape(gradient: Gradient, shape) -> Gradient:
-    """Returns a gradient, of which the shape is known if it is of rows."""
-    if not isinstance(gradient, tf.IndexedSlices):
-        return gradient
-    return tf.IndexedSlices(
-        gradient.values, gradient.indices, tf.constant(list(shape))
-    )
 
 
 def scale_of(optimizer: keras.Optimizer) -> tf.Tensor:

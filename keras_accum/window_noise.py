@@ -21,7 +21,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_accum import inner_products
 from keras_accum import loss_sums
 from keras_accum import noise_scale
 from keras_accum import replicas
@@ -125,20 +124,10 @@ class WindowNoise(Part):
                 calls[self._gradients.objectives[index][0]] for index in (i, j)
             )
             if some[0].optimizer is others[0].optimizer:
-                product = loss_sums.product_of_calls(
-                    some, others, on_cpu, self._part()
-                )
+                product = loss_sums.product_of_calls(some, others, on_cpu)
                 product = tf.math.divide_no_nan(product, size)
                 product = microbatch.or_nothing(product)
                 self._product(i, j).assign_add(product)
-
-    def _part(self):
-        """Returns which part of the gradients this window looks at.
-
-        All take turns, so that the means over windows are of all.
-        """
-        updates = tf.convert_to_tensor(self._gradients.updates_so_far())
-        return tf.cast(updates % inner_products.PARTS, tf.int32)
 
     def _product(self, i, j):
         """Returns the variable of a pair of losses, and makes it if new."""
@@ -178,7 +167,7 @@ class WindowNoise(Part):
             losses, lambda i, j: products.get((i, j), tf.zeros(()))
         )
         on_cpu = replicas.on_cpu(self._counts)
-        squared_norm = loss_sums.squared_norm(losses, on_cpu, self._part())
+        squared_norm = loss_sums.squared_norm(losses, on_cpu)
         trace, norm = noise_scale.of_window(
             product, squared_norm, weight, count
         )

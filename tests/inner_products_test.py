@@ -90,40 +90,6 @@ class InnerProductTest(tf.test.TestCase):
             inner_products.is_cheaper(random(256, 96), random(256, 96))
         )
 
-    def test_parts_add_up(self):
-        width = inner_products.LEAST_ENTRIES // 8
-        x, dy = random(2, 8), random(2, width, seed=1)
-        rows = tf.IndexedSlices(
-            random(5, width),
-            tf.constant([7, 0, 3, 7, 4]),
-            tf.constant([8, width]),
-        )
-        dense = random(8, width, seed=2)
-        products = tf.function(
-            lambda x, dy, part: [
-                inner_product(some, others, True, part)
-                for some, others in pairs_of(tf.matmul(x, dy, transpose_a=True))
-            ]
-        )
-
-        def pairs_of(product):
-            for one, other in (
-                (dense, dense),
-                (product, product),
-                (rows, rows),
-                (dense, rows),
-                (rows, dense),
-                (dense, product),
-            ):
-                # The last one is too small to have parts.
-                yield [one, x], [other, x]
-
-        found = [products(x, dy, tf.constant(part)) for part in range(4)]
-        expected = products(x, dy, None)
-        self.assertAllClose(np.mean(found, axis=0), expected, rtol=1e-4)
-        # The parts differ.
-        self.assertGreater(np.std(found, axis=0).min(), 0.0)
-
     def test_half_precision_does_not_overflow(self):
         gradient = tf.fill([8, 8], tf.constant(6e4, tf.float16))
         self.assertAllClose(
