@@ -38,7 +38,6 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
             super().get_config() if inner is None else self._config_as(inner)
         )
         mine = arguments_of(self)
-        mine["window_metrics"] = tuple(filter(is_saved, mine["window_metrics"]))
         mine = {name: serialized(value) for name, value in mine.items()}
         takes_all = inner is not None or (
             "input_layers" in config and "output_layers" in config
@@ -130,7 +129,7 @@ def is_saved(metric) -> bool:
 def serialized(value):
     """Returns an option as it stands in a configuration."""
     if isinstance(value, tuple):
-        return list(map(serialized, value))
+        return list(map(serialized, filter(is_saved, value)))
     if callable(value):
         return keras.saving.serialize_keras_object(value)
     return int(value) if isinstance(value, Integral) else value
