@@ -39,7 +39,7 @@ class WindowCheckpoint(compat.Saveable, tf.train.experimental.PythonState):
             # Within an epoch, `BackupAndRestore` goes on where this says.
             or accumulation.progress.batches
             or compat.random_states(accumulation.model)
-            or accumulation.window["noise"].known.state()
+            or accumulation.window["noise"].known.moments().windows
         )
 
     def save_own_variables(self, store) -> None:

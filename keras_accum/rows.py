@@ -37,12 +37,11 @@ def by_certainty(data) -> tuple:
 
 def has_rows(data) -> tf.Tensor | None:
     """Returns whether a batch has rows; None if it does for certain."""
-    leaves = keras.tree.flatten(by_certainty(data))
-    if not any(map(has_first_axis, leaves)):
+    found = count(data)
+    if found is None:
         return None
-    count = number_of_rows(leaves)
-    static_count = tf.get_static_value(count)
-    return None if static_count is not None and static_count > 0 else count > 0
+    static_count = tf.get_static_value(found)
+    return None if static_count is not None and static_count > 0 else found > 0
 
 
 def count(data) -> tf.Tensor | None:
