@@ -289,7 +289,7 @@ class ModelTest(test_utils.TestCase, parameterized.TestCase):
 
         value, model = named("backward")
         model = Own(
-            model.input,
+            model.inputs[0],
             model.outputs,
             accum_steps=2,
             nonfinite="skip_microbatch",
