@@ -57,7 +57,7 @@ def make_test_function(accumulation) -> Callable:
     if not model.run_eagerly:
         compiled = programs.in_graph(step, reduce_retracing=True)
     look = functools.partial(first_batch.look_at, accumulation)
-    first_loop = loops.make_host_loop(model, compiled, look)
+    first_loop = loops.make_looking_loop(model, loop, compiled, look)
 
     def test_function(iterator):
         is_first = losses.are_to_be_measured()

@@ -18,6 +18,8 @@ from keras_accum import replicas
 def make_loop(model: keras.Model, step: Callable, num_steps: int) -> Callable:
     """Returns a function that makes steps on what it takes from an iterator.
 
+    It takes the number of steps as well, if that is to be another.
+
     Args:
         model: The model.
         step: A function of a batch.
@@ -31,10 +33,11 @@ def make_loop(model: keras.Model, step: Callable, num_steps: int) -> Callable:
     strategy = model.distribute_strategy
     last, end_together = lambda: None, False
 
-    def function(iterator):
+    def function(iterator, limit=num_steps):
         nonlocal last, end_together
+        most = None if num_steps == 1 else tf.constant(limit)
         if isinstance(iterator, tf.data.Iterator):
-            return loop(iterator, False)
+            return loop(iterator, False, most)
         if isinstance(iterator, tf.distribute.DistributedIterator):
             if last() is not iterator and replicas.has_several_workers(
                 strategy
@@ -43,13 +46,60 @@ def make_loop(model: keras.Model, step: Callable, num_steps: int) -> Callable:
                 count = compat.number_of_batches(iterator)
                 counts = replicas.values_of_all(strategy, count)
                 end_together = count >= 0 and len(set(counts)) == 1
-            return loop(iterator, end_together)
+            return loop(iterator, end_together, most)
         logs = None
-        for data in itertools.islice(iterator, num_steps):
+        for data in itertools.islice(iterator, limit):
             logs = step(data)
         return logs
 
     return function
+
+
+def make_looking_loop(
+    model: keras.Model, loop: Callable, step: Callable, look: Callable
+) -> Callable:
+    """Returns a function as `loop`, for its first call: it looks at a batch.
+
+    It puts the batch back, and calls `loop`. So TensorFlow optimizes a program
+    that all steps share, which may take longer than to trace it, and none for
+    the first step alone.
+
+    Args:
+        model: The model.
+        loop: What `make_loop` returned.
+        step: Its step, of a batch.
+        look: What is called with the first batch, before its step.
+    """
+    host_loop = make_host_loop(model, step, look)
+
+    def function(iterator):
+        types = getattr(iterator, "element_spec", None)
+        if not isinstance(iterator, tf.data.Iterator) or model.run_eagerly:
+            return host_loop(iterator)
+        data = iterator.get_next()
+        look(data)
+        if can_trace_for(types):
+            step.get_concrete_function(types)
+        logs = loop(iterator_of(data, types))
+        rest = model.steps_per_execution - 1
+        if rest:
+            with contextlib.suppress(tf.errors.OutOfRangeError):
+                logs = loop(iterator, rest)
+        return logs
+
+    return function
+
+
+def iterator_of(batch, spec) -> tf.data.Iterator:
+    """Returns an iterator over one batch.
+
+    Args:
+        batch: The batch.
+        spec: What batches may be: one like it need not have as many rows.
+    """
+    dataset = tf.data.Dataset.from_tensors(batch)
+    variant = tf.data.experimental.to_variant(dataset)
+    return iter(tf.data.experimental.from_variant(variant, spec))
 
 
 def make_host_loop(
@@ -117,10 +167,20 @@ def can_trace_for(types) -> bool:
 def make_dataset_loop(model, step, num_steps) -> Callable:
     """Returns a function that takes batches from a `tf.data` iterator."""
 
-    def remaining(done, logs, batch):
-        return tf.logical_and(done < num_steps, batch.has_value())
+    def second_batch(iterator, limit):
+        if not isinstance(iterator, tf.data.Iterator):
+            # There the limit is `num_steps`, always.
+            return iterator.get_next_as_optional()
+        return tf.cond(
+            limit > 1,
+            iterator.get_next_as_optional,
+            lambda: tf.experimental.Optional.empty(iterator.element_spec),
+        )
 
-    def loop(iterator, end_together):
+    def loop(iterator, end_together, limit):
+        def remaining(done, logs, batch):
+            return tf.logical_and(done < limit, batch.has_value())
+
         with contextlib.ExitStack() as stack:
             if end_together:
                 stack.enter_context(compat.asking_no_other_workers())
@@ -132,7 +192,7 @@ def make_dataset_loop(model, step, num_steps) -> Callable:
                 logs = step(batch.get_value())
                 # The batch after the last one is left for the next call.
                 batch = tf.cond(
-                    done + 1 < num_steps,
+                    done + 1 < limit,
                     iterator.get_next_as_optional,
                     lambda: batch,
                 )
@@ -149,7 +209,8 @@ def make_dataset_loop(model, step, num_steps) -> Callable:
                     )
                 return state
 
-            state = (tf.constant(1), logs, iterator.get_next_as_optional())
+            batch = second_batch(iterator, limit)
+            state = (tf.constant(1), logs, batch)
             return tf.while_loop(remaining, some_steps, state)[1]
 
     return loop

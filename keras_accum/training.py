@@ -151,8 +151,11 @@ class Programs:
 
     def _make_first_loop(self):
         """Returns what looks at the first batch's losses, too."""
+        model, step = self._accumulation.model, self.step
         look = functools.partial(first_batch.look_at, self._accumulation)
-        return loops.make_host_loop(self._accumulation.model, self.step, look)
+        if self._accumulation.size.is_auto:
+            return loops.make_host_loop(model, step, look)
+        return loops.make_looking_loop(model, self._later_loop, step, look)
 
     @functools.cached_property
     def step(self) -> Callable:

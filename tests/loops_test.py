@@ -40,6 +40,42 @@ class LoopTest(test_utils.TestCase, parameterized.TestCase):
         self.assertIsNone(loop(iterator))
         self.assertAllEqual(seen, range(3))
 
+    @parameterized.product(num_steps=(1, 2, 5), eagerly=(False, True))
+    def test_looks_at_the_first_batch(self, num_steps, eagerly):
+        model = test_utils.mlp()
+        model.compile(
+            "sgd",
+            run_eagerly=eagerly,
+            jit_compile=False,
+            steps_per_execution=num_steps,
+        )
+        seen = tf.Variable(tf.zeros((0, 1)), shape=(None, 1))
+        looked_at, traces = [], []
+
+        def step(data):
+            traces.append(data.shape)
+            seen.assign(tf.concat([seen, data], 0))
+            return tf.reduce_max(data)
+
+        if not eagerly:
+            step = tf.function(step)
+        loop = loops.make_loop(model, step, num_steps)
+        looking = loops.make_looking_loop(model, loop, step, looked_at.append)
+        rows = tf.range(9.0)[:, None]
+        # Two rows, and one in the last batch.
+        iterator = iter(tf.data.Dataset.from_tensor_slices(rows).batch(2))
+        logs = [float(looking(iterator))]
+        for _ in range(-(-5 // num_steps) - 1):
+            logs.append(float(loop(iterator)))
+        self.assertAllEqual(seen, rows)
+        self.assertAllEqual(looked_at[0], rows[:2])
+        self.assertEqual(logs[-1], 8.0)
+        if not eagerly:
+            with self.subTest("For all batches, it is traced once."):
+                self.assertEqual([tuple(each) for each in traces], [(None, 1)])
+        with self.assertRaises(tf.errors.OutOfRangeError):
+            loop(iterator)
+
 
 if __name__ == "__main__":
     tf.test.main()

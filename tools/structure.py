@@ -15,12 +15,11 @@ MODEL = "GradientAccumulationMixin"
 # Where programs and loops are made.
 PROGRAMS = ("training", "loops", "boundary", "auto_size")
 # From the loop of `fit` to the sum of gradients: the functions on the stack
-# while the first call is traced. Later calls have another loop, of
-# `loops.make_loop`, in the place of the second. Where the device counts, there
-# is one more, `Programs._begin_and`. `tests/structure_test.py` finds them out.
+# while the first call is traced. Where the device counts, there is one more,
+# `Programs._begin_and`. `tests/structure_test.py` finds them out.
 PATH = (
     ("training", "TrainFunction.__call__"),
-    ("loops", "make_host_loop.loop"),
+    ("loops", "make_looking_loop.function"),
     ("training", "Programs.make_step.step"),
     ("control_flow", "if_there"),
     ("steps", "train_microbatch"),
