@@ -125,6 +125,7 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
         # Two rows of two steps fit, and the size is kept.
         self.assertEqual(sizes, [4, 2, 2])
 
+    @pytest.mark.thorough
     def test_grows_until_something_fails(self):
         found = compiled("auto")
         sizes = []
@@ -134,6 +135,7 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
         # What has fitted is not halved.
         self.assertEqual(sizes, [2, 5, 5, 5, 5])
 
+    @pytest.mark.thorough
     def test_keeps_a_size_that_is_fast(self):
         found = compiled("auto")
         x, y = next(batches([16], [1]))

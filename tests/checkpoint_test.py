@@ -200,6 +200,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
             for a, b in zip(found.values(), cases.state(whole), strict=True):
                 self.assertAllEqual(a, b)
 
+    @pytest.mark.thorough
     def test_another_number_of_micro_batches(self):
         path = self.path()
         whole = mid_window(path)
@@ -212,6 +213,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(model.optimizer.iterations), before + 3)
         self.assertEqual(int(whole.optimizer.iterations), 4)
 
+    @pytest.mark.thorough
     @parameterized.parameters({}, {"microbatch_size": 1})
     @test_utils.first_command(0)
     def test_model_without_windows_says_what_it_forgets(self, **arguments):
@@ -223,6 +225,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
             model.load_weights(f"{path}.weights.h5")
         cases.train(model)
 
+    @pytest.mark.thorough
     def test_plain_model_and_back(self):
         path = self.path()
         mid_window(path)
@@ -267,6 +270,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         tf.train.Checkpoint(model=model).write(f"{path}.tf")
         tf.train.Checkpoint(model=plain).read(f"{path}.tf").assert_consumed()
 
+    @pytest.mark.thorough
     @parameterized.parameters("shape", "truncated")
     @test_utils.first_command(0)
     def test_what_does_not_fit_changes_nothing(self, fault):

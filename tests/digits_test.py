@@ -150,6 +150,7 @@ class TrainingTest(tf.test.TestCase, parameterized.TestCase):
             digits.largest_difference(large, accumulated), bound
         )
 
+    @pytest.mark.thorough
     def test_gives_the_weights_of_the_large_batch(self):
         float64 = settings(precision="float64")
         self.assert_same_training(

@@ -208,7 +208,7 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         "sum_over_batch_size", "mean", "mean_with_sample_weight", "sum"
     )
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(3)
     def test_masks_and_weights(self, reduction):
         self.check_masks(reduction, weights=True)
 
@@ -244,6 +244,7 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
             batches,
         )
 
+    @pytest.mark.thorough
     def test_ignored_class(self):
         rng = np.random.default_rng(0)
         batches = [
@@ -393,6 +394,7 @@ class LossTest(test_utils.TestCase, parameterized.TestCase):
         self.assertTrue(model._accumulation.losses.is_sum)
 
     @parameterized.parameters("sum_over_batch_size", "mean_with_sample_weight")
+    @test_utils.first_command(0)
     def test_a_window_of_weight_zero_regularizes(self, reduction):
         batches = [
             [(x, y, np.zeros(len(x))) for x, y in window]

@@ -31,6 +31,7 @@ def train(accum_steps, dtype="float32", **kwargs):
 
 class TrainingTest(tf.test.TestCase, parameterized.TestCase):
     # Adam divides by the size of a gradient, and so amplifies its rounding.
+    @pytest.mark.thorough
     def test_same_weights(self):
         self.check("float32", 1e-4, True, 4)
 

@@ -282,6 +282,7 @@ class TrainingTest(tf.test.TestCase):
         cls.folder = tempfile.mkdtemp(dir=TEMP_DIR)
         cls.whole = train(cls.folder)
 
+    @pytest.mark.thorough
     def test_does_not_depend_on_the_size_of_micro_batches(self):
         small = train(batch_size=1, accum_steps=4)
         self.assertEqual(int(small.optimizer.iterations), 4)

@@ -98,6 +98,7 @@ class StatefulTest(test_utils.TestCase, parameterized.TestCase):
             ),
         ),
     )
+    @test_utils.first_command(1)
     def test_rows_do_not_follow_each_other(self, make):
         inputs = keras.Input(batch_shape=(4, 3, 2))
         outputs = keras.layers.Dense(1)(make()(inputs))

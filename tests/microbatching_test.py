@@ -5,6 +5,7 @@ import os
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -176,6 +177,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertTrue(actual._accumulation.losses.uses_denominators())
 
+    @pytest.mark.thorough
     @parameterized.parameters(*MODES)
     @test_utils.first_command(0)
     def test_masks_with_added_losses(self, mode):
@@ -203,6 +205,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertTrue(actual._accumulation.losses.uses_denominators())
 
+    @pytest.mark.thorough
     def test_reported_losses(self):
         tokens = masked_tokens(8)
         batch = (tokens, [tokens % 5, tokens[:, 0] % 5])

@@ -6,6 +6,7 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -111,6 +112,7 @@ class ErrorTest(test_utils.TestCase, parameterized.TestCase):
             with self.assertRaisesRegex((TypeError, ValueError), said):
                 call()
 
+    @pytest.mark.thorough
     def test_another_backend(self):
         code = (
             "import sys, types\n"

@@ -4,6 +4,7 @@ import functools
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -98,7 +99,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         (masked, "xla", True),
         (masked, "eager", False),
     )
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(0)
     def test_are_those_of_the_large_batch(self, build, mode, renorm):
         self.check_layer(build, mode, renorm)
 
@@ -132,6 +133,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.check(functools.partial(build, layer=layer), mode)
 
+    @pytest.mark.thorough
     def test_in_half_precision(self):
         layer = functools.partial(
             keras.layers.BatchNormalization, dtype="mixed_float16"
@@ -181,6 +183,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.check(functools.partial(normalizing, layer=layer), "graph")
 
+    @pytest.mark.thorough
     def test_within_another_model(self):
         class Nested(keras.layers.Layer):
             def __init__(self, **kwargs):
@@ -239,6 +242,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         x, _ = test_utils.concatenate(batches)
         self.assertSameStatistics(model, once(normalizing, batches))
 
+    @pytest.mark.thorough
     def test_steps_by_hand(self):
         batches = list(data((8, 3, 4)))
         model = normalizing(

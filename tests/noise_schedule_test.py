@@ -146,6 +146,7 @@ class FollowingTest(tf.test.TestCase):
         self.assertBetween(windows[-1], 8, 32)
         self.assertIsInstance(model.accum_steps, schedules.NoiseScale)
 
+    @pytest.mark.thorough
     def test_rows_of_an_update_follow(self):
         _, windows = self.fit(
             8.0, effective_batch_size=schedules.NoiseScale(8, 256)
@@ -194,6 +195,7 @@ class FollowingTest(tf.test.TestCase):
         self.assertEqual(windows[:7], [1] * 7)
         self.assertBetween(windows[-1], 8, 32)
 
+    @pytest.mark.thorough
     def test_steps_per_execution(self):
         model, x, y = model_of(8.0, accum_steps=schedules.NoiseScale(2, 64))
         model.compile(

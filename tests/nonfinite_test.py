@@ -86,7 +86,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         ((0,), False), ((1,), False), ((2,), True), ((0, 2), False)
     )
-    @test_utils.first_command(0, 1, 3)
+    @test_utils.first_command(1, second=(2,))
     def test_each_position(self, bad, jit_compile):
         self.assertLikeWithout(
             test_utils.microbatches([4, 3, 2]),
@@ -99,6 +99,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
         ((1,), False, "sum"),
         ((0,), False, "mean_with_sample_weight"),
     )
+    @test_utils.first_command(0)
     def test_reductions(self, bad, jit_compile, reduction):
         batches = [
             (x, y, np.linspace(0.5, 2, len(x), dtype="float32"))
@@ -120,6 +121,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
 
         self.assertLikeWithout(test_utils.microbatches([4, 3, 2]), (0,), make)
 
+    @pytest.mark.thorough
     def test_masked_rows_of_embeddings(self):
         bad = 0
 
@@ -219,6 +221,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertSameTraining(actual, expected, initial)
 
+    @pytest.mark.thorough
     def test_denominators_that_differ(self):
         inputs = keras.Input((4,), dtype="int32")
         embedded = keras.layers.Embedding(9, 3, mask_zero=True)(inputs)
@@ -275,6 +278,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
 class WideModelTest(test_utils.TestCase, parameterized.TestCase):
     """Gradients that are much larger than what they are products of."""
 
+    @pytest.mark.thorough
     @parameterized.parameters(
         (np.nan, True), (np.inf, False), (1e38, True), (1e4, True)
     )
@@ -329,6 +333,7 @@ class WideModelTest(test_utils.TestCase, parameterized.TestCase):
 
 class SkipWindowTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters((0, True), (2, False))
+    @test_utils.first_command(0)
     def test_no_update(self, position, jit_compile):
         model = compiled(
             test_utils.accumulating(
@@ -373,6 +378,7 @@ class LossScalesTest(test_utils.TestCase, parameterized.TestCase):
         ("skip_microbatch", (0, 1, 2), False),
         ("skip_window", (1,), True),
     )
+    @test_utils.first_command(0)
     def test_an_overflow_lowers_the_scale(self, policy, bad, jit_compile):
         optimizer = keras.optimizers.LossScaleOptimizer(
             keras.optimizers.Adam(0.01), initial_scale=64.0
@@ -393,6 +399,7 @@ class LossScalesTest(test_utils.TestCase, parameterized.TestCase):
         if not has_updated:
             self.assertAllClose(model.get_weights(), weights, 0, 0)
 
+    @pytest.mark.thorough
     def test_training_in_half_precision_gets_going(self):
         optimizer = keras.optimizers.LossScaleOptimizer(
             keras.optimizers.SGD(0.01), initial_scale=2.0**24
@@ -491,6 +498,7 @@ class PolicyTest(test_utils.TestCase, parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "Received: nonfinite="):
             accumulating().nonfinite = value
 
+    @pytest.mark.thorough
     def test_may_be_set_at_any_time(self):
         model = compiled(test_utils.accumulating(accum_steps=WINDOW))
         batches = test_utils.microbatches([4] * WINDOW)

@@ -79,6 +79,7 @@ class EquivalenceTest(test_utils.TestCase, parameterized.TestCase):
         ),
         arguments=({"accum_steps": 2}, {"microbatch_size": ROWS}),
     )
+    @test_utils.first_command(0, 5, second=(3, 7, 8))
     def test_the_order_changes_nothing(self, make, arguments):
         expected, actual = stack(make()), stack(make(), **arguments)
         initial, (x, y) = expected.get_weights(), batch(4 * ROWS)
@@ -88,6 +89,7 @@ class EquivalenceTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameTraining(actual, expected, initial)
 
     @parameterized.parameters({"accum_steps": 2}, {"microbatch_size": ROWS})
+    @test_utils.first_command(0)
     def test_on_replicas(self, **arguments):
         strategy, missing = test_utils.chosen_strategy()
         if missing:

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -108,6 +109,7 @@ class ProgramTest(test_utils.TestCase, parameterized.TestCase):
     def test_no_product_is_stored(self):
         self.assertNotIn("f32[64,32]{1,0} dot(", self.program(4))
 
+    @pytest.mark.thorough
     def test_many_rows_are_a_matrix_product(self):
         self.assertIn("f32[64,32]{1,0} dot(", self.program(32))
 

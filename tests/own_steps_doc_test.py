@@ -5,6 +5,7 @@ import re
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -109,6 +110,7 @@ class PageTest(test_utils.TestCase, parameterized.TestCase):
                 model.teacher.get_weights(), expected, 1e-5, 1e-6
             )
 
+    @pytest.mark.thorough
     @parameterized.parameters(1, 2)
     @test_utils.first_command(0)
     def test_a_codebook(self, replicas):

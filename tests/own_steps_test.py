@@ -6,6 +6,7 @@ from unittest import mock
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -191,6 +192,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
 
 class ResumeTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters("checkpoint", "window.weights.h5")
+    @test_utils.first_command(0)
     def test_goes_on_in_mid_window(self, name):
         def train(model, batches):
             model.fit(test_utils.dataset(batches), verbose=0)
@@ -439,6 +441,7 @@ class SeveralCallsTest(test_utils.TestCase, parameterized.TestCase):
 
         self.check(Two, **mode)
 
+    @pytest.mark.thorough
     def test_parts_of_one_loss_in_a_loop(self):
         class Parts(keras_accum.GradientAccumulationModel):
             def train_step(self, data):
@@ -527,6 +530,7 @@ class SeveralCallsTest(test_utils.TestCase, parameterized.TestCase):
             model.get_weights(), expected.get_weights(), initial, 1e-4
         )
 
+    @pytest.mark.thorough
     def test_window_is_forgotten(self):
         model = gan(mode={"jit_compile": False})
         batches = cases.gan_batches(FLAT)

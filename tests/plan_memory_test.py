@@ -18,6 +18,7 @@ class SavedModelTest(parameterized.TestCase):
         ("sparse_categorical_crossentropy", "--memory_limit_mib=512"),
         ("mse", "--length=16"),
     )
+    @test_utils.first_command(0)
     def test_plans_a_model_of_a_file(self, loss, flag):
         inputs = keras.Input((None,), dtype="int32")
         hidden = keras.layers.Embedding(5, 4)(inputs)
@@ -43,6 +44,7 @@ class SavedModelTest(parameterized.TestCase):
         )
         self.assertIn("microbatch_size=", finished.stdout)
 
+    @pytest.mark.thorough
     def test_says_that_there_is_no_file(self):
         finished = test_utils.run_program(
             "-m", "examples.plan_memory", "--model=nowhere.keras"

@@ -4,6 +4,7 @@ import functools
 
 import keras
 import numpy as np
+import pytest
 from absl.testing import absltest
 from absl.testing import parameterized
 
@@ -137,6 +138,7 @@ class PlanTest(parameterized.TestCase):
         self.assertLen(lines[2:-1], len(found.sizes) + found.best.is_recomputed)
         self.assertEqual(lines[-1], f"microbatch_size={found.best.rows}")
 
+    @pytest.mark.thorough
     def test_layers_are_those_of_rematerialize(self):
         found, model = plan("traced"), make(jit_compile=False)
         self.assertIn("block_0", found.layers)
@@ -205,6 +207,7 @@ class UnchangedTest(parameterized.TestCase):
         for a, b in zip(values(other), values(model), strict=True):
             np.testing.assert_array_equal(a, b)
 
+    @pytest.mark.thorough
     def test_optimizer_that_is_not_built_stays_so(self):
         model = make(jit_compile=False)
         keras_accum.plan(model, *batch(1))
@@ -226,6 +229,7 @@ class ModelsTest(parameterized.TestCase):
         self.assertIsNone(found.best)
         self.assertIn("Nothing fits", str(found))
 
+    @pytest.mark.thorough
     def test_several_replicas(self):
         strategy = test_utils.chosen_strategy()[0]
         with strategy.scope():

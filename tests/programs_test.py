@@ -5,6 +5,7 @@ import re
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -105,7 +106,7 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
         self.assertLessEqual(number_of_outputs(hlo) - len(aliased(hlo)), 4)
 
     @parameterized.parameters("adam", "sgd", "adamw", "rmsprop")
-    @test_utils.first_command(0, 1)
+    @test_utils.first_command(0)
     def test_weights_and_slots(self, optimizer):
         model, _ = trained(optimizer)
         hlo = optimized_hlo(model.update_step)
@@ -127,6 +128,7 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
             self.assertEqual(read.count(kernel), 4)
             self.assertEqual(written.count(kernel), 3)
 
+    @pytest.mark.thorough
     def test_a_micro_batch_does_not_touch_the_optimizer(self):
         model, _ = trained()
         hlo = program_of("microbatch")

@@ -3,6 +3,7 @@
 from unittest import mock
 
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -84,6 +85,7 @@ class InBucketsTest(TrainsTestCase):
             many = self.train(dtype, mode)
         self.assertAllClose(one, many.get_weights(), 0, 0)
 
+    @pytest.mark.thorough
     @parameterized.parameters("skip_microbatch", "skip_window")
     @test_utils.first_command(1)
     def test_nonfinite(self, policy):
@@ -176,6 +178,7 @@ class RoundedTest(TrainsTestCase):
         # them is off by as much of how far the weights moved.
         self.assertLess(off / np.linalg.norm(exact - initial), 2e-3)
 
+    @pytest.mark.thorough
     def test_losses_and_metrics_are_not_rounded(self):
         logs = []
         for dtype in (None, "bfloat16"):
@@ -190,6 +193,7 @@ class RoundedTest(TrainsTestCase):
             logs.append(history)
         self.assertEqual(*logs)
 
+    @pytest.mark.thorough
     def test_may_be_changed(self):
         model, batches = self.train(), test_utils.microbatches([8, 7, 5])
         for dtype in ("bfloat16", None):
@@ -210,6 +214,7 @@ class RoundedTest(TrainsTestCase):
         loaded = type(model).from_config(model.get_config())
         self.assertEqual(loaded.communication_dtype, "bfloat16")
 
+    @pytest.mark.thorough
     def test_float64(self):
         def build(cls, **kwargs):
             return test_utils.mlp(cls, dtype="float64", **kwargs)

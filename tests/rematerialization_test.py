@@ -289,6 +289,7 @@ class FunctionTest(RematerializationTest):
         )
         self.assert_same(some, others)
 
+    @pytest.mark.thorough
     @needs_scope
     @parameterized.parameters(WINDOW, {"accum_steps": 1})
     @test_utils.first_command(0)

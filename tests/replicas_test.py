@@ -316,6 +316,7 @@ class RowsTest(TestCase):
             rtol=1e-5,
         )
 
+    @pytest.mark.thorough
     def test_uneven_windows(self):
         self.assertTrainsAlike(test_utils.mlp, compile_args(), windows())
 
@@ -424,6 +425,7 @@ class WindowTest(TestCase):
         epochs = 1 if policy == "drop" else 2
         self.fit(sizes, ends, epochs, accum_steps=3, partial_window=policy)
 
+    @pytest.mark.thorough
     @parameterized.parameters(2, 3)
     @test_utils.first_command(1, second=())
     def test_steps_per_execution(self, steps):
@@ -450,6 +452,7 @@ class WindowTest(TestCase):
         self.assertSameTraining(model, expected, initial)
         self.assertSameOnAllReplicas(model)
 
+    @pytest.mark.thorough
     def test_train_on_batch(self):
         # Each replica gets the whole batch, as in Keras.
         batches = test_utils.microbatches([8, 7, 5, 3])
@@ -701,6 +704,7 @@ class StateTest(TestCase):
         )
         self.assertSameOnAllReplicas(replicated)
 
+    @pytest.mark.thorough
     def test_random_generators_stay_together(self):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(7)
@@ -721,6 +725,7 @@ class PrecisionTest(TestCase):
         keras.config.set_dtype_policy("mixed_float16")
         self.addCleanup(keras.config.set_dtype_policy, "float32")
 
+    @pytest.mark.thorough
     def test_half_precision(self):
         # Activations keep 11 bits: see `equivalence_test`.
         self.assertTrainsAlike(
@@ -774,6 +779,7 @@ class StepTest(TestCase):
 
         self.assertTrainsAlike(build, compile_args(), windows())
 
+    @pytest.mark.thorough
     def test_a_variable_without_gradient(self):
         class Half(keras.layers.Layer):
             def build(self, shape):

@@ -161,6 +161,7 @@ class TrainingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameTraining(model, expected, initial)
 
     @parameterized.parameters("flush", "drop", "carry")
+    @test_utils.first_command(2)
     def test_updates_of_two_epochs(self, policy):
         schedule = schedules.LinearRamp(1, 6, 7)
         model = test_utils.accumulating(
@@ -183,6 +184,7 @@ class TrainingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(model.optimizer.iterations), updates)
 
     @parameterized.parameters(1, 4)
+    @test_utils.first_command(1)
     def test_one_trace_for_all_windows(self, steps):
         # The first micro-batch and the further ones are a program each.
         counted, constant_traces = test_utils.counting_traces()

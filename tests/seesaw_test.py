@@ -213,6 +213,7 @@ class TrainingTest(test_utils.TestCase, parameterized.TestCase):
         )
 
     @parameterized.parameters("adam", "sgd")
+    @test_utils.first_command(0)
     def test_is_plain_keras_on_the_windows(self, rule):
         self.train(rule)
 
@@ -284,6 +285,7 @@ class RestartTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertSameState(loaded, model)
 
+    @pytest.mark.thorough
     def test_from_weights(self):
         batches = test_utils.microbatches([4] * 16)
         model, other, restarted = (self.model() for _ in range(3))
@@ -296,6 +298,7 @@ class RestartTest(test_utils.TestCase, parameterized.TestCase):
         self.fit(restarted, batches[7:])
         self.assertSameState(restarted, model)
 
+    @pytest.mark.thorough
     def test_from_a_backup(self):
         class Stop(keras.callbacks.Callback):
             def on_epoch_begin(self, epoch, logs=None):

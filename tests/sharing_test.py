@@ -218,6 +218,7 @@ class FromModelTest(test_utils.TestCase, parameterized.TestCase):
         self.assertAllEqual(found(x), model(x))
         self.assertLen(model.weights, len(found.weights))
 
+    @pytest.mark.thorough
     def test_the_first_one_trains_on(self):
         model = made(Subclassed, "trained")
         found = GA.from_model(model, accum_steps=2)
@@ -401,6 +402,7 @@ class KerasHubTest(test_utils.TestCase, parameterized.TestCase):
             loaded.predict(SENTENCES, verbose=0), predicted, rtol=1e-5
         )
 
+    @pytest.mark.thorough
     def test_verify_takes_what_fit_takes(self):
         model = GA.from_model(text_classifier(), microbatch_size=5)
         model.compile("sgd", test_utils.crossentropy(), jit_compile=False)

@@ -38,6 +38,7 @@ def run(program):
 
 
 class MirroredTest(tf.test.TestCase):
+    @pytest.mark.thorough
     def test_splits_the_cpu(self):
         finished = run(
             "made = strategies.mirrored(3);"

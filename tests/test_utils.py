@@ -237,20 +237,24 @@ def dataset(batches, known_length=False):
     the end of a dataset of unknown length: references need a known one.
     """
 
-    def without_rows(leaf):
-        # Of an unknown number, in whatever graph it is.
-        shape = [None, *leaf.shape[1:]]
-        return tf.compat.v1.placeholder_with_default(leaf, shape)
+    def of_one(batch):
+        made = tf.data.Dataset.from_tensors(
+            batch if isinstance(batch, tuple) else (batch,)
+        )
+        # Of any number of rows, without a function that would be traced.
+        spec = tf.nest.map_structure(without_rows, made.element_spec)
+        variant = tf.data.experimental.to_variant(made)
+        return tf.data.experimental.from_variant(variant, spec)
+
+    def without_rows(spec):
+        if not isinstance(spec, tf.TensorSpec):
+            return spec
+        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
 
     # Not from a Python generator: where Python collects an iterator over
     # several devices as garbage, TensorFlow waits for a thread that waits for
     # Python.
-    datasets = [
-        tf.data.Dataset.from_tensors(batch).map(
-            lambda *leaves: tf.nest.map_structure(without_rows, leaves)
-        )
-        for batch in batches
-    ]
+    datasets = map(of_one, batches)
     result = functools.reduce(
         lambda some, more: some.concatenate(more), datasets
     )

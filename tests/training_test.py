@@ -130,7 +130,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
 
     # As many as there are, fewer, and more.
     @parameterized.parameters((2, 2), (5, 3), (2, 200))
-    @test_utils.first_command(0)
+    @test_utils.first_command(second=(0,))
     def test_unrolled_loops(self, steps, unrolled):
         self.assertFitsAlike(
             data(),
@@ -153,6 +153,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
     def test_uneven_microbatches_and_partial_windows_elsewhere(self, mode):
         self.check_uneven(**(MODES | OTHER_MODES)[mode])
 
+    @pytest.mark.thorough
     def test_sample_weight(self):
         rng = np.random.default_rng(0)
         batches = [
@@ -188,6 +189,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
             )
         self.assertAllClose(*histories, rtol=1e-5)
 
+    @pytest.mark.thorough
     def test_validation_after_an_evaluation(self):
         x, y = test_utils.concatenate(data())
         losses = []
@@ -785,6 +787,7 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         with self.assertRaisesRegex(KeyError, "mine"):
             fit(model, data())
 
+    @pytest.mark.thorough
     def test_between_int_and_function(self):
         model = test_utils.accumulating(accum_steps=4)
         fit(model, data(), epochs=1)

@@ -278,6 +278,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertStartsWith(lines[-1], "(1) the loss couples rows: `dice`")
 
+    @pytest.mark.thorough
     def test_the_page_prints_what_it_says(self):
         page = ROOT / "docs" / "exactness.md"
         blocks = re.findall(

@@ -120,6 +120,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
     def test_eagerly(self):
         self.check(one_output, keras.losses.Tversky, run_eagerly=True)
 
+    @pytest.mark.thorough
     def test_with_sample_weights(self):
         weights = np.linspace(0.0, 2.0, ROWS)
         self.check(one_output, keras.losses.Dice, sample_weight=weights)
@@ -309,6 +310,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
             results.append(model.evaluate(x, y, batch_size=ROWS, verbose=0))
         self.assertAllClose(results[1], results[0])
 
+    @pytest.mark.thorough
     def test_metrics_and_statistics_count_once(self):
         models = []
         for loss in ("mse", masked_mean):
@@ -391,6 +393,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "couple the rows"):
             model.fit(x, {"a": y, "b": x[:, :2]}, verbose=0)
 
+    @pytest.mark.thorough
     def test_accum_steps_warns_once(self):
         for loss, names in (
             ({"a": keras.losses.Dice(), "b": "mse"}, ["dice"]),

@@ -151,6 +151,7 @@ class NormTest(tf.test.TestCase):
         norm = last(model.fit(x, y, batch_size=8, verbose=0))["gradient_norm"]
         self.assertGreater(norm, 0.0)
 
+    @pytest.mark.thorough
     def test_loss_scales(self):
         x, y = regression(16)
         norms = []
@@ -351,6 +352,7 @@ class NoiseTest(tf.test.TestCase):
             jit_compile=True,
         )
 
+    @pytest.mark.thorough
     def test_losses_that_differ(self):
         pool = regression()
         weights = np.random.default_rng(5).uniform(0.5, 1.5, (200,))
@@ -402,6 +404,7 @@ class NoiseTest(tf.test.TestCase):
         # Of four windows that are the same in each epoch, not of 200.
         self.assertAllClose(found[0][1], truth(rows), rtol=0.5)
 
+    @pytest.mark.thorough
     def test_a_sum_counts_rows(self):
         x, y = regression(64)
         found = []
@@ -455,6 +458,7 @@ class NoiseTest(tf.test.TestCase):
             self.assertTrue(np.isnan(logs["gradient_noise_scale"]))
             self.assertGreater(logs["gradient_norm"], 0.0)
 
+    @pytest.mark.thorough
     def test_what_is_skipped_does_not_count(self):
         x, y = regression(96)
         expected = mlp(accum_steps=3)
@@ -594,6 +598,7 @@ class AdviceTest(tf.test.TestCase):
         (text,) = self.said(128, microbatch_size=8)
         self.assertRegex(text, r"\d % of the rows|\d+% of the rows")
 
+    @pytest.mark.thorough
     def test_others(self):
         self.assertEmpty(self.said(4, noise=9.0, accum_steps=32))
         self.assertEmpty(

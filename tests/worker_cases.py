@@ -70,6 +70,17 @@ class Losses(keras.callbacks.Callback):
             self.seen.append(logs["loss"])
 
 
+class Updates(keras.callbacks.Callback):
+    """The number of updates after each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(int(self.model.optimizer.iterations.numpy()))
+
+
 def classifier(place, jit, spe=1, dtype=None, make_optimizer=None, **kwargs):
     """Returns a compiled model, with the same first weights at every call."""
     keras.utils.set_random_seed(7)
@@ -352,6 +363,35 @@ def amid_third_epoch(model, batch):
     return updates == 4 and batch == ACCUM_STEPS - 1
 
 
+def noise(place):
+    """Trains in windows that follow the noise scale; notes their sizes."""
+    deviation, num_rows = 8.0, 300 * ROWS
+    y = 1.0 + deviation * np.random.default_rng(0).normal(size=(num_rows, 1))
+    # One weight, which stays at zero: the noise scale is `deviation**2` rows.
+    with place.strategy.scope():
+        inputs = keras.Input((1,))
+        layer = keras.layers.Dense(
+            1, use_bias=False, kernel_initializer="zeros"
+        )
+        model = keras_accum.GradientAccumulationModel(
+            inputs,
+            layer(inputs),
+            accum_steps=keras_accum.schedules.NoiseScale(1, 64),
+            window_metrics=("gradient_noise_scale",),
+        )
+        model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
+    updates = Updates()
+    history = model.fit(
+        np.ones_like(y),
+        y,
+        batch_size=ROWS,
+        shuffle=False,
+        verbose=0,
+        callbacks=[updates],
+    )
+    return told(model, place, history) | {"updates": updates.seen}
+
+
 def kept_by_chief(place, name):
     """Returns where to save: TensorFlow's convention for several workers.
 
@@ -554,6 +594,7 @@ CASES = {
         own,
         rounded,
         undisturbed,
+        noise,
         tf_checkpoint,
         model_checkpoint,
         backup_and_restore,

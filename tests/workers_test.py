@@ -117,7 +117,17 @@ class EquivalenceTest(WorkersTestCase):
     @pytest.mark.thorough
     def test_two_workers_with_one_replica(self):
         names = ["arrays", "float16", "rounded"]
-        self.check(2, 1, test_utils.with_nightly(names, ["files"]))
+        names = test_utils.with_nightly(names, ["files"])
+        folder = self.check(2, 1, names, others=["noise"])
+        with self.subTest("Workers agree on windows that follow the noise."):
+            found = worker_processes.results(folder, 2, "noise")
+            self.assertSameCopies(found, "noise")
+            for result in found:
+                self.assertAllEqual(result["updates"], found[0]["updates"])
+            _, windows = np.unique(found[0]["updates"], return_counts=True)
+            # 64 rows are 8 steps; each has a micro-batch of each worker.
+            self.assertAllEqual(windows[1:8], [1] * 7)
+            self.assertBetween(windows[-2], 4, 16)
 
     @pytest.mark.thorough
     def test_two_workers_with_two_replicas(self):
