@@ -148,6 +148,7 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
             found._accumulation.size.to_try(16), found.microbatch_size
         )
 
+    @pytest.mark.thorough
     def test_largest_that_fits(self):
         found = compiled("largest")
         (data,) = batches([16], [1])
@@ -285,6 +286,7 @@ class ForecastTest(tf.test.TestCase):
         counted.assert_not_called()
         self.assertEqual(model.microbatch_size, 4)
 
+    @pytest.mark.thorough
     def test_no_room_for_a_row(self):
         for limit, raises in ((None, False), (10**15, True)):
             model = compiled("auto")

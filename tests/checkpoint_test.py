@@ -213,9 +213,9 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(model.optimizer.iterations), before + 3)
         self.assertEqual(int(whole.optimizer.iterations), 4)
 
-    @pytest.mark.thorough
     @parameterized.parameters({}, {"microbatch_size": 1})
     @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_model_without_windows_says_what_it_forgets(self, **arguments):
         path = self.path()
         mid_window(path)
@@ -270,9 +270,9 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         tf.train.Checkpoint(model=model).write(f"{path}.tf")
         tf.train.Checkpoint(model=plain).read(f"{path}.tf").assert_consumed()
 
-    @pytest.mark.thorough
     @parameterized.parameters("shape", "truncated")
     @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_what_does_not_fit_changes_nothing(self, fault):
         path = f"{self.path()}.weights.h5"
         mid_window(self.path())

@@ -58,9 +58,9 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
     def test_functions_that_return_a_scalar(self, loss, way):
         self.check(linear, loss, way)
 
-    @pytest.mark.thorough
     @parameterized.parameters("accum_steps", "microbatch_size")
     @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_on_replicas(self, way):
         for loss in (scalar_mean, scalar_sum):
             self.check(

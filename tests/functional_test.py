@@ -5,6 +5,7 @@ import pickle
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import keras_accum
@@ -33,6 +34,7 @@ class ClassesTest(test_utils.TestCase):
         if before:
             self.assertNotAllClose(before[0], model.get_weights()[0])
 
+    @pytest.mark.thorough
     def test_any_order_and_number(self):
         bases = keras_accum.GradientAccumulationModel.__bases__
         for _ in range(2):

@@ -524,6 +524,7 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
             language_model.main(["language_model"])
         return output.getvalue()
 
+    @pytest.mark.thorough
     def test_trains_saves_and_reports(self):
         checkpoints, logs = self.folder / "checkpoints", self.folder / "logs"
         output = self.run_main(checkpoint_dir=checkpoints, log_dir=logs)

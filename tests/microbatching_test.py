@@ -177,9 +177,9 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertTrue(actual._accumulation.losses.uses_denominators())
 
-    @pytest.mark.thorough
     @parameterized.parameters(*MODES)
     @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_masks_with_added_losses(self, mode):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(7)

@@ -154,6 +154,7 @@ class FollowingTest(tf.test.TestCase):
         self.assertEqual(windows[:7], [2] * 7)
         self.assertBetween(windows[-1], 8, 32)
 
+    @pytest.mark.thorough
     def test_one_micro_batch_is_enough(self):
         _, windows = self.fit(
             1.0,

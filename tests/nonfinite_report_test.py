@@ -318,6 +318,7 @@ class ModelTest(test_utils.TestCase, parameterized.TestCase):
         self.assertIn("could not be computed again", report.note)
         self.assertEqual(test_utils.num_updates(model.optimizer), 2)
 
+    @pytest.mark.thorough
     def test_two_replicas(self):
         strategy, reason = test_utils.chosen_strategy()
         if reason:

@@ -278,11 +278,11 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
 class WideModelTest(test_utils.TestCase, parameterized.TestCase):
     """Gradients that are much larger than what they are products of."""
 
-    @pytest.mark.thorough
     @parameterized.parameters(
         (np.nan, True), (np.inf, False), (1e38, True), (1e4, True)
     )
     @test_utils.first_command(0, 1)
+    @pytest.mark.thorough
     def test_a_wide_model(self, value, jit_compile):
         self.check(value, jit_compile)
 

@@ -71,6 +71,7 @@ class PageTest(test_utils.TestCase, parameterized.TestCase):
 
     @parameterized.product(accum_steps=(1, 4), replicas=(1, 2))
     @test_utils.first_command(0, 3)
+    @pytest.mark.thorough
     def test_a_teacher(self, accum_steps, replicas):
         with self.strategy(replicas).scope():
             model = self.page["MeanTeacher"](
@@ -110,9 +111,9 @@ class PageTest(test_utils.TestCase, parameterized.TestCase):
                 model.teacher.get_weights(), expected, 1e-5, 1e-6
             )
 
-    @pytest.mark.thorough
     @parameterized.parameters(1, 2)
     @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_a_codebook(self, replicas):
         def make(accum_steps):
             keras.utils.set_random_seed(3)

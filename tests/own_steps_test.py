@@ -86,6 +86,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
         model.fit(test_utils.dataset(batches), verbose=0)
         self.assertSameGAN(model)
 
+    @pytest.mark.thorough
     def test_one_reduction_for_all(self):
         strategy, missing = test_utils.chosen_strategy()
         if missing:
@@ -288,6 +289,7 @@ class NonfiniteTest(test_utils.TestCase, parameterized.TestCase):
 
     @parameterized.product(spoils=("real", "noise"), jit_compile=(True, False))
     @test_utils.first_command(3, second=(0,))
+    @pytest.mark.thorough
     def test_a_micro_batch_is_skipped_as_a_whole(self, spoils, jit_compile):
         model = gan(
             nonfinite="skip_microbatch", mode={"jit_compile": jit_compile}

@@ -181,6 +181,7 @@ class ExactnessTest(test_utils.TestCase, parameterized.TestCase):
 
     @parameterized.parameters(False, True)
     @test_utils.first_command(0, second=())
+    @pytest.mark.thorough
     def test_on_replicas(self, jit_compile):
         self.check(
             strategy=test_utils.chosen_strategy()[0], jit_compile=jit_compile

@@ -19,6 +19,7 @@ class SavedModelTest(parameterized.TestCase):
         ("mse", "--length=16"),
     )
     @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_plans_a_model_of_a_file(self, loss, flag):
         inputs = keras.Input((None,), dtype="int32")
         hidden = keras.layers.Embedding(5, 4)(inputs)

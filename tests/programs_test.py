@@ -141,6 +141,7 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
             self.assertNotIn(" conditional(", hlo)
             self.assertNotIn(" while(", hlo)
 
+    @pytest.mark.thorough
     def test_a_pass_over_a_buffer_selects_and_adds(self):
         # Where it starts, what it held is selected away as the gradient is
         # added.

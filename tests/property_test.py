@@ -529,6 +529,7 @@ class PropertyTest(test_utils.TestCase):
         keras.config.set_dtype_policy("float64")
 
     @of_random_runs(FEW_CASES)
+    @pytest.mark.thorough
     def test_some_runs(self, model, runs, partial_window):
         self.check(model, runs, partial_window)
 

@@ -85,9 +85,9 @@ class InBucketsTest(TrainsTestCase):
             many = self.train(dtype, mode)
         self.assertAllClose(one, many.get_weights(), 0, 0)
 
-    @pytest.mark.thorough
     @parameterized.parameters("skip_microbatch", "skip_window")
     @test_utils.first_command(1)
+    @pytest.mark.thorough
     def test_nonfinite(self, policy):
         one = self.train(nonfinite=policy)
         with in_small_buckets():

@@ -270,6 +270,7 @@ class FunctionTest(RematerializationTest):
         (tf.recompute_grad, {"jit_compile": False}),
     )
     @test_utils.first_command(1, second=(2,))
+    @pytest.mark.thorough
     def test_is_as_without(self, recompute, compiled):
         if recompute is None:
             self.skipTest("Keras 3.9 has the first.")
@@ -289,10 +290,10 @@ class FunctionTest(RematerializationTest):
         )
         self.assert_same(some, others)
 
-    @pytest.mark.thorough
     @needs_scope
     @parameterized.parameters(WINDOW, {"accum_steps": 1})
     @test_utils.first_command(0)
+    @pytest.mark.thorough
     def test_steps_of_ones_own(self, **window):
         some, others = (
             trained(

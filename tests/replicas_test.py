@@ -228,6 +228,7 @@ class LossTest(TestCase):
             [[batch(4), batch(3), batch(1)] for _ in range(2)],
         )
 
+    @pytest.mark.thorough
     def test_added_losses(self):
         self.assertTrainsAlike(
             equivalence_test.with_added_losses, compile_args("sgd"), windows()
@@ -425,9 +426,9 @@ class WindowTest(TestCase):
         epochs = 1 if policy == "drop" else 2
         self.fit(sizes, ends, epochs, accum_steps=3, partial_window=policy)
 
-    @pytest.mark.thorough
     @parameterized.parameters(2, 3)
     @test_utils.first_command(1, second=())
+    @pytest.mark.thorough
     def test_steps_per_execution(self, steps):
         compiled = {"steps_per_execution": steps}
         sizes = [8, 7, 5, 3, 4, 4, 1]
@@ -491,7 +492,7 @@ class WarningsTest(TestCase):
         {"microbatch_size": 3},
         {"microbatch_size": "auto", "mode": "xla"},
     )
-    @test_utils.first_command(0, second=(2,))
+    @test_utils.first_command(second=(0, 2))
     def test_tensorflow_warns_of_nothing(self, mode="graph", **kwargs):
         kwargs = {"accum_steps": 1} | kwargs
         x, y = test_utils.microbatches([4 * 8])[0]

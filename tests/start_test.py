@@ -146,7 +146,7 @@ class PagesTest(parameterized.TestCase):
 
 class NumbersTest(parameterized.TestCase):
     @parameterized.parameters(1, 2)
-    @test_utils.first_command(0)
+    @test_utils.first_command(second=(0, 1))
     def test_glossary(self, devices):
         _, counted = results(devices)
         _, *rows = example_table(devices)

@@ -940,6 +940,7 @@ class FailureTest(test_utils.TestCase, parameterized.TestCase):
 
 
 class CallbackTest(test_utils.TestCase):
+    @pytest.mark.thorough
     def test_every_built_in_callback(self):
         folder = self.get_temp_dir()
 

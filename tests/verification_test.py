@@ -114,7 +114,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
             (keras.losses.Dice(), False, True),
         ),
     )
-    @test_utils.first_command(1, second=(2,))
+    @test_utils.first_command(second=(1, 2))
     def test_compiled_losses(self, way, case):
         loss, with_accum_steps, with_microbatch_size = case
         cls = keras_accum.GradientAccumulationModel
@@ -196,6 +196,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
         self.assertTrue(found.exact, str(found))
         self.assertGreaterEqual(len(found.differences), 4)
 
+    @pytest.mark.thorough
     def test_layers(self):
         for reductions, expected in (
             ((inner_test.mean, inner_test.of_rows), "denominators"),

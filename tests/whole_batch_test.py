@@ -117,6 +117,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
     def test_is_that_of_one_tape(self, loss, build, jit_compile):
         self.check(build, loss, jit_compile=jit_compile)
 
+    @pytest.mark.thorough
     def test_eagerly(self):
         self.check(one_output, keras.losses.Tversky, run_eagerly=True)
 
@@ -330,6 +331,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
 
     @parameterized.parameters(False, True)
     @test_utils.first_command(0, second=())
+    @pytest.mark.thorough
     def test_on_replicas(self, jit_compile):
         strategy = test_utils.chosen_strategy()[0]
 

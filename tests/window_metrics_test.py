@@ -175,6 +175,7 @@ class NormTest(tf.test.TestCase):
         logs = last(model.fit(x, y, 8, verbose=0, shuffle=False))
         self.assertTrue(np.isfinite(logs["gradient_norm"]))
 
+    @pytest.mark.thorough
     def test_several_optimizers(self):
         x, y = regression(16)
 
@@ -279,6 +280,7 @@ class NoiseTest(tf.test.TestCase):
             jit_compile=False,
         )
 
+    @pytest.mark.thorough
     def test_microbatch_size_and_weights(self):
         pool = regression()
         weights = np.random.default_rng(5).uniform(0.2, 2.0, (200,))
@@ -327,6 +329,7 @@ class NoiseTest(tf.test.TestCase):
         )
         return truth(rows)
 
+    @pytest.mark.thorough
     def test_masked_tokens(self):
         pool = self.tokens()
         model = self.model_of_tokens(accum_steps=8)
@@ -549,6 +552,7 @@ class LogsTest(tf.test.TestCase):
         self.assertIn("epoch_gradient_norm", tags)
         self.assertIn("epoch_gradient_noise_scale", tags)
 
+    @pytest.mark.thorough
     def test_evaluate_and_validation_have_none(self):
         x, y = regression(32)
         model = mlp(accum_steps=2)
