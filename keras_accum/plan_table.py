@@ -84,7 +84,7 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        """Returns a table in MiB, and what to do."""
+        """Returns a table in MiB, and what to do; "~" marks a forecast."""
         columns = (
             "weights",
             "buffers",
@@ -102,11 +102,15 @@ class Plan:
         ]
         for each in self.sizes:
             recomputed = "yes" if each.is_recomputed else "no"
-            cells = [f"{getattr(each, name) / MIB:12,.1f}" for name in columns]
+            marks = {} if each.is_measured else {"activations": "~"}
+            cells = [
+                f"{marks.get(name, '')}{getattr(each, name) / MIB:,.1f}"
+                for name in columns
+            ]
             speed = each.rows_per_second
             line = (
                 f"{each.rows:6}  {recomputed:10}"
-                + "".join(cells)
+                + "".join(f"{cell:>12}" for cell in cells)
                 + f"  {'yes' if each.fits else 'no':4}"
                 + ("" if speed is None else f"{speed:9,.0f}")
             )

@@ -10,6 +10,7 @@ from absl.testing import parameterized
 
 import keras_accum
 from keras_accum import forecast
+from keras_accum import plan_table
 from tests import test_utils
 
 MIB = 2**20
@@ -173,6 +174,28 @@ class ForecastTest(parameterized.TestCase):
         needs.run([64, 32, 16, 8], 600)
         self.assertEqual(tried, [1, 2, 8, 16])
         self.assertEqual(needs(64), 740)
+
+
+class TableTest(absltest.TestCase):
+    def test_marks_what_is_forecast(self):
+        kept = {"weights": MIB, "buffers": MIB, "optimizer": 0, "batch": 0}
+        sizes = [
+            plan_table.Size(
+                rows=rows,
+                is_recomputed=False,
+                activations=rows * 2**10 * MIB,
+                boundary=0,
+                is_measured=rows < 8,
+                fits=True,
+                **kept,
+            )
+            for rows in (8, 4)
+        ]
+        found = plan_table.Plan(tuple(sizes), 10**6 * MIB)
+        _, _, forecast, measured, advice = str(found).splitlines()
+        self.assertIn("    ~8,192.0         0.0     8,194.0", forecast)
+        self.assertIn("     4,096.0         0.0     4,098.0", measured)
+        self.assertEqual(advice, "microbatch_size=8")
 
 
 class UnchangedTest(parameterized.TestCase):
