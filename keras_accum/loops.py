@@ -73,9 +73,11 @@ def make_looking_loop(
     host_loop = make_host_loop(model, step, look)
 
     def function(iterator):
-        types = getattr(iterator, "element_spec", None)
-        if not isinstance(iterator, tf.data.Iterator) or model.run_eagerly:
+        # In a function of the user's own there is no batch yet.
+        has_batches = tf.executing_eagerly() and not model.run_eagerly
+        if not (has_batches and isinstance(iterator, tf.data.Iterator)):
             return host_loop(iterator)
+        types = iterator.element_spec
         data = iterator.get_next()
         look(data)
         if can_trace_for(types):

@@ -76,6 +76,19 @@ class LoopTest(test_utils.TestCase, parameterized.TestCase):
         with self.assertRaises(tf.errors.OutOfRangeError):
             loop(iterator)
 
+    def test_within_a_function_of_the_users(self):
+        model = test_utils.mlp()
+        model.compile("sgd", jit_compile=False)
+        seen = []
+        step = tf.function(tf.reduce_max)
+        loop = loops.make_loop(model, step, 1)
+        looking = loops.make_looking_loop(model, loop, step, seen.append)
+        iterator = iter(tf.data.Dataset.range(3).batch(2))
+        train = tf.function(lambda: looking(iterator))
+        self.assertEqual([int(train()), int(train())], [1, 2])
+        self.assertLen(seen, 1)
+        self.assertIsInstance(seen[0], tf.Tensor)
+
 
 if __name__ == "__main__":
     tf.test.main()
