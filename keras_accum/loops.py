@@ -18,7 +18,7 @@ from keras_accum import replicas
 def make_loop(model: keras.Model, step: Callable, num_steps: int) -> Callable:
     """Returns a function that makes steps on what it takes from an iterator.
 
-    It takes the number of steps as well, if that is to be another.
+    Given a second argument, it makes at most so many steps in that call.
 
     Args:
         model: The model.
@@ -80,7 +80,7 @@ def make_looking_loop(
         types = iterator.element_spec
         data = iterator.get_next()
         look(data)
-        if can_trace_for(types):
+        if can_be_traced_for_all(step, types):
             step.get_concrete_function(types)
         logs = loop(iterator_of(data, types))
         rest = model.steps_per_execution - 1
@@ -115,7 +115,6 @@ def make_host_loop(
             that batches have, and not for those of each.
         look: What is called with each batch before.
     """
-    is_traced = isinstance(step, tf.types.experimental.PolymorphicFunction)
     fetch_one = make_loop(model, lambda data: data, num_steps=1)
 
     def fetch(iterator):
@@ -142,7 +141,7 @@ def make_host_loop(
                 break
             if look is not None:
                 look(data)
-            if is_traced and can_trace_for(types):
+            if can_be_traced_for_all(step, types):
                 step.get_concrete_function(types)
             logs = step(data)
         return logs
@@ -150,15 +149,18 @@ def make_host_loop(
     return loop
 
 
-def can_trace_for(types) -> bool:
+def can_be_traced_for_all(step: Callable, types) -> bool:
     """Returns whether a step can be traced for batches of all sizes.
 
     The programs that it calls are then those that a loop over such batches
     calls later.
 
     Args:
+        step: A function of a batch; False unless it is a `tf.function`.
         types: What batches are, or None if that is not known.
     """
+    if not isinstance(step, tf.types.experimental.PolymorphicFunction):
+        return False
     specs = [] if types is None else tf.nest.flatten(types)
     # A part that may lack is None in a batch.
     return bool(specs) and not any(
