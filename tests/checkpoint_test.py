@@ -214,8 +214,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(whole.optimizer.iterations), 4)
 
     @parameterized.parameters({}, {"microbatch_size": 1})
-    @test_utils.first_command(0)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_model_without_windows_says_what_it_forgets(self, **arguments):
         path = self.path()
         mid_window(path)
@@ -271,8 +270,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
         tf.train.Checkpoint(model=plain).read(f"{path}.tf").assert_consumed()
 
     @parameterized.parameters("shape", "truncated")
-    @test_utils.first_command(0)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_what_does_not_fit_changes_nothing(self, fault):
         path = f"{self.path()}.weights.h5"
         mid_window(self.path())

@@ -59,8 +59,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
         self.check(linear, loss, way)
 
     @parameterized.parameters("accum_steps", "microbatch_size")
-    @test_utils.first_command(0)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_on_replicas(self, way):
         for loss in (scalar_mean, scalar_sum):
             self.check(

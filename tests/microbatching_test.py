@@ -178,8 +178,7 @@ class DenominatorsTest(test_utils.TestCase, parameterized.TestCase):
         self.assertTrue(actual._accumulation.losses.uses_denominators())
 
     @parameterized.parameters(*MODES)
-    @test_utils.first_command(0)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_masks_with_added_losses(self, mode):
         def build(cls, **kwargs):
             keras.utils.set_random_seed(7)

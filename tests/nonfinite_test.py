@@ -281,8 +281,7 @@ class WideModelTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         (np.nan, True), (np.inf, False), (1e38, True), (1e4, True)
     )
-    @test_utils.first_command(0, 1)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0, 1))
     def test_a_wide_model(self, value, jit_compile):
         self.check(value, jit_compile)
 

@@ -4,7 +4,6 @@ import unittest
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -90,8 +89,7 @@ class EquivalenceTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameTraining(actual, expected, initial)
 
     @parameterized.parameters({"accum_steps": 2}, {"microbatch_size": ROWS})
-    @test_utils.first_command(0)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_on_replicas(self, **arguments):
         strategy, missing = test_utils.chosen_strategy()
         if missing:

@@ -5,7 +5,6 @@ import re
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -70,8 +69,7 @@ class PageTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(int(self.page["g_optimizer"].iterations), 1)
 
     @parameterized.product(accum_steps=(1, 4), replicas=(1, 2))
-    @test_utils.first_command(0, 3)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0, 3))
     def test_a_teacher(self, accum_steps, replicas):
         with self.strategy(replicas).scope():
             model = self.page["MeanTeacher"](
@@ -112,8 +110,7 @@ class PageTest(test_utils.TestCase, parameterized.TestCase):
             )
 
     @parameterized.parameters(1, 2)
-    @test_utils.first_command(0)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_a_codebook(self, replicas):
         def make(accum_steps):
             keras.utils.set_random_seed(3)

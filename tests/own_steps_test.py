@@ -288,8 +288,7 @@ class NonfiniteTest(test_utils.TestCase, parameterized.TestCase):
         return batches
 
     @parameterized.product(spoils=("real", "noise"), jit_compile=(True, False))
-    @test_utils.first_command(3, second=(0,))
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(3,))
     def test_a_micro_batch_is_skipped_as_a_whole(self, spoils, jit_compile):
         model = gan(
             nonfinite="skip_microbatch", mode={"jit_compile": jit_compile}

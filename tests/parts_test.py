@@ -180,8 +180,7 @@ class ExactnessTest(test_utils.TestCase, parameterized.TestCase):
         self.assertAllClose(*reported)
 
     @parameterized.parameters(False, True)
-    @test_utils.first_command(0, second=())
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_on_replicas(self, jit_compile):
         self.check(
             strategy=test_utils.chosen_strategy()[0], jit_compile=jit_compile

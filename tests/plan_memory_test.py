@@ -18,8 +18,7 @@ class SavedModelTest(parameterized.TestCase):
         ("sparse_categorical_crossentropy", "--memory_limit_mib=512"),
         ("mse", "--length=16"),
     )
-    @test_utils.first_command(0)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_plans_a_model_of_a_file(self, loss, flag):
         inputs = keras.Input((None,), dtype="int32")
         hidden = keras.layers.Embedding(5, 4)(inputs)

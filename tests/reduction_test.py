@@ -86,8 +86,7 @@ class InBucketsTest(TrainsTestCase):
         self.assertAllClose(one, many.get_weights(), 0, 0)
 
     @parameterized.parameters("skip_microbatch", "skip_window")
-    @test_utils.first_command(1)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(1,))
     def test_nonfinite(self, policy):
         one = self.train(nonfinite=policy)
         with in_small_buckets():

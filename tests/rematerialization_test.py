@@ -269,8 +269,7 @@ class FunctionTest(RematerializationTest):
         (getattr(keras, "remat", None), {"run_eagerly": True}),
         (tf.recompute_grad, {"jit_compile": False}),
     )
-    @test_utils.first_command(1, second=(2,))
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(1,))
     def test_is_as_without(self, recompute, compiled):
         if recompute is None:
             self.skipTest("Keras 3.9 has the first.")
@@ -292,8 +291,7 @@ class FunctionTest(RematerializationTest):
 
     @needs_scope
     @parameterized.parameters(WINDOW, {"accum_steps": 1})
-    @test_utils.first_command(0)
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_steps_of_ones_own(self, **window):
         some, others = (
             trained(

@@ -427,8 +427,7 @@ class WindowTest(TestCase):
         self.fit(sizes, ends, epochs, accum_steps=3, partial_window=policy)
 
     @parameterized.parameters(2, 3)
-    @test_utils.first_command(1, second=())
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(1,))
     def test_steps_per_execution(self, steps):
         compiled = {"steps_per_execution": steps}
         sizes = [8, 7, 5, 3, 4, 4, 1]

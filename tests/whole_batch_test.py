@@ -330,8 +330,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         self.assertAllClose(models[1], models[0])
 
     @parameterized.parameters(False, True)
-    @test_utils.first_command(0, second=())
-    @pytest.mark.thorough
+    @test_utils.first_command(second=(0,))
     def test_on_replicas(self, jit_compile):
         strategy = test_utils.chosen_strategy()[0]
 

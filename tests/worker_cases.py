@@ -21,6 +21,7 @@ from tensorflow.python.eager import context
 
 import keras_accum
 from keras_accum import reduction
+from tests import noise_cases
 from tests import worker_processes
 
 FEATURES, CLASSES = 4, 3
@@ -68,17 +69,6 @@ class Losses(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if batch == ACCUM_STEPS - 1:
             self.seen.append(logs["loss"])
-
-
-class Updates(keras.callbacks.Callback):
-    """The number of updates after each batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.seen.append(int(self.model.optimizer.iterations.numpy()))
 
 
 def classifier(place, jit, spe=1, dtype=None, make_optimizer=None, **kwargs):
@@ -365,31 +355,22 @@ def amid_third_epoch(model, batch):
 
 def noise(place):
     """Trains in windows that follow the noise scale; notes their sizes."""
-    deviation, num_rows = 8.0, 300 * ROWS
-    y = 1.0 + deviation * np.random.default_rng(0).normal(size=(num_rows, 1))
-    # One weight, which stays at zero: the noise scale is `deviation**2` rows.
-    with place.strategy.scope():
-        inputs = keras.Input((1,))
-        layer = keras.layers.Dense(
-            1, use_bias=False, kernel_initializer="zeros"
-        )
-        model = keras_accum.GradientAccumulationModel(
-            inputs,
-            layer(inputs),
-            accum_steps=keras_accum.schedules.NoiseScale(1, 64),
-            window_metrics=("gradient_noise_scale",),
-        )
-        model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=False)
-    updates = Updates()
+    model, x, y = noise_cases.model_of(
+        8.0,
+        place.strategy,
+        accum_steps=keras_accum.schedules.NoiseScale(1, 64),
+        window_metrics=("gradient_noise_scale",),
+    )
+    sizes, num_rows = noise_cases.Sizes(), 300 * ROWS
     history = model.fit(
-        np.ones_like(y),
-        y,
+        x[:num_rows],
+        y[:num_rows],
         batch_size=ROWS,
         shuffle=False,
         verbose=0,
-        callbacks=[updates],
+        callbacks=[sizes],
     )
-    return told(model, place, history) | {"updates": updates.seen}
+    return told(model, place, history) | {"updates": sizes.updates}
 
 
 def kept_by_chief(place, name):
