@@ -11,9 +11,14 @@ and a program of TensorFlow alone that dies.
 An epoch that does not run to its end leaves an iterator that only Python's
 collector would find, with threads and batches, at any time: while a function is
 traced, say. Here it ends with the `fit` that made it.
+
+To end one may take as long as it has lived, up to a minute, since a thread of
+TensorFlow's may miss that it should end. Another thread waits for that.
 """
 
 import contextlib
+import contextvars
+import threading
 from collections.abc import Iterator
 
 import tensorflow as tf
@@ -21,12 +26,20 @@ import tensorflow as tf
 from keras_accum import compat
 
 OPTIMIZATIONS = ("noop_elimination", "shuffle_and_repeat_fusion", "map_fusion")
+# Seconds to wait for an iterator's end, which mostly takes a thousandth.
+PATIENCE = 0.1
+
+# The iterator that `fit` reads from, in a list, within `ending`.
+_READ: contextvars.ContextVar[list | None] = contextvars.ContextVar(
+    "keras_accum_iterator", default=None
+)
 
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
     """Ends, safely, what Keras begins to iterate over in this thread."""
-    begun = []
+    begun, read = [], []
+    token = _READ.set(read)
     with (
         compat.iterating_over(rewritten),
         compat.recording_epoch_iterators(begun.append),
@@ -34,8 +47,38 @@ def ending() -> Iterator[None]:
         try:
             yield
         finally:
-            for epoch_iterator in begun:
-                compat.end_epoch(epoch_iterator)
+            _READ.reset(token)
+            data = [read.copy(), *map(compat.end_epoch, begun)]
+            read.clear()
+            let_go_of(data)
+
+
+def read_from(iterator) -> None:
+    """Says that `fit` reads from an iterator; the one before it has ended.
+
+    Keras lets go of that, and would wait for its end.
+    """
+    read = _READ.get()
+    if read is None or (read and read[0] is iterator):
+        return
+    before = read.copy()
+    read[:] = [iterator]
+    let_go_of(before)
+
+
+def let_go_of(objects: list) -> None:
+    """Empties a list in another thread, and waits for it, but not for long.
+
+    Args:
+        objects: What nobody else refers to, or soon will not.
+    """
+    if not objects:
+        return
+    thread = threading.Thread(
+        target=objects.clear, name="keras_accum_iterators"
+    )
+    thread.start()
+    thread.join(PATIENCE)
 
 
 def rewritten(dataset: tf.data.Dataset) -> tf.data.Dataset:

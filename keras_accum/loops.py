@@ -99,9 +99,14 @@ def iterator_of(batch, spec) -> tf.data.Iterator:
         batch: The batch.
         spec: What batches may be: one like it need not have as many rows.
     """
-    dataset = tf.data.Dataset.from_tensors(batch)
-    variant = tf.data.experimental.to_variant(dataset)
-    return iter(tf.data.experimental.from_variant(variant, spec))
+    variant = tf.data.experimental.to_variant(
+        tf.data.Dataset.from_tensors(batch)
+    )
+    dataset = tf.data.experimental.from_variant(variant, spec)
+    # There is nothing to tune, and to end a thread that does may take long.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return iter(dataset.with_options(options))
 
 
 def make_host_loop(

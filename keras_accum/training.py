@@ -22,6 +22,7 @@ from keras_accum import boundary
 from keras_accum import discovery
 from keras_accum import each_microbatch
 from keras_accum import first_batch
+from keras_accum import iterators
 from keras_accum import loops
 from keras_accum import programs
 from keras_accum import replicas
@@ -51,6 +52,7 @@ class TrainFunction:
     def __call__(self, iterator):
         """Trains on the next batches."""
         accumulation, window = self._accumulation, self._accumulation.window
+        iterators.read_from(iterator)
         if accumulation.progress.to_skip:
             return skip_batches(accumulation, iterator)
         with (

@@ -5,6 +5,8 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
+import weakref
 
 import keras
 import tensorflow as tf
@@ -98,8 +100,15 @@ class Source:
         )
 
 
+def wait_for_ends():
+    """Waits for what `fit` does not wait for."""
+    for thread in threading.enumerate():
+        if thread.name == "keras_accum_iterators":
+            thread.join()
+
+
 class EndTest(test_utils.TestCase, parameterized.TestCase):
-    """A generator is closed when the method that read it returns."""
+    """A generator is closed with the method that read it."""
 
     def setUp(self):
         super().setUp()
@@ -108,6 +117,7 @@ class EndTest(test_utils.TestCase, parameterized.TestCase):
         self.source = Source()
 
     def assertClosed(self):
+        wait_for_ends()
         self.assertGreaterEqual(self.source.opened, 1)
         self.assertEqual(self.source.closed, self.source.opened)
 
@@ -145,6 +155,39 @@ class EndTest(test_utils.TestCase, parameterized.TestCase):
         self.assertClosed()
         self.model.predict(data.map(lambda x, y: x), steps=1, verbose=0)
         self.assertClosed()
+
+    def test_another_thread_waits(self):
+        threads, read = set(), []
+        self.model.make_train_function()
+        train_function = self.model.train_function
+
+        def ended(reference):
+            del reference
+            threads.add(threading.current_thread().name)
+
+        def seen(iterator):
+            if not read or read[-1]() is not iterator:
+                read.append(weakref.ref(iterator, ended))
+            return train_function(iterator)
+
+        self.model.train_function = seen
+        ((x, y),) = test_utils.microbatches([8])
+        self.model.fit(x, y, batch_size=2, epochs=3, verbose=0)
+        wait_for_ends()
+        self.assertLen(read, 3)
+        self.assertEqual([each() for each in read], [None] * 3)
+        self.assertEqual(threads, {"keras_accum_iterators"})
+
+    def test_an_end_that_takes_long(self):
+        may_end = threading.Event()
+
+        class Slow:
+            def __del__(self):
+                may_end.wait()
+
+        iterators.let_go_of([Slow()])
+        may_end.set()
+        wait_for_ends()
 
     def test_epochs_go_on_with_the_data(self):
         seen = []

@@ -69,14 +69,19 @@ def recording_epoch_iterators(function):
     return _begun_epochs.calling(record)
 
 
-def end_epoch(epoch_iterator) -> None:
-    """Drops the data of an epoch, which may be in its middle.
+def end_epoch(epoch_iterator) -> list:
+    """Takes the data from an epoch, which may be in its middle.
 
-    Keras does the same before the next one. Until then the generator of the
-    steps refers to the epoch iterator, which has the data.
+    Keras drops them before the next one. Until then the generator of the steps
+    refers to the epoch iterator, which has the data.
+
+    Returns:
+        The data, to be dropped.
     """
+    data = [epoch_iterator._current_iterator, epoch_iterator._epoch_iterator]
     epoch_iterator._current_iterator = None
     epoch_iterator._epoch_iterator = None
+    return data
 
 
 def number_of_batches(iterator) -> int:
