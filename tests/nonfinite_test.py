@@ -99,7 +99,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
         ((1,), False, "sum"),
         ((0,), False, "mean_with_sample_weight"),
     )
-    @test_utils.first_command(0)
+    @test_utils.first_command(2)
     def test_reductions(self, bad, jit_compile, reduction):
         batches = [
             (x, y, np.linspace(0.5, 2, len(x), dtype="float32"))

@@ -106,6 +106,7 @@ class ProgramTest(test_utils.TestCase, parameterized.TestCase):
         batch = tuple(map(tf.constant, batch))
         return step.experimental_get_compiler_ir(batch)(stage="optimized_hlo")
 
+    @pytest.mark.thorough
     def test_no_product_is_stored(self):
         self.assertNotIn("f32[64,32]{1,0} dot(", self.program(4))
 

@@ -133,7 +133,7 @@ class GANTest(test_utils.TestCase, parameterized.TestCase):
         ({"run_eagerly": True}, None),
         ({"jit_compile": False}, "mirrored"),
     )
-    @test_utils.first_command(3, second=(0,))
+    @test_utils.first_command(2, second=(0, 3))
     def test_each_scales_its_own_loss(self, mode, strategy):
         if strategy is not None:
             strategy, missing = test_utils.chosen_strategy()
@@ -423,7 +423,7 @@ class SeveralCallsTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         {"jit_compile": True}, {"jit_compile": False}, {"run_eagerly": True}
     )
-    @test_utils.first_command(0, 2)
+    @test_utils.first_command(2)
     def test_two_losses_of_the_same_weights(self, **mode):
         losses = self.losses
 

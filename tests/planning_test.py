@@ -245,6 +245,7 @@ class ModelsTest(parameterized.TestCase):
         self.assertEqual([each.rows for each in found.sizes[:3]], [6, 3, 1])
         self.assertIsNotNone(found.best)
 
+    @pytest.mark.thorough
     def test_nothing_fits(self):
         found = keras_accum.plan(
             make(jit_compile=False), *batch(1), memory_limit=2**10

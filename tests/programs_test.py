@@ -118,6 +118,7 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
         self.assertInPlace(hlo, [*model.trainable_variables, *slots])
         self.assertEqual(number_of_outputs(hlo), len(aliased(hlo)))
 
+    @pytest.mark.thorough
     def test_an_update_reads_the_buffers_and_leaves_them(self):
         model, _ = trained()
         hlo = program_of("update")

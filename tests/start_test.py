@@ -162,6 +162,7 @@ class NumbersTest(parameterized.TestCase):
             # 200 = 3 x 64 + 8.
             self.assertEqual(column["last window"], 8)
 
+    @pytest.mark.thorough
     def test_start_makes_4_updates(self):
         printed, _ = results(1)
         self.assertIn("4/4", printed["start"][2])

@@ -182,6 +182,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         )
         self.assertAllClose(logs[1], logs[0], rtol=max(1e-4, tolerance))
 
+    @pytest.mark.thorough
     def test_of_several_outputs(self):
         x, y = arrays(2 * ROWS - 1)
         labels = {"a": y, "b": x[:, :2]}

@@ -587,6 +587,7 @@ class AdviceTest(tf.test.TestCase):
             model.fit(x, y, sizes, epochs=2, verbose=0)
         return [each.getMessage() for each in logged.records[1:]]
 
+    @pytest.mark.thorough
     def test_a_window_far_beyond(self):
         (text,) = self.said(4, accum_steps=32)
         self.assertRegex(
@@ -597,7 +598,6 @@ class AdviceTest(tf.test.TestCase):
         (text,) = self.said(4, effective_batch_size=128)
         self.assertIn("`effective_batch_size=", text)
 
-    @pytest.mark.thorough
     def test_a_batch_far_beyond(self):
         (text,) = self.said(128, microbatch_size=8)
         self.assertRegex(text, r"\d % of the rows|\d+% of the rows")
