@@ -78,24 +78,26 @@ def ratios(name: str) -> list[float]:
     """Returns what each training reports, over the true noise scale."""
     case = compare_models.CASES[name]
     x, y = case.batch(ROWS)
-    model = make_model(name)
-    # The unit is what the mean of the loss goes over.
-    unit = y.size / len(y)
-    expected = truth(model, x, y) * unit
+    expected = truth(make_model(name), x, y)
+    print(f"{name}: the noise scale is {expected:.1f} rows", flush=True)
+    # What is reported counts what the loss is a mean over, such as tokens.
+    expected *= y.size / len(y)
     found = []
     for seed in range(_TRAININGS.value):
         # A new model has no windows of the one before.
         model = make_model(name)
-        rows = tf.data.Dataset.random(seed=seed).batch(case.rows)
-        rows = rows.map(lambda numbers: numbers % ROWS)
-        data = rows.map(lambda rows: (tf.gather(x, rows), tf.gather(y, rows)))
+        data = (
+            tf.data.Dataset.random(seed=seed)
+            .map(lambda number: number % ROWS)
+            .batch(case.rows)
+            .map(lambda rows: (tf.gather(x, rows), tf.gather(y, rows)))
+        )
         history = model.fit(
             data,
             steps_per_epoch=_WINDOWS.value * case.accum_steps,
             verbose=0,
         )
         found.append(history.history["gradient_noise_scale"][-1] / expected)
-    print(f"{name}: the noise scale is {expected / unit:.1f} rows", flush=True)
     return found
 
 

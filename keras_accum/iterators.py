@@ -13,7 +13,8 @@ collector would find, with threads and batches, at any time: while a function is
 traced, say. Here it ends with the `fit` that made it.
 
 To end one may take as long as it has lived, up to a minute, since a thread of
-TensorFlow's may miss that it should end. Another thread waits for that.
+TensorFlow's may miss that it should end. For `fit` another thread waits for it.
+What `evaluate` and `predict` read from is dropped by Keras, which waits.
 """
 
 import contextlib
@@ -48,8 +49,11 @@ def ending() -> Iterator[None]:
             yield
         finally:
             _READ.reset(token)
-            data = [read.copy(), *map(compat.end_epoch, begun)]
+            # Nothing may be left in this frame, which would wait for it.
+            data = read.copy()
             read.clear()
+            for epoch_iterator in begun:
+                data += compat.end_epoch(epoch_iterator)
             let_go_of(data)
 
 

@@ -179,15 +179,19 @@ class EndTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(threads, {"keras_accum_iterators"})
 
     def test_an_end_that_takes_long(self):
-        may_end = threading.Event()
+        may_end, ended = threading.Event(), []
 
         class Slow:
             def __del__(self):
-                may_end.wait()
+                # Not for ever: a test should fail, and not hang.
+                may_end.wait(60)
+                ended.append(True)
 
         iterators.let_go_of([Slow()])
+        self.assertEmpty(ended)
         may_end.set()
         wait_for_ends()
+        self.assertEqual(ended, [True])
 
     def test_epochs_go_on_with_the_data(self):
         seen = []
