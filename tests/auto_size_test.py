@@ -168,7 +168,7 @@ class FindingTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(tried, [16])
         self.assertEqual(found.microbatch_size, 4)
 
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_replicas_take_the_same_size(self):
         strategy, missing = test_utils.chosen_strategy()
         if missing:
@@ -380,7 +380,7 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
     def test_trains_as_with_the_size_that_it_finds(self):
         self.check_found(500, jit_compile=False, rows=256)
 
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_trains_with_xla_as_with_the_size_that_it_finds(self):
         self.check_found(450, jit_compile=True, rows=256)
 

@@ -89,7 +89,7 @@ class ResumingTest(test_utils.TestCase, parameterized.TestCase):
             self.assertAllEqual(a, b)
 
     @parameterized.parameters(("keras", 0), ("h5", 1), ("tf", 2))
-    @test_utils.first_command(0)
+    @test_utils.first_command(0, second=(2,))
     def test_bits_are_those_of_a_run_without_a_break(self, kind, batch):
         self.check_bits(kind, batch)
 
@@ -383,7 +383,7 @@ class ReportedLossTest(test_utils.TestCase, parameterized.TestCase):
         ("h5", {"run_eagerly": True}),
         ("tf", {"steps_per_execution": 2}),
     )
-    @test_utils.first_command(1)
+    @test_utils.first_command(1, second=(2,))
     def test_is_that_of_the_whole_window(self, kind, mode):
         expected = self.logs(self.build(**mode), range(3))
         path = os.path.join(self.get_temp_dir(), kind)
@@ -452,7 +452,7 @@ class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
     """What was gathered goes into another number of replicas."""
 
     @parameterized.parameters(("keras", True), ("h5", False), ("tf", True))
-    @test_utils.first_command(0)
+    @test_utils.first_command(0, second=(2,))
     def test_goes_on(self, kind, onto_replicas):
         self.check(kind, onto_replicas)
 

@@ -30,6 +30,7 @@ FAILING = {
 
 class ChecksTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters("accum_steps", "microbatch_size")
+    @test_utils.first_command(1)
     @pytest.mark.thorough
     @pytest.mark.long
     def test_passes(self, system):

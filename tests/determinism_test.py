@@ -9,10 +9,10 @@ import sys
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 
 import keras_accum
+from tests import test_utils
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 ARGUMENTS = {
@@ -57,7 +57,7 @@ def print_digests(trainings):
 
 
 class DeterminismTest(tf.test.TestCase):
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_same_bits(self):
         # In processes of their own: it cannot be switched off again.
         outputs = []

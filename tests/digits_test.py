@@ -308,7 +308,7 @@ class FlagsTest(tf.test.TestCase, parameterized.TestCase):
 
 
 class ProgramTest(tf.test.TestCase, parameterized.TestCase):
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_compares_both_trainings(self):
         picture = pathlib.Path(TEMP_DIR) / "digits.png"
         finished = test_utils.run_program(

@@ -48,7 +48,7 @@ class PolicyTest(test_utils.TestCase, parameterized.TestCase):
         (50, False, False),
         (50, True, False),
     )
-    @test_utils.first_command(4, second=(0, 1))
+    @test_utils.first_command(4, second=(1,))
     def test_flush(self, steps_per_execution, jit_compile, known_length):
         model = compiled(
             test_utils.accumulating(),

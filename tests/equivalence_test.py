@@ -77,7 +77,13 @@ OPTIONS = {
 class OptimizerTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.named_parameters((name, name) for name in OPTIMIZERS)
     @test_utils.first_command(
-        "_sgd", "_adam", "_rmsprop", "_adafactor", "_muon", "_schedule_free"
+        "_sgd",
+        "_adam",
+        "_rmsprop",
+        "_adafactor",
+        "_muon",
+        "_schedule_free",
+        second=(),
     )
     def test_every_optimizer(self, name):
         tolerance = 1e-4 if name in AMPLIFIES else 1e-5
@@ -106,7 +112,11 @@ class OptimizerTest(test_utils.TestCase, parameterized.TestCase):
         self.assertEqual(shipped - {"Optimizer"} - wrappers, tested)
 
     @parameterized.named_parameters((name, name) for name in OPTIONS)
-    @test_utils.first_command("_global_clipnorm", "_ema_overwrite")
+    @test_utils.first_command(
+        "_global_clipnorm",
+        "_ema_overwrite",
+        second=("_loss_scale", "_clipvalue"),
+    )
     def test_every_option(self, name):
         self.assertTrainsAlike(
             test_utils.mlp,

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import keras
-import pytest
 import tensorflow as tf
 
 import keras_accum
@@ -115,7 +114,7 @@ class EveryNameTest(test_utils.TestCase):
             found,
         )
 
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_runs(self):
         path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         finished = subprocess.run(

@@ -121,6 +121,7 @@ class PagesTest(parameterized.TestCase):
         self.assertEqual(broken, [])
 
     @parameterized.parameters(1, 2)
+    @test_utils.first_command(1)
     @pytest.mark.thorough
     def test_tables_of_two_gpus(self, devices):
         counted = results(devices)[1]

@@ -25,6 +25,7 @@ from examples import language_model_report
 from examples import language_model_text
 from examples import language_model_training
 from examples import strategies
+from tests import test_utils
 
 TEMP_DIR = tempfile.mkdtemp()
 SEPARATOR = language_model_text.SEPARATOR
@@ -551,6 +552,7 @@ class ProgramTest(tf.test.TestCase, parameterized.TestCase):
         {"mixed_precision": "mixed_float16", "batching": "masked"},
         {"mixed_precision": "mixed_bfloat16", "jit_compile": True},
     )
+    @test_utils.first_command(1)
     @pytest.mark.thorough
     def test_takes(self, **values):
         output = self.run_main(**values)

@@ -160,7 +160,7 @@ class FaultTest(tf.test.TestCase):
         with self.assertRaises(ProcessLookupError):
             os.kill(int(workers["0"]), 0)
 
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_says_why_it_cannot_start(self):
         addresses = launch_workers.free_addresses(4)
         first, second = launch_workers.environments(addresses[:2], None)

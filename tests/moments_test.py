@@ -99,7 +99,7 @@ class MomentsTest(test_utils.TestCase, parameterized.TestCase):
         (masked, "xla", True),
         (masked, "eager", False),
     )
-    @test_utils.first_command(0)
+    @test_utils.first_command(0, second=(2,))
     def test_are_those_of_the_large_batch(self, build, mode, renorm):
         self.check_layer(build, mode, renorm)
 

@@ -104,7 +104,7 @@ class StageTest(test_utils.TestCase, parameterized.TestCase):
         way=(0, 1, 2),
         jit_compile=(False, True),
     )
-    @test_utils.first_command(0, 18, 27)
+    @test_utils.first_command(0, 18, 27, second=(3, 10, 13, 16, 21, 24, 31, 34))
     def test_batch_rows_and_layer(self, stage, policy, way, jit_compile):
         value, model = named(stage)
         model = accumulating(model, policy, jit_compile, **WAYS[way])
@@ -265,7 +265,7 @@ class ModelTest(test_utils.TestCase, parameterized.TestCase):
         ("operation", with_an_operation, "log"),
         ("recurrent", recurrent, "mine"),
     )
-    @test_utils.first_command("_subclassed")
+    @test_utils.first_command("_subclassed", second=("_nested", "_recurrent"))
     def test_kinds_of_models(self, make, name):
         model = accumulating(make())
         model.run_eagerly = make is Subclassed

@@ -99,7 +99,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
         ((1,), False, "sum"),
         ((0,), False, "mean_with_sample_weight"),
     )
-    @test_utils.first_command(2)
+    @test_utils.first_command(2, second=(1,))
     def test_reductions(self, bad, jit_compile, reduction):
         batches = [
             (x, y, np.linspace(0.5, 2, len(x), dtype="float32"))
@@ -162,7 +162,7 @@ class SkipMicrobatchTest(test_utils.TestCase, parameterized.TestCase):
         self.assertSameTraining(actual, expected, initial)
 
     @parameterized.parameters(True, False)
-    @test_utils.first_command(1)
+    @test_utils.first_command(1, second=())
     def test_state_of_layers(self, jit_compile):
         self.assertLikeWithout(
             test_utils.microbatches([4, 3, 2]),
@@ -281,13 +281,14 @@ class WideModelTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         (np.nan, True), (np.inf, False), (1e38, True), (1e4, True)
     )
-    @test_utils.first_command(second=(0, 1))
+    @test_utils.first_command(second=(0,))
     def test_a_wide_model(self, value, jit_compile):
         self.check(value, jit_compile)
 
     @parameterized.parameters(
         (np.nan, False), (np.inf, True), (1e38, False), (1e4, False)
     )
+    @test_utils.first_command(1)
     @pytest.mark.thorough
     def test_a_wide_model_elsewhere(self, value, jit_compile):
         self.check(value, jit_compile)

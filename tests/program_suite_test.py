@@ -72,6 +72,7 @@ class ProgramTest(test_utils.TestCase, parameterized.TestCase):
                     compile(text, name, "exec")
 
     @parameterized.named_parameters((name, name) for name in NAMES)
+    @test_utils.first_command("_gemma_lora", "_wide_and_deep")
     @pytest.mark.thorough
     def test_is_as_in_plain_keras_or_says_why(self, name):
         program = suite.program(name)

@@ -106,7 +106,7 @@ class InPlaceTest(test_utils.TestCase, parameterized.TestCase):
         self.assertLessEqual(number_of_outputs(hlo) - len(aliased(hlo)), 4)
 
     @parameterized.parameters("adam", "sgd", "adamw", "rmsprop")
-    @test_utils.first_command(0)
+    @test_utils.first_command(0, second=(2,))
     def test_weights_and_slots(self, optimizer):
         model, _ = trained(optimizer)
         hlo = optimized_hlo(model.update_step)

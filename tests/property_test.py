@@ -533,9 +533,9 @@ class PropertyTest(test_utils.TestCase):
     def test_some_runs(self, model, runs, partial_window):
         self.check(model, runs, partial_window)
 
-    @pytest.mark.thorough
     @pytest.mark.long
     @of_random_runs(CASES)
+    @test_utils.at_night
     def test_any_run(self, model, runs, partial_window):
         self.check(model, runs, partial_window)
 

@@ -46,7 +46,7 @@ class QuantizationTest(test_utils.TestCase, parameterized.TestCase):
         (None, "graph"),
         (None, "xla"),
     )
-    @test_utils.first_command(second=(0, 3))
+    @test_utils.first_command(second=(0,))
     def test_trains_as_the_large_batch_elsewhere(self, quantization, mode):
         self.check(quantization, mode)
 

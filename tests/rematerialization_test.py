@@ -175,7 +175,7 @@ class ScopeTest(RematerializationTest):
         (ACTIVATIONS, BATCH, {"run_eagerly": True}),
         (LARGE, BATCH, {"jit_compile": True}),
     )
-    @test_utils.first_command(1, second=(0, 2, 3, 4))
+    @test_utils.first_command(1, second=(0, 3))
     def test_is_as_without(self, scope, options, compiled):
         make = functools.partial(functional, scope=scope)
         self.assert_same(

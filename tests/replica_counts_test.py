@@ -50,6 +50,7 @@ class ReplicaCountsTest(parameterized.TestCase):
             ],
         )
     )
+    @test_utils.first_command(1, 3)
     @pytest.mark.thorough
     @pytest.mark.long
     def test_thorough(self, strategy, *claims):

@@ -225,6 +225,7 @@ class TrainingTest(test_utils.TestCase, parameterized.TestCase):
             {"steps_per_execution": 5},
         ),
     )
+    @test_utils.first_command(0, 4)
     @pytest.mark.thorough
     def test_modes(self, rule, mode):
         self.train(rule, **mode)
@@ -232,6 +233,7 @@ class TrainingTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.product(
         rule=("adam", "sgd"), mode=({}, {"jit_compile": True})
     )
+    @test_utils.first_command(1)
     @pytest.mark.thorough
     def test_replicas(self, rule, mode):
         strategy, reason = test_utils.chosen_strategy()
@@ -267,7 +269,7 @@ class RestartTest(test_utils.TestCase, parameterized.TestCase):
     # k is 1 up to the cut at step 6, 2 up to that at step 8, and then 4. After
     # 7 batches a window of 2 has begun.
     @parameterized.parameters(5, 7, 8, 10)
-    @test_utils.first_command(1)
+    @test_utils.first_command(1, second=(2,))
     def test_from_a_file(self, done):
         batches = test_utils.microbatches([4] * 16)
         model, other = self.model(), self.model()

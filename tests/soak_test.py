@@ -40,8 +40,8 @@ def resident_mib():
 
 
 class SoakTest(test_utils.TestCase):
-    @pytest.mark.thorough
     @pytest.mark.long
+    @test_utils.at_night
     def test_memory_and_traces(self):
         if not STATM.exists():
             self.skipTest("There is no /proc here.")

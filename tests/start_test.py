@@ -114,7 +114,7 @@ def figure(cell):
 
 class PagesTest(parameterized.TestCase):
     @parameterized.parameters(1, 2)
-    @test_utils.first_command(second=(0, 1))
+    @test_utils.first_command(second=(0,))
     def test_blocks_print_what_is_below_them(self, devices):
         self.check(PAGES_ON[devices], results(devices)[0])
 

@@ -124,6 +124,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.assertFitsAlike(data(), **MODES[name])
 
     @parameterized.named_parameters((name, name) for name in OTHER_MODES)
+    @test_utils.first_command("_loop_xla", "_auto")
     @pytest.mark.thorough
     def test_other_modes(self, name):
         self.assertFitsAlike(data(), **OTHER_MODES[name])
@@ -149,7 +150,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.check_uneven(**MODES[mode])
 
     @parameterized.parameters("xla", "eager", "loop_xla")
-    @test_utils.first_command(second=(0,))
+    @test_utils.at_night
     def test_uneven_microbatches_and_partial_windows_elsewhere(self, mode):
         self.check_uneven(**(MODES | OTHER_MODES)[mode])
 
@@ -362,7 +363,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
         self.check_unbuilt(**MODES[mode])
 
     @parameterized.parameters("xla", "eager", *OTHER_MODES)
-    @test_utils.first_command(second=(0, 1))
+    @test_utils.first_command(second=(0,))
     def test_subclassed_unbuilt_model_elsewhere(self, mode):
         self.check_unbuilt(**(MODES | OTHER_MODES)[mode])
 
@@ -395,7 +396,7 @@ class FitTest(test_utils.TestCase, parameterized.TestCase):
 
 class OneTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.named_parameters((name, name) for name in MODES)
-    @test_utils.first_command("_graph")
+    @test_utils.first_command("_graph", second=("_xla",))
     def test_accum_steps_1_is_keras_model_to_the_bit(self, name):
         self.check_bits(**MODES[name])
 
@@ -770,7 +771,7 @@ class ChangeTest(test_utils.TestCase, parameterized.TestCase):
         (0, "loop"),
         ("8", "loop"),
     )
-    @test_utils.first_command(0, 3)
+    @test_utils.first_command(0, 3, second=())
     def test_schedule_that_returns_nonsense(self, value, mode):
         model = test_utils.accumulating(accum_steps=lambda updates: value)
         with self.assertRaisesRegex(

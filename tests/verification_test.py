@@ -114,7 +114,7 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
             (keras.losses.Dice(), False, True),
         ),
     )
-    @test_utils.first_command(second=(1, 2))
+    @test_utils.first_command(second=(2,))
     def test_compiled_losses(self, way, case):
         loss, with_accum_steps, with_microbatch_size = case
         cls = keras_accum.GradientAccumulationModel

@@ -113,7 +113,7 @@ class WholeBatchTest(test_utils.TestCase, parameterized.TestCase):
         ),
         jit_compile=(False, True),
     )
-    @test_utils.first_command(0, second=(3, 4))
+    @test_utils.first_command(0, second=(3,))
     def test_is_that_of_one_tape(self, loss, build, jit_compile):
         self.check(build, loss, jit_compile=jit_compile)
 

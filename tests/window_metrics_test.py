@@ -489,7 +489,7 @@ class ReplicasTest(tf.test.TestCase):
     def test_are_those_of_one_device(self):
         self.check(accum_steps=4, jit_compile=False)
 
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_are_those_of_one_device_in_other_ways(self):
         self.check(accum_steps=4, jit_compile=True)
         self.check(microbatch_size=4, jit_compile=False)

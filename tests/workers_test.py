@@ -118,7 +118,8 @@ class EquivalenceTest(WorkersTestCase):
     def test_two_workers_with_one_replica(self):
         names = ["arrays", "float16", "rounded"]
         names = test_utils.with_nightly(names, ["files"])
-        folder = self.check(2, 1, names, others=["noise"])
+        folder = self.check(2, 1, names, others=["noise", "collectives"])
+        self.assertReducesAtBoundaries(folder, replicas=1)
         with self.subTest("Workers agree on windows that follow the noise."):
             found = worker_processes.results(folder, 2, "noise")
             self.assertSameCopies(found, "noise")
@@ -129,19 +130,21 @@ class EquivalenceTest(WorkersTestCase):
             self.assertAllEqual(windows[1:8], [1] * 7)
             self.assertBetween(windows[-2], 4, 16)
 
-    @pytest.mark.thorough
+    @test_utils.at_night
     def test_two_workers_with_two_replicas(self):
-        # Starting workers takes longer than most cases.
-        names = test_utils.with_nightly(["masks", "files"], ["plain"])
+        names = ["masks", "files", "plain"]
         folder = self.check(2, 2, names, others=["collectives"])
+        self.assertReducesAtBoundaries(folder, replicas=2)
+
+    def assertReducesAtBoundaries(self, folder, replicas):
         for found in worker_processes.results(folder, 2, "collectives"):
             with self.subTest("Reductions are at boundaries alone."):
                 # One for each of this worker's replicas, in one branch.
                 for name in ("arrays", "known"):
-                    self.assertAllEqual(found[f"{name}/branches"], [2])
+                    self.assertAllEqual(found[f"{name}/branches"], [replicas])
                     self.assertEmpty(found[f"{name}/others"])
                 # TensorFlow asks, once a step, whether anyone has data left.
-                self.assertAllEqual(found["unknown/branches"], [2])
+                self.assertAllEqual(found["unknown/branches"], [replicas])
                 self.assertAllEqual(found["unknown/others"], [1])
 
     @test_utils.at_night
