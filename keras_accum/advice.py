@@ -1,11 +1,14 @@
-"""What is said at the end of an epoch of windows far larger than it pays."""
+"""What is said at the end of an epoch of the size of its windows."""
 
 import math
 
 from absl import logging
 
+from keras_accum import compat
 from keras_accum import noise_scale
+from keras_accum import warned
 from keras_accum.checks import NOISE_SCALE
+from keras_accum.seesaw import Seesaw
 
 
 def give(accumulation) -> None:
@@ -37,6 +40,21 @@ def give(accumulation) -> None:
         *(f"{value:.3g}" for value in (*found, size)),
         text,
     )
+
+
+def check_rate(accumulation) -> None:
+    """Warns if the learning rate does not follow a `Seesaw` that k follows.
+
+    Args:
+        accumulation: What the model accumulates in.
+    """
+    seesaw = accumulation.options.accum_steps
+    optimizer = accumulation.model.optimizer
+    if not isinstance(seesaw, Seesaw) or optimizer is None:
+        return
+    rate = seesaw.learning_rate(compat.iterations(optimizer))
+    if not math.isclose(optimizer.learning_rate, rate, rel_tol=1e-3):
+        accumulation.losses.warn_once(warned.RATE_OF_SEESAW)
 
 
 def smaller(accumulation, share: float) -> str | None:

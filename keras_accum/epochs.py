@@ -148,6 +148,7 @@ class EndOfEpoch(keras.callbacks.Callback):
             logs.update(accumulation.window["nonfinite"].logs())
             logs.update(accumulation.window["told"].logs(with_interval=True))
         advice.give(accumulation)
+        advice.check_rate(accumulation)
 
     def _end_window(self):
         accumulation = self._accumulation
@@ -177,7 +178,7 @@ class EndOfEpochWithMetrics(EndOfEpoch):
     def on_train_batch_end(self, batch, logs=None):
         """Adds the metrics of windows to the logs, which all callbacks see."""
         if logs is not None:
-            logs.update(self._accumulation.window["told"].logs())
+            self._accumulation.window["told"].add_to(logs)
 
 
 def end_of_epoch(accumulation) -> EndOfEpoch:

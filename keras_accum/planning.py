@@ -72,7 +72,7 @@ def plan(
         A `Plan`. `print` shows it as a table.
 
     Raises:
-        ValueError: If the model is not compiled, its rows cannot be told, or
+        ValueError: If the model is not compiled, the data is not one batch, or
             nobody says what a step needs: on a CPU without XLA, TensorFlow
             counts only where it uses oneDNN.
 

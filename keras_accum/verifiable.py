@@ -12,11 +12,23 @@ def data_of(model, x: Any, y: Any, sample_weight: Any) -> tuple:
     """Returns a batch as `fit` gives it to `train_step`.
 
     A task of KerasHub preprocesses in `fit` what `train_step` gets.
+
+    Raises:
+        ValueError: If it is none: a dataset, say, has many.
     """
     preprocess = getattr(
         model, "preprocess_samples", keras.utils.pack_x_y_sample_weight
     )
-    return row_counts.as_tensors(preprocess(x, y, sample_weight))
+    data = preprocess(x, y, sample_weight)
+    try:
+        return row_counts.as_tensors(data)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`x`, `y` and `sample_weight` must be one batch, as nested arrays "
+            "or tensors. Of a dataset or a generator give the first one: "
+            "`x, y = next(iter(dataset))`. "
+            f"Received: {keras.tree.map_structure(type, data)}"
+        ) from error
 
 
 def check_rows(model, rows: int | None) -> None:

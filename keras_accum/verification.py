@@ -118,8 +118,8 @@ def verify(
         A `Verification`. `print` shows it as a table.
 
     Raises:
-        ValueError: If the model does not accumulate, is not compiled, or there
-            are fewer than 3 rows.
+        ValueError: If the model does not accumulate, is not compiled, or the
+            data is not one batch of at least 3 rows.
 
     Example:
 

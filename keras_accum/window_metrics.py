@@ -110,7 +110,7 @@ class WindowMetrics(Part):
             value = norm
             if metric != NORM:
                 value = metric(mean_gradients(self._model, updates))
-            value = tf.reshape(tf.cast(value, tf.float32), ())
+            value = as_scalar(value, name)
             pair = tf.stack([tf.ones(()), value])
             pair = tf.where(counts, pair, tf.zeros_like(pair))
             self._sums[name].assign_add(pair)
@@ -146,6 +146,17 @@ class WindowMetrics(Part):
     def _copies(self, variable):
         return replicas.copies(self._model.distribute_strategy, variable)
 
+    def add_to(self, logs: dict) -> None:
+        """Adds what the windows tell to the logs of a step, or raises."""
+        found = self.logs()
+        if taken := sorted(found.keys() & logs.keys()):
+            raise ValueError(
+                "`window_metrics` must have names that the logs of a step do "
+                "not have already. Rename the function, or what the step logs. "
+                f"Received: {taken}"
+            )
+        logs.update(found)
+
     def logs(self, with_interval: bool = False) -> dict[str, float]:
         """Returns what the windows of the epoch tell so far, by name.
 
@@ -166,6 +177,22 @@ class WindowMetrics(Part):
                 number, total = self._copies(self._sums[name])[0].numpy()
             logs[name] = float(total / number) if number else float("nan")
         return logs
+
+
+def as_scalar(value, name: str) -> tf.Tensor:
+    """Returns a float32 scalar, or raises if a metric returned another shape.
+
+    Args:
+        value: What the metric returned.
+        name: Its name.
+    """
+    value = tf.cast(value, tf.float32)
+    if value.shape.num_elements() not in (1, None):
+        raise ValueError(
+            f"`window_metrics`: `{name}` must return a scalar. Received a "
+            f"tensor of shape {value.shape}"
+        )
+    return tf.reshape(value, ())
 
 
 def mean_gradients(

@@ -36,8 +36,9 @@ LAYERS = (
     },
     {"checks", "inner_products"},
     {"schedule_table"},
-    {"advice", "noise_schedule"},
+    {"noise_schedule", "seesaw"},
     {
+        "advice",
         "checkpoint",
         "differentiable",
         "forecast",
@@ -70,7 +71,7 @@ LAYERS = (
         "rounded_sum",
         "rows",
     },
-    {"reduction", "seesaw"},
+    {"reduction"},
     {
         "accumulator",
         "calls",

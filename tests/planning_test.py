@@ -270,6 +270,8 @@ class ModelsTest(parameterized.TestCase):
         model = make()
         with self.assertRaisesRegex(ValueError, "same number of rows"):
             keras_accum.plan(model, np.ones((4, 2)), np.ones(3))
+        with self.assertRaisesRegex(ValueError, "must be one batch"):
+            keras_accum.plan(model, iter([batch(4)]))
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
         with self.assertRaisesRegex(ValueError, "must be compiled"):
             keras_accum.plan(model, np.ones((4, 2)), np.ones((4, 3)))

@@ -1,6 +1,7 @@
 """`Seesaw` against the rule by hand, plain Keras, and itself after restarts."""
 
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -240,6 +241,31 @@ class TrainingTest(test_utils.TestCase, parameterized.TestCase):
         if strategy is None:
             self.skipTest(reason)
         self.train(rule, strategy, **mode)
+
+
+class RateTest(test_utils.TestCase):
+    def fit(self, *, follows, scales=False):
+        schedule = schedules.Seesaw(decays.CosineDecay(0.1, 4), 4, maximum=2)
+        model = test_utils.accumulating(accum_steps=schedule)
+        optimizer = keras.optimizers.SGD(
+            schedule.learning_rate if follows else 0.1
+        )
+        if scales:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        model.compile(optimizer, test_utils.crossentropy(), jit_compile=False)
+        batches = test_utils.microbatches([4] * 4)
+        data = test_utils.dataset(batches, known_length=True)
+        model.fit(data, shuffle=False, verbose=0)
+
+    def test_one_that_does_not_follow_is_warned_of(self):
+        with self.assertWarnsRegex(UserWarning, "the rate does not follow"):
+            self.fit(follows=False)
+
+    def test_the_schedules_own_is_not_warned_of(self):
+        for scales in (False, True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                self.fit(follows=True, scales=scales)
 
 
 class RestartTest(test_utils.TestCase, parameterized.TestCase):

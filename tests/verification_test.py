@@ -315,6 +315,8 @@ class VerifyTest(test_utils.TestCase, parameterized.TestCase):
             keras_accum.verify(model, x[:2], y[:2])
         with self.assertRaisesRegex(ValueError, "same number of rows"):
             keras_accum.verify(model, x, y[:2])
+        with self.assertRaisesRegex(ValueError, "must be one batch"):
+            keras_accum.verify(model, tf.data.Dataset.from_tensors((x, y)))
         inputs = keras.Input(batch_shape=(4, 2, 5))
         model = keras_accum.GradientAccumulationModel(
             inputs, keras.layers.LSTM(1, stateful=True)(inputs), **ACCUM_STEPS

@@ -236,6 +236,26 @@ class FunctionTest(tf.test.TestCase):
             with self.assertRaisesRegex(ValueError, error):
                 mlp(accum_steps=2, window_metrics=metrics)
 
+    def test_names_of_a_step_are_not_taken(self):
+        def loss(gradients):
+            return tf.norm(gradients[0])
+
+        x, y = regression(16)
+        model = mlp(accum_steps=2, window_metrics=loss)
+        model.compile(frozen(), "mse", jit_compile=False)
+        with self.assertRaisesRegex(ValueError, r"already.*\['loss'\]"):
+            model.fit(x, y, batch_size=8, verbose=0)
+
+    def test_returns_a_scalar(self):
+        def both(gradients):
+            return tf.stack([tf.norm(gradients[0]), tf.norm(gradients[1])])
+
+        x, y = regression(16)
+        model = mlp(accum_steps=2, window_metrics=both)
+        model.compile(frozen(), "mse", jit_compile=False)
+        with self.assertRaisesRegex(ValueError, r"`both` must .* shape \(2,\)"):
+            model.fit(x, y, batch_size=8, verbose=0)
+
     def test_may_be_set_at_any_time(self):
         x, y = regression(40)
         model = mlp(accum_steps=5, window_metrics=())
