@@ -72,9 +72,9 @@ def plan(
         A `Plan`. `print` shows it as a table.
 
     Raises:
-        ValueError: If the model is not compiled, the data is not one batch, or
-            nobody says what a step needs: on a CPU without XLA, TensorFlow
-            counts only where it uses oneDNN.
+        ValueError: If the model is not compiled, the data is not one batch,
+            `memory_limit` is not positive, or nobody says what a step needs: on
+            a CPU without XLA, TensorFlow counts only where it uses oneDNN.
 
     Example:
 
@@ -86,6 +86,11 @@ def plan(
     )
     ```
     """
+    if memory_limit is not None and not memory_limit > 0:
+        raise ValueError(
+            "`memory_limit` must be a positive number of bytes, or None. "
+            f"Received: memory_limit={memory_limit!r}"
+        )
     data = verifiable.data_of(model, x, y, sample_weight)
     # None of them cannot be cut either.
     verifiable.check_rows(model, first_batch.rows_of(data) or None)

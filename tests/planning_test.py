@@ -272,6 +272,8 @@ class ModelsTest(parameterized.TestCase):
             keras_accum.plan(model, np.ones((4, 2)), np.ones(3))
         with self.assertRaisesRegex(ValueError, "must be one batch"):
             keras_accum.plan(model, iter([batch(4)]))
+        with self.assertRaisesRegex(ValueError, "positive number of bytes"):
+            keras_accum.plan(model, *batch(4), memory_limit=0)
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
         with self.assertRaisesRegex(ValueError, "must be compiled"):
             keras_accum.plan(model, np.ones((4, 2)), np.ones((4, 3)))
