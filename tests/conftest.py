@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
         for cases in getattr(item.obj, "cases_of_commands", ()):
             if item.name not in cases:
                 item.add_marker("thorough")
-        # What its class repeats, and it repeats itself.
+        # What is thorough, and not among its own cases for that either.
         if len(list(item.iter_markers("thorough"))) > 1 and not IS_NIGHTLY:
             for_the_night.append(item)
     items[:] = [item for item in items if item not in for_the_night]

@@ -104,7 +104,8 @@ def train_microbatch(model, is_first, data):
 def first_command(*cases, second=None):
     """Leaves a parameterized test's other cases to the thorough tests.
 
-    In a class whose tests are all thorough, it leaves them to the night.
+    Where the test is thorough itself, by its own mark or its class's, it leaves
+    them to the night.
 
     Args:
         *cases: The numbers or names of the cases that the first command runs.
