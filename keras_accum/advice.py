@@ -49,11 +49,16 @@ def check_rate(accumulation) -> None:
         accumulation: What the model accumulates in.
     """
     seesaw = accumulation.options.accum_steps
-    optimizer = accumulation.model.optimizer
-    if not isinstance(seesaw, Seesaw) or optimizer is None:
+    if not isinstance(seesaw, Seesaw):
         return
-    rate = seesaw.learning_rate(compat.iterations(optimizer))
-    if not math.isclose(optimizer.learning_rate, rate, rel_tol=1e-3):
+
+    def follows(optimizer):
+        rate = seesaw.learning_rate(compat.iterations(optimizer))
+        return math.isclose(optimizer.learning_rate, rate, rel_tol=1e-3)
+
+    # Of several, one may have a rate of its own.
+    objectives = accumulation.window["gradients"].objectives
+    if not any(follows(optimizer) for _, optimizer in objectives):
         accumulation.losses.warn_once(warned.RATE_OF_SEESAW)
 
 

@@ -1,5 +1,6 @@
 """`Seesaw` against the rule by hand, plain Keras, and itself after restarts."""
 
+import contextlib
 import functools
 import warnings
 
@@ -10,6 +11,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from keras_accum import schedules
+from tests import own_steps_cases
 from tests import test_utils
 
 decays = keras.optimizers.schedules
@@ -243,15 +245,20 @@ class TrainingTest(test_utils.TestCase, parameterized.TestCase):
         self.train(rule, strategy, **mode)
 
 
+@contextlib.contextmanager
+def assert_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
 class RateTest(test_utils.TestCase):
-    def fit(self, *, follows, scales=False):
-        schedule = schedules.Seesaw(decays.CosineDecay(0.1, 4), 4, maximum=2)
-        model = test_utils.accumulating(accum_steps=schedule)
-        optimizer = keras.optimizers.SGD(
-            schedule.learning_rate if follows else 0.1
-        )
-        if scales:
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    def setUp(self):
+        super().setUp()
+        self.seesaw = schedules.Seesaw(decays.CosineDecay(0.1, 4), 4, maximum=2)
+
+    def fit(self, optimizer):
+        model = test_utils.accumulating(accum_steps=self.seesaw)
         model.compile(optimizer, test_utils.crossentropy(), jit_compile=False)
         batches = test_utils.microbatches([4] * 4)
         data = test_utils.dataset(batches, known_length=True)
@@ -259,13 +266,26 @@ class RateTest(test_utils.TestCase):
 
     def test_one_that_does_not_follow_is_warned_of(self):
         with self.assertWarnsRegex(UserWarning, "the rate does not follow"):
-            self.fit(follows=False)
+            self.fit(keras.optimizers.SGD(0.1))
 
-    def test_the_schedules_own_is_not_warned_of(self):
-        for scales in (False, True):
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                self.fit(follows=True, scales=scales)
+    def test_its_own_is_not_warned_of(self):
+        for wrap in (lambda it: it, keras.optimizers.LossScaleOptimizer):
+            optimizer = keras.optimizers.SGD(self.seesaw.learning_rate)
+            with assert_silent():
+                self.fit(wrap(optimizer))
+
+    def test_one_of_several_may_be_another(self):
+        model = own_steps_cases.GAN(accum_steps=self.seesaw)
+        optimizers = own_steps_cases.gan_optimizers()
+        optimizers["d_optimizer"] = keras.optimizers.SGD(
+            self.seesaw.learning_rate
+        )
+        model.compile(**optimizers, jit_compile=False)
+        data = test_utils.dataset(
+            own_steps_cases.gan_batches([4] * 4), known_length=True
+        )
+        with assert_silent():
+            model.fit(data, shuffle=False, verbose=0)
 
 
 class RestartTest(test_utils.TestCase, parameterized.TestCase):
