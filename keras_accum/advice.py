@@ -56,9 +56,10 @@ def check_rate(accumulation) -> None:
         rate = seesaw.learning_rate(compat.iterations(optimizer))
         return math.isclose(optimizer.learning_rate, rate, rel_tol=1e-3)
 
-    # Of several, one may have a rate of its own.
+    # Of several, one may have a rate of its own. A model may have none itself.
     objectives = accumulation.window["gradients"].objectives
-    if not any(follows(optimizer) for _, optimizer in objectives):
+    optimizers = [optimizer for _, optimizer in objectives if optimizer]
+    if optimizers and not any(map(follows, optimizers)):
         accumulation.losses.warn_once(warned.RATE_OF_SEESAW)
 
 
