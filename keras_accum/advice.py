@@ -1,4 +1,4 @@
-"""What is said at the end of an epoch of the size of its windows."""
+"""What is said of the size of windows, at the end of an epoch."""
 
 import math
 
@@ -6,7 +6,6 @@ from absl import logging
 
 from keras_accum import compat
 from keras_accum import noise_scale
-from keras_accum import warned
 from keras_accum.checks import NOISE_SCALE
 from keras_accum.seesaw import Seesaw
 
@@ -43,7 +42,7 @@ def give(accumulation) -> None:
 
 
 def check_rate(accumulation) -> None:
-    """Warns if the learning rate does not follow a `Seesaw` that k follows.
+    """Warns if k follows a `Seesaw`, and the learning rate now is not its own.
 
     Args:
         accumulation: What the model accumulates in.
@@ -60,7 +59,11 @@ def check_rate(accumulation) -> None:
     objectives = accumulation.window["gradients"].objectives
     optimizers = [optimizer for _, optimizer in objectives if optimizer]
     if optimizers and not any(map(follows, optimizers)):
-        accumulation.losses.warn_once(warned.RATE_OF_SEESAW)
+        accumulation.losses.warn_once(
+            "`accum_steps` is a `Seesaw`, and no optimizer has its learning "
+            "rate: windows grow, and the rate does not follow. Give the "
+            "optimizer the attribute `learning_rate` of the `Seesaw`."
+        )
 
 
 def smaller(accumulation, share: float) -> str | None:

@@ -22,12 +22,6 @@ NO_NOISE_SCALE = (
     "a schedule that follows it at its smallest window."
 )
 
-RATE_OF_SEESAW = (
-    "`accum_steps` is a `Seesaw`, and the optimizer has another learning rate "
-    "than it: windows grow, and the rate does not follow. Give the optimizer "
-    "the attribute `learning_rate` of the `Seesaw`."
-)
-
 MIXED_ROWS = (
     "An output of the model depends, for each row, on the other rows of the "
     "batch. A micro-batch has fewer, so that its outputs are not those of the "

@@ -237,8 +237,7 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
             x, keras.layers.Dense(1)(hidden), accum_steps=2
         )
         model.compile("sgd", "mse", jit_compile=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
+        with test_utils.no_warnings():
             model.fit(
                 np.ones((2 * ROWS, 3, 2)),
                 np.ones((2 * ROWS, 1)),

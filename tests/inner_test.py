@@ -217,8 +217,7 @@ class StateTest(test_utils.TestCase, parameterized.TestCase):
         )
         model.compile("sgd", "mse", jit_compile=False)
         x, y = arrays()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
+        with test_utils.no_warnings():
             model.fit(x, y, batch_size=2, verbose=0)
         self.assertEqual(float(layer.rows), 5 * ROWS)
 

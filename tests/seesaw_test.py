@@ -1,8 +1,6 @@
 """`Seesaw` against the rule by hand, plain Keras, and itself after restarts."""
 
-import contextlib
 import functools
-import warnings
 
 import keras
 import numpy as np
@@ -245,13 +243,6 @@ class TrainingTest(test_utils.TestCase, parameterized.TestCase):
         self.train(rule, strategy, **mode)
 
 
-@contextlib.contextmanager
-def assert_silent():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
-
-
 class RateTest(test_utils.TestCase):
     def setUp(self):
         super().setUp()
@@ -271,7 +262,7 @@ class RateTest(test_utils.TestCase):
     def test_its_own_is_not_warned_of(self):
         for wrap in (lambda it: it, keras.optimizers.LossScaleOptimizer):
             optimizer = keras.optimizers.SGD(self.seesaw.learning_rate)
-            with assert_silent():
+            with test_utils.no_warnings():
                 self.fit(wrap(optimizer))
 
     def test_one_of_several_may_be_another(self):
@@ -284,7 +275,7 @@ class RateTest(test_utils.TestCase):
         data = test_utils.dataset(
             own_steps_cases.gan_batches([4] * 4), known_length=True
         )
-        with assert_silent():
+        with test_utils.no_warnings():
             model.fit(data, shuffle=False, verbose=0)
 
 

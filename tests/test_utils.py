@@ -1,5 +1,6 @@
 """Models, micro-batches and the yardstick that the tests share."""
 
+import contextlib
 import functools
 import inspect
 import os
@@ -99,6 +100,14 @@ def position(model):
 def train_microbatch(model, is_first, data):
     """Returns what a model's program for a micro-batch computes."""
     return steps.train_microbatch(model._accumulation, is_first, data)
+
+
+@contextlib.contextmanager
+def no_warnings():
+    """Fails if anything within the context warns its user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
 
 
 def first_command(*cases, second=None):
@@ -398,8 +407,7 @@ class TestCase(tf.test.TestCase):
             with model.distribute_strategy.scope():
                 model.compile(keras.optimizers.SGD(rate), loss)
             steps = way.get("accum_steps", 1) if model is actual else 1
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)
+            with no_warnings():
                 history = model.fit(
                     *batch,
                     batch_size=len(batch[0]) // steps,

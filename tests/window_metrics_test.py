@@ -240,20 +240,19 @@ class FunctionTest(tf.test.TestCase):
         def loss(gradients):
             return tf.norm(gradients[0])
 
-        x, y = regression(16)
-        model = mlp(accum_steps=2, window_metrics=loss)
-        model.compile(frozen(), "mse", jit_compile=False)
-        with self.assertRaisesRegex(ValueError, r"already.*\['loss'\]"):
-            model.fit(x, y, batch_size=8, verbose=0)
+        self.assertFails(loss, r"already.*\['loss'\]")
 
     def test_returns_a_scalar(self):
         def both(gradients):
             return tf.stack([tf.norm(gradients[0]), tf.norm(gradients[1])])
 
+        self.assertFails(both, r"`both` must .* shape \(2,\)")
+
+    def assertFails(self, metric, error):
         x, y = regression(16)
-        model = mlp(accum_steps=2, window_metrics=both)
+        model = mlp(accum_steps=2, window_metrics=metric)
         model.compile(frozen(), "mse", jit_compile=False)
-        with self.assertRaisesRegex(ValueError, r"`both` must .* shape \(2,\)"):
+        with self.assertRaisesRegex(ValueError, error):
             model.fit(x, y, batch_size=8, verbose=0)
 
     def test_may_be_set_at_any_time(self):
