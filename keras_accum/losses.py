@@ -7,6 +7,7 @@ denominator instead, before there are gradients.
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -201,13 +202,20 @@ class Losses:
             count += compat.number_of_losses(compiled)
         return tf.inside_function() or count > 1
 
-    def are_apart(self, denominators, kinds) -> bool:
+    def are_apart(self, batch: tuple, kinds: tuple) -> bool:
         """Returns whether losses are to have gradients and sums of their own.
 
         Args:
-            denominators: Of the losses given to `compile`.
+            batch: A micro-batch, as for `find_divisors`.
             kinds: Of what layers add.
         """
+        compiled = compat.compiled_loss(self.model)
+        count = 0 if compiled is None else compat.number_of_losses(compiled)
+        if count + len(kinds) <= 1:
+            return False
+        # What they follow from is asked, and not yet how much they are: later
+        # that is computed of the values of the losses.
+        denominators = self.find_divisors(*batch).denominators
         self.find_differences(denominators, kinds)
         if weighting.has_guess(denominators):
             self.warn_once(warned.ONE_WEIGHT)
@@ -287,32 +295,40 @@ class Losses:
         if compiled is not None and not compat.is_built(compiled):
             compat.build_compiled_losses(compiled, y, y_pred, sample_weight)
 
-    def divisors(self, x, y, y_pred, sample_weight) -> Divisors:
-        """Returns the `Divisors` of a micro-batch, computed once."""
+    def divisors(self, *batch) -> Divisors:
+        """Returns the `Divisors` of a micro-batch, computed once.
 
-        def measure():
-            rows = number_of_rows(sample_weight, y, y_pred, x)
-            denominators = []
-            kinds = iter(self.found.compiled)
-            if compat.compiled_loss(self.model) is None:
-                return Divisors(rows, [])
-            compat.map_compiled_losses(
-                compat.compiled_loss(self.model),
-                lambda *loss_and_data: denominators.append(
-                    weighting.loss_denominator(
-                        *loss_and_data, rows, next(kinds, None)
-                    )
-                ),
-                y,
-                y_pred,
-                sample_weight,
-            )
-            return Divisors(rows, denominators)
-
+        Args:
+            *batch: As for `find_divisors`.
+        """
         microbatch = microbatches.current(self.model)
         if microbatch is None:
-            return measure()
-        return microbatch.measured((x, y, y_pred, sample_weight), measure)
+            return self.find_divisors(*batch)
+        find = functools.partial(self.find_divisors, *batch)
+        return microbatch.measured(batch, find)
+
+    def find_divisors(self, x, y, y_pred, sample_weight) -> Divisors:
+        """Computes the `Divisors` of a micro-batch."""
+        rows = number_of_rows(sample_weight, y, y_pred, x)
+        compiled = compat.compiled_loss(self.model)
+        if compiled is None:
+            return Divisors(rows, [])
+        microbatch = microbatches.current(self.model)
+        kinds, denominators = iter(self.found.compiled), []
+
+        def add(loss, y, y_pred, sample_weight):
+            values = None
+            if microbatch is not None:
+                values = microbatch.loss_values.of(loss, y, y_pred)
+            kind = next(kinds, None)
+            denominators.append(
+                weighting.loss_denominator(
+                    loss, y, y_pred, sample_weight, rows, kind, values
+                )
+            )
+
+        compat.map_compiled_losses(compiled, add, y, y_pred, sample_weight)
+        return Divisors(rows, denominators)
 
     def find_differences(self, denominators, added) -> None:
         """Records whether denominators are not proportional."""

@@ -19,6 +19,7 @@ from keras_accum.gradients import choose_all
 from keras_accum.gradients import select_all
 from keras_accum.layer_moments import Moments
 from keras_accum.layer_moments import moments_of
+from keras_accum.loss_values import LossValues
 from keras_accum.origins import Origins
 
 # A user's `train_step` stands between who sets it and who reads it. Replicas
@@ -61,6 +62,7 @@ class Microbatch:
             where they are not zeros.
         moments: The `Moments` of its calls of layers that normalize over it.
         assigned: Keras's variables that it assigns, by `id`.
+        loss_values: What its losses returned, as `LossValues`.
         recorded_losses: What the metrics of single outputs were given, by `id`.
         terms: What its loss adds up, as `parts.Terms`, while that is recorded.
         shown_losses: What `model.losses` is to be, instead of what it is.
@@ -89,6 +91,7 @@ class Microbatch:
         self.gradients_without_rows: dict[int, Gradient] = {}
         self.moments: list[Moments] = []
         self.assigned: dict[int, keras.Variable] = {}
+        self.loss_values = LossValues()
         self.recorded_losses: dict[int, tuple] = {}
         self.terms = None
         self.shown_losses: list[tf.Tensor] | None = None

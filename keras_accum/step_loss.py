@@ -136,6 +136,9 @@ class StepLoss:
             return self._share_of_whole()
         compiled = compat.compiled_loss(model)
         with contextlib.ExitStack() as stack:
+            if compiled is not None and compat.is_built(compiled):
+                record = microbatch.loss_values.record
+                stack.enter_context(compat.showing_values(compiled, record))
             # The loss of a whole batch is one of all replicas.
             if any(losses.found.undivided) and microbatch.shown_losses is None:
                 num_replicas = model.distribute_strategy.num_replicas_in_sync
@@ -157,8 +160,7 @@ class StepLoss:
         """Records what the loss adds up, if it is to be taken apart."""
         losses, compiled = self._losses, compat.compiled_loss(self._model)
         losses.build(*self._batch[1:])
-        denominators = losses.divisors(*self._batch).denominators
-        if not losses.are_apart(denominators, self._kinds()):
+        if not losses.are_apart(self._batch, self._kinds()):
             yield
             return
         self._terms = terms = Terms(self._tape)

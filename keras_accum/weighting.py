@@ -59,7 +59,13 @@ def is_sum(losses) -> bool:
 
 
 def loss_denominator(
-    loss, y_true, y_pred, sample_weight, rows, kind: Kind | None = None
+    loss,
+    y_true,
+    y_pred,
+    sample_weight,
+    rows,
+    kind: Kind | None = None,
+    values=None,
 ):
     """Returns the `Denominator` of one loss, or None if it is a sum.
 
@@ -74,6 +80,7 @@ def loss_denominator(
         sample_weight: Sample weights that the loss sees, or None.
         rows: Number of rows of the micro-batch.
         kind: What the loss was measured to be; None if that is not known.
+        values: What its `call` returned for these; None to call it.
     """
     by_rows = of_rows(rows)
     if kind is Kind.SUM:
@@ -83,9 +90,9 @@ def loss_denominator(
     # An override of `__call__` may reduce in any way.
     if type(loss).__call__ is not keras.Loss.__call__:
         return by_rows
-    values = tf.convert_to_tensor(
-        loss.call(as_dtype(y_true, loss), as_dtype(y_pred, loss))
-    )
+    if values is None:
+        values = loss.call(as_dtype(y_true, loss), as_dtype(y_pred, loss))
+    values = tf.convert_to_tensor(values)
     has_sum_reduction = loss.reduction in SUM_REDUCTIONS
     if values.shape.rank == 0:
         # It is reduced already, and `reduction` says nothing. Keras multiplies

@@ -43,6 +43,7 @@ LAYERS = (
         "differentiable",
         "forecast",
         "iterators",
+        "loss_values",
         "memory",
         "options",
         "ordering",

@@ -70,6 +70,7 @@ from keras_accum.compat.losses import recording_losses
 from keras_accum.compat.losses import replace_output_metrics
 from keras_accum.compat.losses import set_cached_logits
 from keras_accum.compat.losses import set_keras_mask
+from keras_accum.compat.losses import showing_values
 from keras_accum.compat.losses import unscale_loss
 from keras_accum.compat.losses import weighting_losses
 from keras_accum.compat.remat import CallContext

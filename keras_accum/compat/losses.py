@@ -117,7 +117,9 @@ def map_compiled_losses(compiled, function, y, y_pred, sample_weight):
     walker = object.__new__(type(compiled))
     walker.__dict__.update(compiled.__dict__)
     walker._flat_losses = [
-        entry._replace(loss=_Leaf(entry.loss, function), loss_weights=None)
+        entry._replace(
+            loss=_Leaf(_itself(entry.loss), function), loss_weights=None
+        )
         for entry in compiled._flat_losses
     ]
     walker._metrics = [None] * len(walker._flat_losses)
@@ -182,6 +184,26 @@ def recording_losses(compiled, record) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def showing_values(compiled, record) -> Iterator[None]:
+    """Shows what the `call`s of losses of `compile` return.
+
+    Args:
+        compiled: What `compiled_loss` returned, built.
+        record: Called as `record(loss, y_true, y_pred, values)`, with what the
+            loss was called with.
+    """
+    entries = [
+        entry._replace(loss=_Shown(entry.loss, record))
+        # An override of `__call__` may do without, or call it for parts.
+        if type(entry.loss).__call__ is keras.Loss.__call__
+        else entry
+        for entry in compiled._flat_losses
+    ]
+    with attribute(compiled, "_flat_losses", entries):
+        yield
+
+
 def build_compiled_losses(compiled, y, y_pred, sample_weight) -> None:
     """Builds `compiled` and its metrics for a batch, without running it."""
 
@@ -228,24 +250,59 @@ def is_built(compiled) -> bool:
     return bool(compiled.built)
 
 
-class _Divided:
+def _itself(loss):
+    """Returns the loss that others stand in for."""
+    while isinstance(loss, _StandIn):
+        loss = loss.loss
+    return loss
+
+
+class _StandIn:
+    """Is called instead of a loss, within a context."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+
+class _Divided(_StandIn):
     """Stands in for a loss in `dividing_losses`."""
 
     def __init__(self, loss, divisor):
-        self._loss, self._divisor = loss, divisor
+        super().__init__(loss)
+        self._divisor = divisor
 
     def __call__(self, *args):
-        return self._loss(*args) / self._divisor
+        return self.loss(*args) / self._divisor
 
 
-class _Recorded:
+class _Recorded(_StandIn):
     """Stands in for a loss in `recording_losses`."""
 
     def __init__(self, loss, record):
-        self._loss, self._record = loss, record
+        super().__init__(loss)
+        self._record = record
 
     def __call__(self, *args):
-        return self._record(self._loss(*args))
+        return self._record(self.loss(*args))
+
+
+class _Shown(_StandIn):
+    """Stands in for a loss in `showing_values`."""
+
+    def __init__(self, loss, record):
+        super().__init__(loss)
+        self._record = record
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        loss, call = self.loss, self.loss.call
+
+        def show(*args, **kwargs):
+            values = call(*args, **kwargs)
+            self._record(loss, y_true, y_pred, values)
+            return values
+
+        with attribute(loss, "call", show):
+            return loss(y_true, y_pred, sample_weight)
 
 
 class _Leaf:
