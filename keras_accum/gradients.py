@@ -45,7 +45,10 @@ def add_two(gradient, other) -> Gradient:
 
 def keep_unless(first, value) -> tf.Tensor:
     """Returns `value`, or zeros if `first`; a NaN is forgotten too."""
-    return tf.where(first, tf.zeros_like(value), value)
+    # One zero: TensorFlow would make constants of zeros as large as `value`
+    # when it prepares a program for XLA.
+    value = tf.convert_to_tensor(value)
+    return tf.where(first, tf.zeros((), value.dtype), value)
 
 
 def clear(variable, first) -> None:
@@ -69,9 +72,9 @@ def select_all(condition: tf.Tensor, gradients, others) -> list[Gradient]:
 
     def select(gradient, other):
         values = values_of(gradient)
-        if other is None:
-            other = tf.zeros_like(values)
-        other = tf.cast(values_of(other), values.dtype)
+        # One zero, as in `keep_unless`.
+        other = 0 if other is None else values_of(other)
+        other = tf.cast(other, values.dtype)
         return with_values(gradient, tf.where(condition, values, other))
 
     return [

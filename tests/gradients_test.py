@@ -5,6 +5,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 from keras_accum import gradients
+from keras_accum import memory
 
 
 def rows(values, indices, num_rows=3):
@@ -46,6 +47,22 @@ class ArithmeticTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_a_nan_is_forgotten_where_the_device_knows(self):
         self.assertAllEqual(gradients.keep_unless(True, [np.nan, 1.0]), [0, 0])
+
+    def test_xla_makes_no_constant_of_all_zeros(self):
+        if not memory.counts("CPU:0"):
+            self.skipTest("TensorFlow counts where it uses oneDNN.")
+        buffer = tf.Variable(tf.ones((2**20,)))
+
+        @tf.function(jit_compile=True)
+        def add(first, gradient):
+            kept = gradients.keep_unless(first, buffer)
+            (selected,) = gradients.select_all(first, [gradient], [None])
+            buffer.assign(kept + selected)
+
+        # The first call compiles.
+        size = memory.counted_bytes(add, tf.constant(True), tf.ones((2**20,)))
+        self.assertLess(size, 1.5 * 4 * 2**20)
+        self.assertAllEqual(buffer, tf.ones((2**20,)))
 
     def test_buffers_are_wide_enough(self):
         for dtype, requested, expected in (
