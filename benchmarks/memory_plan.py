@@ -3,25 +3,29 @@
     python -m benchmarks.memory_plan
 
 For the three models of `benchmarks.compare_models`, with XLA and without, it
-plans a batch, and then trains on three such batches with some of the sizes, in
-processes of their own. The table has the forecast total, the most memory that
-TensorFlow's allocator for the CPU had handed out at any time, in MiB, and the
-first over the second. The picture shows the totals over the rows of a batch:
-of `keras.Model`, of micro-batches, with layers recomputed, and both. It needs
-a CPU where TensorFlow uses oneDNN: it counts there.
+plans a batch, and then trains on it three times with some of the sizes, in
+processes of their own. The table has the forecast total, the most bytes that
+were asked for at any time, as TensorFlow's profiler saw it, the first over the
+second, and the most that the allocator for the CPU had handed out for them, in
+MiB. The allocator does not split every piece of memory, so that it may hand
+out up to twice what it is asked for. The picture shows the totals over the
+rows of a batch: of `keras.Model`, of micro-batches, with layers recomputed,
+and both. It needs a CPU where TensorFlow uses oneDNN: it counts there.
 
 `--page` writes the table to `docs/memory.md`. A run takes some ten minutes.
 """
 
 import dataclasses
 import json
+import pathlib
+import tempfile
 
 import keras
-import numpy as np
 import tensorflow as tf
 from absl import app
 from absl import flags
 from matplotlib import figure
+from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import keras_accum
 from benchmarks import compare_keras
@@ -35,7 +39,8 @@ PAGE = processes.ROOT / "docs" / "memory.md"
 # Rows of a batch, and of the micro-batches that are trained.
 ROWS = {"MLP": 512, "transformer": 64, "convolutional": 256}
 SHARES = (1, 4)
-BATCHES = 3
+EPOCHS = 3
+DEVICE = "CPU:0"
 # More than any size needs.
 NO_LIMIT = 2**36
 
@@ -81,13 +86,45 @@ def planned(training: Training) -> list[dict]:
     ]
 
 
-def peak(training: Training) -> int:
-    """Trains, and returns the most bytes that were handed out."""
-    model = make(training, microbatch_size=training.microbatch_size)
-    x, y = compare_models.CASES[training.model].batch(ROWS[training.model])
-    x, y = (np.concatenate([each] * BATCHES) for each in (x, y))
-    model.fit(x, y, batch_size=ROWS[training.model], verbose=0)
-    return tf.config.experimental.get_memory_info("CPU:0")["peak"]
+def peaks(training: Training) -> tuple[int, int]:
+    """Trains; returns the most bytes asked for, and the most handed out."""
+    with tempfile.TemporaryDirectory() as folder:
+        with tf.profiler.experimental.Profile(folder):
+            model = make(training, microbatch_size=training.microbatch_size)
+            rows = ROWS[training.model]
+            x, y = compare_models.CASES[training.model].batch(rows)
+            model.fit(x, y, batch_size=rows, epochs=EPOCHS, verbose=0)
+        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        trace = xplane_pb2.XSpace.FromString(file.read_bytes())
+    handed_out = tf.config.experimental.get_memory_info(DEVICE)["peak"]
+    return most_asked_for(trace), handed_out
+
+
+def most_asked_for(trace: xplane_pb2.XSpace) -> int:
+    """Returns the most bytes of tensors that were there at the same time."""
+    (plane,) = (each for each in trace.planes if each.name == "/host:CPU")
+    events = []
+    for line in plane.lines:
+        for event in line.events:
+            kind = plane.event_metadata[event.metadata_id].name
+            if kind not in ("MemoryAllocation", "MemoryDeallocation"):
+                continue
+            values = {
+                plane.stat_metadata[each.metadata_id].name: each.uint64_value
+                or each.int64_value
+                for each in event.stats
+            }
+            is_new = kind == "MemoryAllocation"
+            time = line.timestamp_ns * 1000 + event.offset_ps
+            size = values["requested_bytes"] if is_new else 0
+            events.append((time, is_new, values["addr"], size))
+    now, most, sizes = 0, 0, {}
+    for _, is_new, address, size in sorted(events):
+        now += size - sizes.pop(address, 0)
+        if is_new:
+            sizes[address] = size
+        most = max(most, now)
+    return most
 
 
 def mib(size: float) -> str:
@@ -142,7 +179,7 @@ def main(argv: list[str]) -> None:
     """Plans, trains, and prints the table; or does one of these."""
     if argv[1:]:
         training = Training(**json.loads(argv[1]))
-        run = planned if training.microbatch_size is None else peak
+        run = planned if training.microbatch_size is None else peaks
         print(json.dumps(run(training)))
         return
     lines, compiled = [], {}
@@ -159,7 +196,7 @@ def main(argv: list[str]) -> None:
                     for each in sizes
                     if each["rows"] == size and not each["is_recomputed"]
                 )
-                taken = processes.result_of(
+                asked_for, handed_out = processes.result_of(
                     MODULE, dataclasses.replace(training, microbatch_size=size)
                 )
                 lines.append(
@@ -167,13 +204,22 @@ def main(argv: list[str]) -> None:
                         f"{name}, {'with' if jit_compile else 'without'} XLA",
                         f"{size} of {rows}",
                         mib(found["total"]),
-                        mib(taken),
-                        f"{found['total'] / taken:.2f}",
+                        mib(asked_for),
+                        f"{found['total'] / asked_for:.2f}",
+                        mib(handed_out),
                     ]
                 )
                 print(*lines[-1], flush=True)
     table = memory_table.table(
-        ["", "rows at once", "forecast, MiB", "taken, MiB", "ratio"], lines
+        [
+            "",
+            "rows at once",
+            "forecast, MiB",
+            "asked for, MiB",
+            "ratio",
+            "handed out, MiB",
+        ],
+        lines,
     )
     print("\n".join(table))
     draw(compiled, _PICTURE.value)
