@@ -4,8 +4,10 @@
 
 The transformer of `compare_models`, with more blocks and a smaller vocabulary,
 so that activations count; each block is one layer. In turn, round after round:
-nothing computed twice, each layer by itself, and each block at once. Memory is
-what XLA plans for the step of a micro-batch.
+nothing computed twice, each layer by itself, and each block at once; and the
+same layers in a functional model without blocks, all in a `keras.RematScope`,
+which are computed twice in segments. Memory is what XLA plans for the step of a
+micro-batch.
 
 Medians of 9 rounds, on two cores, with TensorFlow 2.21.0 and Keras 3.15.1: see
 `docs/choosing.md`.
@@ -59,19 +61,27 @@ class Block(keras.layers.Layer):
         """Computes the block."""
         first, attention, second, wide, narrow = self.parts
         normal = first(hidden)
-        hidden += attention(normal, normal, use_causal_mask=True)
+        hidden = hidden + attention(normal, normal, use_causal_mask=True)
         return hidden + narrow(wide(second(hidden)))
 
 
 def make_model(twice: str) -> keras.Model:
-    """Returns the model: nothing, its "layers" or its "blocks" twice."""
+    """Returns the model.
+
+    Args:
+        twice: What is computed twice: "nothing", its "layers" or its "blocks";
+            or the "segments" of a model without blocks.
+    """
     keras.utils.set_random_seed(0)
-    inputs = keras.Input((models.LENGTH,), dtype="int32")
-    hidden = keras.layers.Embedding(VOCABULARY, WIDTH)(inputs)
-    for _ in range(BLOCKS.value):
-        hidden = Block()(hidden)
-    hidden = keras.layers.LayerNormalization()(hidden)
-    outputs = keras.layers.Dense(VOCABULARY)(hidden)
+    is_flat = twice == "segments"
+    with keras.RematScope("full" if is_flat else None):
+        inputs = keras.Input((models.LENGTH,), dtype="int32")
+        hidden = keras.layers.Embedding(VOCABULARY, WIDTH)(inputs)
+        for _ in range(BLOCKS.value):
+            block = Block()
+            hidden = block.call(hidden) if is_flat else block(hidden)
+        hidden = keras.layers.LayerNormalization()(hidden)
+        outputs = keras.layers.Dense(VOCABULARY)(hidden)
     model = keras_accum.GradientAccumulationModel(
         inputs, outputs, microbatch_size=TEXTS.value
     )
@@ -108,7 +118,7 @@ def main(argv):
     text = rng.integers(0, VOCABULARY, shape).astype("int32")
     batch = tf.constant(text[:, :-1]), tf.constant(text[:, 1:])
     functions, memory = {}, {}
-    for twice in ("nothing", "layers", "blocks"):
+    for twice in ("nothing", "layers", "blocks", "segments"):
         model = make_model(twice)
         functions[twice] = lambda model=model: model.train_on_batch(*batch)
         functions[twice]()

@@ -12,6 +12,7 @@ import keras
 
 from keras_accum import compat
 from keras_accum import recomputing
+from keras_accum import segments
 from keras_accum.warned import did_you_mean
 
 # What says which layers: a name, a class, or the layer.
@@ -27,6 +28,10 @@ def rematerialize(
     is computed a second time, where gradients are asked for. Choose layers that
     hold much between: blocks of a transformer, rather than a `Dense` layer. It
     is as if they had been made in a `keras.RematScope`.
+
+    In a functional model, chosen layers that follow one another, with no other
+    inputs, are computed the second time together: in segments, of which only
+    the first layer keeps what it is given. See `segments.py`.
 
     Exact in `fit`, `evaluate` and steps of models of this library; in plain
     Keras, on TensorFlow, `fit` raises an error.
@@ -101,13 +106,25 @@ def is_meant(layer: keras.Layer, wanted: Choice) -> bool:
     return layer is wanted or layer.name == wanted
 
 
-def exact():
+def starts_of_segments(chains) -> list[list[int]]:
+    """Returns where segments begin; see `compat.recomputing_chains`."""
+    return segments.starts(
+        [[segments.Link(*each) for each in chain] for chain in chains]
+    )
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
     """Makes what is recomputed in this thread exact.
 
-    Returns:
-        A context manager.
+    Layers of a functional model that follow one another are recomputed
+    together where that takes less.
     """
-    return compat.recomputing_by(recomputing.call)
+    with (
+        compat.recomputing_by(recomputing.call),
+        compat.recomputing_chains(starts_of_segments),
+    ):
+        yield
 
 
 class ExactCalls:

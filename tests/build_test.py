@@ -71,6 +71,7 @@ LAYERS = (
         "restoring",
         "rounded_sum",
         "rows",
+        "segments",
     },
     {"reduction"},
     {

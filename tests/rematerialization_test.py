@@ -427,16 +427,92 @@ class RematerializeTest(RematerializationTest):
             )
             if not depth_is_kept:
                 keras_accum.rematerialize(model, [Wide])
-            model.compile("sgd", "mse", jit_compile=True)
-            x = np.ones((64, 64), "float32")
-            model.train_on_batch(x, x)
-            each = model.train_function._programs.microbatch.func
-            return each.planned_bytes((tf.constant(x), tf.constant(x)), 64)
+            return planned_bytes(model)
 
-        # XLA plans worse in older releases: 0.49 with TensorFlow 2.18.
-        release = tuple(map(int, tf.__version__.split(".")[:2]))
-        most = 0.3 if release >= (2, 21) else 0.6
-        self.assertLess(planned(False), most * planned(True))
+        self.assertLess(planned(False), most_of_memory() * planned(True))
+
+
+def planned_bytes(model):
+    """Returns what XLA plans for a step on 64 rows of 64 numbers."""
+    model.compile("sgd", "mse", jit_compile=True)
+    x = np.ones((64, 64), "float32")
+    model.train_on_batch(x, x)
+    each = model.train_function._programs.microbatch.func
+    return each.planned_bytes((tf.constant(x), tf.constant(x)), 64)
+
+
+def most_of_memory():
+    """Returns how much of the memory a model of deep layers may still need.
+
+    XLA plans worse in older releases: 0.49 with TensorFlow 2.18.
+    """
+    release = tuple(map(int, tf.__version__.split(".")[:2]))
+    return 0.3 if release >= (2, 21) else 0.6
+
+
+def of_keras_layers(scope=NONE):
+    """Returns a model of Keras's layers, that follow one another in part."""
+    keras.utils.set_random_seed(0)
+    with keras.RematScope(**scope):
+        inner = x = keras.Input((8,))
+        x = keras.layers.Dense(32, "gelu")(x)
+        x = keras.layers.LayerNormalization()(x)
+        # Its layers are meant, not it.
+        inner = keras.Model(inner, keras.layers.Dense(8)(x), name="inner")
+        twice = keras.layers.Dense(8, "tanh")
+        inputs = keras.Input((8,))
+        x = keras.layers.Dense(16, activity_regularizer="l2")(inputs)
+        x = keras.layers.BatchNormalization()(x)
+        x = keras.layers.Dropout(0.3)(x)
+        x = middle = keras.layers.Dense(8, "relu")(x)
+        x = twice(keras.layers.Dropout(0.3)(inner(x)))
+        x = keras.layers.Add()([twice(x), middle])
+        x = keras.layers.Dense(8, "relu")(x)
+        return inputs, [keras.layers.Dense(1)(x), middle]
+
+
+@needs_scope
+class SegmentsTest(RematerializationTest):
+    @parameterized.parameters(
+        ({"jit_compile": False},), ({"jit_compile": True},)
+    )
+    @test_utils.first_command(0, second=(1,))
+    def test_is_as_without(self, compiled):
+        x = np.random.default_rng(0).normal(size=(12, 8)).astype("float32")
+        found = []
+        for scope in (NONE, FULL):
+            model = keras_accum.GradientAccumulationModel(
+                *of_keras_layers(scope), accum_steps=2
+            )
+            model.compile(
+                keras.optimizers.SGD(0.01), ["mse", "mse"], **compiled
+            )
+            history = model.fit(
+                x, [x[:, :1], x], batch_size=3, shuffle=False, verbose=0
+            ).history
+            found.append(
+                [
+                    *map(np.asarray, model.variables),
+                    *map(np.array, history.values()),
+                ]
+            )
+        self.assert_same(*found)
+
+    @pytest.mark.thorough
+    def test_memory(self):
+        def planned(scope):
+            with keras.RematScope(**scope):
+                inputs = x = keras.Input((64,))
+                for _ in range(6):
+                    y = keras.layers.LayerNormalization()(x)
+                    y = keras.layers.Dense(2048, activation="gelu")(y)
+                    x = x + keras.layers.Dense(64)(y)
+            model = keras_accum.GradientAccumulationModel(
+                inputs, x, microbatch_size=64
+            )
+            return planned_bytes(model)
+
+        self.assertLess(planned(FULL), most_of_memory() * planned(NONE))
 
 
 class Counting(keras.layers.Layer):

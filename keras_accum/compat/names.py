@@ -71,6 +71,7 @@ NAMES = {
         "functional_like_constructor",
     ),
     "keras.src.models.functional.Functional": ("_run_through_graph",),
+    "keras.src.ops.function.Function": ("_nodes_by_depth",),
     "keras.src.ops.node.Node": ("_keras_history",),
     "keras.src.random.seed_generator": ("global_seed_generator",),
     "keras.src.saving.keras_saveable": ("KerasSaveable",),

@@ -83,6 +83,14 @@ for _name in ("_graph_mode_decorator", "_eager_mode_decorator"):
     )
 
 
+def recompute(function: Callable, args: tuple, kwargs: dict):
+    """Calls a function by that of `recomputing_by`, if there is one."""
+    by = _RECOMPUTE.get()
+    return (
+        function(*args, **kwargs) if by is None else by(function, args, kwargs)
+    )
+
+
 def is_made_of_recomputed(function) -> bool:
     """Returns whether it is the call of a model whose layers are recomputed."""
     model = getattr(function, "__self__", None)
@@ -96,6 +104,12 @@ def _is_recomputed(layer):
     if mode is None or mode.mode != "list_of_layers":
         return mode is not None and mode.mode is not None
     return layer.name in mode.layer_names
+
+
+def is_recomputed_whole(layer) -> bool:
+    """Returns whether all of a layer is recomputed, whatever its size."""
+    mode = getattr(layer, "_remat_mode", None)
+    return _is_recomputed(layer) and mode.mode in ("full", "list_of_layers")
 
 
 def recompute_layer(layer) -> None:
