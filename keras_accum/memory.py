@@ -284,9 +284,15 @@ class Planned(Forecast):
         return max(int(free / OVERSHOOT), self._reserve.size)
 
     def _measure(self, data, rows):
-        before = address_space() + (0 if self._measured else COMPILATION)
+        if rows in self._measured:
+            return self._measured[rows]
+        is_first, before = not self._measured, address_space()
         needed = super()._measure(data, rows)
-        self._compiling = max(self._compiling, address_space() - before)
+        grown = address_space() - before
+        # The first compilation leaves its memory to those that follow.
+        self._compiling = max(
+            self._compiling, grown // 4 if is_first else grown
+        )
         return needed
 
 
