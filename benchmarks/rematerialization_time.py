@@ -61,7 +61,7 @@ class Block(keras.layers.Layer):
         """Computes the block."""
         first, attention, second, wide, narrow = self.parts
         normal = first(hidden)
-        hidden = hidden + attention(normal, normal, use_causal_mask=True)
+        hidden += attention(normal, normal, use_causal_mask=True)
         return hidden + narrow(wide(second(hidden)))
 
 

@@ -189,7 +189,6 @@ class Losses:
         not known before its first micro-batch.
         """
         model = self.model
-        compiled = compat.compiled_loss(model)
         if (
             model.microbatch_size is not None
             or compat.has_custom_compute_loss(model)
@@ -197,10 +196,7 @@ class Losses:
         ):
             return False
         # Where steps run eagerly, a tape that is asked twice takes more memory.
-        count = len(self.found.added)
-        if compiled is not None and compat.is_built(compiled):
-            count += compat.number_of_losses(compiled)
-        return tf.inside_function() or count > 1
+        return tf.inside_function() or self._are_several(self.found.added)
 
     def are_apart(self, batch: tuple, kinds: tuple) -> bool:
         """Returns whether losses are to have gradients and sums of their own.
@@ -209,9 +205,7 @@ class Losses:
             batch: A micro-batch, as for `find_divisors`.
             kinds: Of what layers add.
         """
-        compiled = compat.compiled_loss(self.model)
-        count = 0 if compiled is None else compat.number_of_losses(compiled)
-        if count + len(kinds) <= 1:
+        if not self._are_several(kinds):
             return False
         # What they follow from is asked, and not yet how much they are: later
         # that is computed of the values of the losses.
@@ -220,6 +214,13 @@ class Losses:
         if weighting.has_guess(denominators):
             self.warn_once(warned.ONE_WEIGHT)
         return weighting.differ(denominators, kinds)
+
+    def _are_several(self, added: tuple) -> bool:
+        """Returns whether those of `compile` and added ones are two or more."""
+        compiled, count = compat.compiled_loss(self.model), len(added)
+        if compiled is not None and compat.is_built(compiled):
+            count += compat.number_of_losses(compiled)
+        return count > 1
 
     def measure(self, data) -> tf.Tensor:
         """Returns what a micro-batch adds to its window's denominators.

@@ -32,7 +32,7 @@ NEARLY = 1.2
 OVERSHOOT = 1.15
 # Bytes of a tensor that stands for a part of what a step needs.
 TENSOR = 4 * 2**20
-# What compiling takes at least, and the first time besides.
+# What compiling takes at least.
 COMPILATION = 64 * 2**20
 # How far peaks of more rows may lie above the line through peaks of few.
 UNEVENNESS = 1.15
@@ -283,11 +283,9 @@ class Planned(Forecast):
         free = free_bytes() - margin - self._compiling
         return max(int(free / OVERSHOOT), self._reserve.size)
 
-    def _measure(self, data, rows):
-        if rows in self._measured:
-            return self._measured[rows]
+    def _bytes_for(self, data, rows):
         is_first, before = not self._measured, address_space()
-        needed = super()._measure(data, rows)
+        needed = super()._bytes_for(data, rows)
         grown = address_space() - before
         # The first compilation leaves its memory to those that follow.
         self._compiling = max(

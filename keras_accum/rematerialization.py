@@ -106,13 +106,6 @@ def is_meant(layer: keras.Layer, wanted: Choice) -> bool:
     return layer is wanted or layer.name == wanted
 
 
-def starts_of_segments(chains) -> list[list[int]]:
-    """Returns where segments begin; see `compat.recomputing_chains`."""
-    return segments.starts(
-        [[segments.Link(*each) for each in chain] for chain in chains]
-    )
-
-
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
     """Makes what is recomputed in this thread exact.
@@ -122,7 +115,7 @@ def exact() -> Iterator[None]:
     """
     with (
         compat.recomputing_by(recomputing.call),
-        compat.recomputing_chains(starts_of_segments),
+        compat.recomputing_chains(segments.starts),
     ):
         yield
 

@@ -22,24 +22,13 @@ References: T. Chen et al., "Training Deep Nets with Sublinear Memory Cost",
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from keras_accum.compat import Link
 
 # What passes between layers, and its gradients.
 WITH_GRADIENTS = 2
 # How many bounds are tried from one to its double.
 PER_OCTAVE = 3
-
-
-class Link(NamedTuple):
-    """A layer of a chain.
-
-    Attributes:
-        size: Of what it is given, in entries of a row.
-        is_large: Whether what comes and goes in it may be much.
-    """
-
-    size: int
-    is_large: bool = False
 
 
 def starts(chains: Sequence[Sequence[Link]]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from keras_accum.compat import names
 
 names.check_all()
 
+from keras_accum.compat.chains import Link
 from keras_accum.compat.chains import recomputing_chains
 from keras_accum.compat.classes import CheckpointMixin
 from keras_accum.compat.classes import Saveable

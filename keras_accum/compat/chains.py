@@ -4,16 +4,30 @@ import collections
 import math
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import keras
-from keras.src.backend.common import global_state
 
 from keras_accum.compat.classes import functional_class
 from keras_accum.compat.hooks import Hook
+from keras_accum.compat.remat import is_for_shapes
 from keras_accum.compat.remat import is_recomputed_whole
 from keras_accum.compat.remat import recompute
 
 _graphs = Hook(functional_class(), "_run_through_graph")
+
+
+class Link(NamedTuple):
+    """A layer of a chain.
+
+    Attributes:
+        size: Of what it is given, in entries of a row.
+        is_large: Whether what comes and goes in it may be much: it has
+            layers of its own, or is not Keras's.
+    """
+
+    size: int
+    is_large: bool = False
 
 
 class Chain:
@@ -51,30 +65,26 @@ def recomputing_chains(starts: Callable):
     is that of `recomputing_by`.
 
     Args:
-        starts: Called with a list for each chain: for each layer the size of
-            what it is given, and whether it has layers of its own, or is not
-            Keras's. It returns where each chain is cut into others.
+        starts: Called with a list of `Link`s for each chain; returns where each
+            is cut into others.
 
     Returns:
         A context manager.
     """
 
     def run(method, model, inputs, *args, **kwargs):
-        is_symbolic = any(
+        is_symbolic = is_for_shapes() or any(
             isinstance(leaf, keras.KerasTensor)
             for leaf in keras.tree.flatten(inputs)
         )
-        chains = [] if is_symbolic or _is_for_shapes() else _chains(model)
-        if chains and not args and set(kwargs) == {"operation_fn"}:
-            chains = _cut(chains, starts(list(map(_links, chains))))
-            kwargs["operation_fn"] = _by_chain(chains, kwargs["operation_fn"])
-        return method(model, inputs, *args, **kwargs)
+        if args or set(kwargs) != {"operation_fn"} or is_symbolic:
+            return method(model, inputs, *args, **kwargs)
+        chains = _chains(model)
+        chains = _cut(chains, starts([_links(chain) for chain in chains]))
+        by_chain = _by_chain(chains, kwargs["operation_fn"])
+        return method(model, inputs, operation_fn=by_chain)
 
     return _graphs.calling(run)
-
-
-def _is_for_shapes():
-    return global_state.get_global_attribute("symbolic_scope") is not None
 
 
 def _by_chain(chains, operation_fn):
@@ -151,9 +161,9 @@ def _chains(model):
 
 
 def _links(chain):
-    """Returns the size of what each layer is given, and if it may hold much."""
+    """Returns the layers of a chain as `Link`s."""
     return [
-        (
+        Link(
             sum(
                 math.prod(size for size in tensor.shape if size is not None)
                 for tensor in {id(t): t for t in node.input_tensors}.values()

@@ -63,8 +63,7 @@ def _decorate(method, inner, args, kwargs):
     if inner.__qualname__ != "recompute_grad.<locals>.inner":
         return method(inner, args, kwargs)
     recomputed = inspect.getclosurevars(inner).nonlocals["f"]
-    if global_state.get_global_attribute("symbolic_scope") is not None:
-        # Keras asks for shapes alone, while the user's model is made.
+    if is_for_shapes():
         # TensorFlow would refuse keyword arguments.
         return recomputed(*args, **kwargs)
     recompute = _RECOMPUTE.get()
@@ -81,6 +80,11 @@ for _name in ("_graph_mode_decorator", "_eager_mode_decorator"):
         _name,
         functools.partial(_decorate, getattr(custom_gradient, _name)),
     )
+
+
+def is_for_shapes() -> bool:
+    """Returns whether Keras asks for shapes alone, as when a model is made."""
+    return global_state.get_global_attribute("symbolic_scope") is not None
 
 
 def recompute(function: Callable, args: tuple, kwargs: dict):
