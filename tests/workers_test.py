@@ -130,9 +130,14 @@ class EquivalenceTest(WorkersTestCase):
             self.assertAllEqual(windows[1:8], [1] * 7)
             self.assertBetween(windows[-2], 4, 16)
 
+    @pytest.mark.thorough
+    def test_three_workers(self):
+        # Of more than two, each adds up a share of what is rounded.
+        self.check(3, 1, ["rounded"])
+
     @test_utils.at_night
     def test_two_workers_with_two_replicas(self):
-        names = ["masks", "files", "plain"]
+        names = ["masks", "files", "plain", "rounded"]
         folder = self.check(2, 2, names, others=["collectives"])
         self.assertReducesAtBoundaries(folder, replicas=2)
 

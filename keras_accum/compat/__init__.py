@@ -87,6 +87,7 @@ from keras_accum.compat.remat import unrepeatable
 from keras_accum.compat.remat import value_without_cast
 from keras_accum.compat.remat import without_tape
 from keras_accum.compat.replicas import concatenate_outputs
+from keras_accum.compat.replicas import exchange
 from keras_accum.compat.replicas import gather_to
 from keras_accum.compat.replicas import local_variable
 from keras_accum.compat.replicas import sum_to

@@ -97,6 +97,20 @@ NAMES = {
         "_LegacyRebatchDataset",
     ),
     "tensorflow.python.data.ops.rebatch_op": ("_RebatchDataset",),
+    "tensorflow.python.distribute.collective_all_reduce_strategy"
+    ".CollectiveAllReduceExtended": ("_get_cross_device_ops",),
+    "tensorflow.python.distribute.cross_device_ops.CollectiveAllReduce": (
+        "_launchers",
+    ),
+    "tensorflow.python.distribute.cross_device_utils"
+    ".CollectiveReplicaLauncher": (
+        "_device",
+        "_get_ordering_token",
+        "_group_key",
+        "_group_size",
+        "_next_instance_key",
+        "_options",
+    ),
     "tensorflow.python.distribute.distribute_lib.StrategyExtendedV1": (
         "_gather_to",
         "_use_merge_call",
@@ -117,6 +131,7 @@ NAMES = {
     ),
     "tensorflow.python.eager.record": ("stop_recording",),
     "tensorflow.python.framework.func_graph.FuncGraph": ("capture",),
+    "tensorflow.python.ops.collective_ops": ("all_to_all_v2",),
     "tensorflow.python.ops.custom_gradient": (
         "_eager_mode_decorator",
         "_graph_mode_decorator",

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import reduce_per_replica
+from tensorflow.python.ops import collective_ops
 
 from keras_accum.compat.hooks import attribute
 
@@ -51,6 +52,42 @@ def gather_to(strategy, values, destination):
         destination: A variable that is where they are wanted.
     """
     return strategy.extended._gather_to(values, destination, axis=0)
+
+
+def exchange(strategy, values):
+    """Returns on each replica what all of them have for it.
+
+    `tf.distribute` has no such reduction, but TensorFlow's kernel has.
+
+    Args:
+        strategy: A `MultiWorkerMirroredStrategy`.
+        values: One matrix per replica, in cross-replica context: row `i` is for
+            replica `i`.
+
+    Returns:
+        One matrix per replica: row `i` is from replica `i`.
+    """
+    launchers = strategy.extended._get_cross_device_ops(values)._launchers
+    local = strategy.experimental_local_results(values)
+    exchanged = map(_exchange_on, launchers, local)
+    # It asks for this worker's replicas alone, in their order.
+    return strategy.experimental_distribute_values_from_function(
+        lambda context: next(exchanged)
+    )
+
+
+def _exchange_on(launcher, value):
+    options = launcher._options
+    with tf.device(launcher._device):
+        return collective_ops.all_to_all_v2(
+            value,
+            launcher._group_size,
+            launcher._group_key,
+            launcher._next_instance_key(),
+            communication_hint=options.implementation.value,
+            timeout=options.timeout_seconds or 0,
+            ordering_token=launcher._get_ordering_token(),
+        )
 
 
 @contextlib.contextmanager
