@@ -208,8 +208,9 @@ class Losses:
         if not self._are_several(kinds):
             return False
         # What they follow from is asked, and not yet how much they are: later
-        # that is computed of the values of the losses.
-        denominators = self.find_divisors(*batch).denominators
+        # that is computed of the values of the losses. Nothing is drawn.
+        with keras.StatelessScope():
+            denominators = self.find_divisors(*batch).denominators
         self.find_differences(denominators, kinds)
         if weighting.has_guess(denominators):
             self.warn_once(warned.ONE_WEIGHT)

@@ -56,6 +56,22 @@ class OneComputationTest(parameterized.TestCase):
         expected, found = (loss.seeds.state.numpy() for loss in losses)
         np.testing.assert_array_equal(found, expected)
 
+    def test_several_draw_as_often_as_in_keras(self):
+        losses = []
+        for cls, options in (
+            (keras.Model, {}),
+            (keras_accum.GradientAccumulationModel, {"accum_steps": 2}),
+        ):
+            inputs, outputs = net()
+            model = cls(inputs, [outputs, outputs], **options)
+            losses.append(Noisy())
+            model.compile("sgd", [losses[-1], "mae"], jit_compile=False)
+            x = np.ones((ROWS, 2), "float32")
+            y = [x[:, :1], x[:, :1]]
+            model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+        expected, found = (loss.seeds.state.numpy() for loss in losses)
+        np.testing.assert_array_equal(found, expected)
+
     @parameterized.parameters(
         ({"accum_steps": 2}, 4, 3), ({"microbatch_size": 2}, 8, 5)
     )
