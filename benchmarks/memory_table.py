@@ -33,7 +33,7 @@ from absl import flags
 import keras_accum
 from keras_accum import boundary
 from keras_accum import compat
-from keras_accum import memory
+from keras_accum import counting
 from keras_accum import probe
 from keras_accum import replicas
 from keras_accum import steps
@@ -337,7 +337,7 @@ def peak(case: Case) -> float:
     for _ in range(2):
         # Makes all variables, and traces.
         train(case, model)
-    taken = memory.counted_bytes(train, case, model)
+    taken = counting.counted_bytes(train, case, model)
     return taken / model.count_params()
 
 

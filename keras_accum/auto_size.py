@@ -167,7 +167,10 @@ class Attempt:
             # while there is room for that.
             take = programs.with_loop(model, few)
             few_rows = programs.in_graph(take)(data, 2 * rows)
-            return counted(self._by(rows), (few_rows,))
+            add = self._by(rows)
+            # What it makes once is no part of it.
+            add((few_rows,))
+            return counted(add, (few_rows,))
         finally:
             snapshot.restore()
 

@@ -13,13 +13,14 @@ amount for each row.
 
 import contextlib
 import mmap
-import pathlib
 from collections.abc import Callable
 from collections.abc import Iterator
 
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import counting
+from keras_accum import system_memory
 
 # What a forecast leaves free, for what is not counted: threads, their heaps,
 # and the kernels' own libraries. `tests/auto_size_test.py` tries some limits.
@@ -28,7 +29,8 @@ MARGIN = 128 * 2**20
 TRACING = 16 * 2**20
 # How close to the best number of rows is near enough.
 NEARLY = 1.2
-# What TensorFlow's allocator gets from the system, over what it is asked for.
+# What TensorFlow's allocator gets from the system, over what it is asked for,
+# in regions; without them the C library does, for many tensors.
 OVERSHOOT = 1.15
 # Bytes of a tensor that stands for a part of what a step needs.
 TENSOR = 4 * 2**20
@@ -38,8 +40,6 @@ COMPILATION = 64 * 2**20
 UNEVENNESS = 1.15
 # Rows of one step on trial, over rows of the step before.
 GROWTH = 4
-# What is free where the system says nothing of it: more than there ever is.
-UNKNOWN = 2**62
 
 
 class Room:
@@ -74,14 +74,14 @@ class Room:
         if size <= most_allowed(self._allowed, shapes):
             return size
         if shapes not in self._forecasts:
-            if free_bytes() == UNKNOWN:
+            if system_memory.free_bytes() == system_memory.UNKNOWN:
                 # Steps on trial would cost time, and be compared with nothing.
                 return size
             forecast = Planned if self._is_compiled else Counted
             self._forecasts[shapes] = forecast(self._needed, self._reserve)
         # For the next batch, and a copy of it.
         rows = self._forecasts[shapes].most_rows(data, size, MARGIN + 2 * count)
-        if address_limit() is None:
+        if system_memory.address_limit() is None:
             # Nothing ends the process, and memory may be had by swapping, or be
             # free again.
             rows = max(1, rows)
@@ -103,69 +103,6 @@ def most_allowed(allowed, shapes):
         )
 
     return max((n for s, n in allowed.items() if are_shorter(s)), default=0)
-
-
-def free_bytes() -> int:
-    """Returns the bytes that this process may allocate, as the system says.
-
-    Linux says all of it. Elsewhere it is `UNKNOWN`: nothing is forecast then,
-    and what TensorFlow's allocator says counts, as on a GPU.
-    """
-    free = [UNKNOWN]
-    limit = address_limit()
-    if limit is not None:
-        free.append(limit - address_space())
-    for room in room_of_machine, room_of_group:
-        try:
-            free.append(room())
-        except (OSError, ValueError, IndexError):
-            # Another system, or no limit.
-            continue
-    return min(free)
-
-
-def address_limit() -> int | None:
-    """Returns the most bytes of address space for the process, if limited."""
-    try:
-        # Windows has neither the module nor such a limit.
-        import resource
-    except ModuleNotFoundError:
-        return None
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    # macOS takes a limit, but does not hold to it, nor say what is used of it.
-    if limit == resource.RLIM_INFINITY or not address_space():
-        return None
-    return limit
-
-
-def room_of_machine() -> int:
-    """Returns the bytes that Linux says are available without swapping."""
-    meminfo = read_kernel(pathlib.Path("/proc/meminfo"))
-    return 1024 * number_after("MemAvailable:", meminfo)
-
-
-def room_of_group(folder: str = "/sys/fs/cgroup") -> int:
-    """Returns the rest of a container's limit, or raises if there is none.
-
-    Args:
-        folder: Of the control group. What it has in memory of files that were
-            read counts as used there, and can be had again.
-    """
-    group = pathlib.Path(folder)
-    limit = int(read_kernel(group / "memory.max"))
-    used = int(read_kernel(group / "memory.current"))
-    statistics = read_kernel(group / "memory.stat")
-    return limit - used + number_after("inactive_file", statistics)
-
-
-def read_kernel(file: pathlib.Path) -> str:
-    """Reads a file of Linux's kernel, or raises `OSError` on other systems."""
-    return file.read_text(encoding="utf-8")
-
-
-def number_after(name: str, text: str) -> int:
-    """Returns the number behind a name, in a file of the kernel's."""
-    return int(text.partition(name)[2].split()[0])
 
 
 class Forecast:
@@ -230,20 +167,20 @@ class Counted(Forecast):
         return size
 
     def _bytes_for(self, data, rows):
-        return self._needed(data, rows, counted_bytes)
+        return self._needed(data, rows, counting.counted_bytes)
 
     def _free(self, margin):
         # The update is yet to be traced, with a fraction of the operations.
-        free = (free_bytes() - margin - self._tracing) / OVERSHOOT
+        free = (system_memory.free_bytes() - margin - self._tracing) / OVERSHOOT
         if free < 0:
             # What the reserve has, it has.
             return self._reserve.size or int(free)
         return int(free) + self._reserve.size
 
     def _measure(self, data, rows):
-        before = address_space()
+        before = system_memory.address_space()
         needed = super()._measure(data, rows)
-        tracing = address_space() - before - needed
+        tracing = system_memory.address_space() - before - needed
         self._tracing = max(self._tracing, tracing // 4)
         return needed
 
@@ -280,13 +217,13 @@ class Planned(Forecast):
     def _free(self, margin):
         # The steps and the update are compiled when they are run. Most of what
         # that takes is there, from the compilations before.
-        free = free_bytes() - margin - self._compiling
+        free = system_memory.free_bytes() - margin - self._compiling
         return max(int(free / OVERSHOOT), self._reserve.size)
 
     def _bytes_for(self, data, rows):
-        is_first, before = not self._measured, address_space()
+        is_first, before = not self._measured, system_memory.address_space()
         needed = super()._bytes_for(data, rows)
-        grown = address_space() - before
+        grown = system_memory.address_space() - before
         # The first compilation leaves its memory to those that follow.
         self._compiling = max(
             self._compiling, grown // 4 if is_first else grown
@@ -297,11 +234,10 @@ class Planned(Forecast):
 class Reserve:
     """What TensorFlow's allocator for the CPU has at hand for steps.
 
-    It asks the system for regions, each twice as large as the one before, and
-    keeps them. Where addresses are limited it would take nearly all that is
-    left for one tensor, and leave nothing for anyone else. So it is made to
-    ask for what a step will need when nobody else is at work, and cannot get
-    much more.
+    If it `keeps_regions`, each is twice as large as the one before. Where
+    addresses are limited it would take nearly all that is left for one tensor,
+    and leave nothing for anyone else. So it is made to ask for what a step will
+    need when nobody else is at work, and cannot get much more.
 
     Attributes:
         size: Bytes that it has been made to get.
@@ -320,13 +256,14 @@ class Reserve:
         """
         if needed > free:
             return False
-        limit = address_limit()
-        if needed > self.size and limit is not None:
+        limit = system_memory.address_limit()
+        is_limited = limit is not None and keeps_regions()
+        if is_limited and needed > self.size:
             more = needed - self.size if tensor < needed else needed
             count = -(-needed // tensor)
             region = int(OVERSHOOT * more) + TENSOR
             with kept_heap(region // 32 + TENSOR):
-                rest = limit - address_space() - region
+                rest = limit - system_memory.address_space() - region
                 with ballast(rest), tf.device("CPU:0"):
                     # All at once: what there is, and what is added.
                     tensors = [
@@ -335,6 +272,14 @@ class Reserve:
                 del tensors
             self.size = needed
         return True
+
+
+def keeps_regions() -> bool:
+    """Returns whether TensorFlow's allocator for the CPU keeps what is freed.
+
+    It does where TensorFlow uses oneDNN, and counts then as well.
+    """
+    return counting.counts_tensors("CPU:0")
 
 
 @contextlib.contextmanager
@@ -392,41 +337,3 @@ def bytes_for(measured: dict[int, int], rows: int) -> int:
     if rows > many:
         per_row *= UNEVENNESS
     return int(measured[many] + per_row * (rows - many))
-
-
-def address_space() -> int:
-    """Returns the bytes of this process's address space; 0 if not known."""
-    try:
-        pages = read_kernel(pathlib.Path("/proc/self/statm")).split()[0]
-        return int(pages) * mmap.PAGESIZE
-    except OSError:
-        return 0
-
-
-def counted_bytes(function: Callable, *args, device: str = "CPU:0") -> int:
-    """Returns the most memory that a call took, over what it found.
-
-    It is 0 where TensorFlow does not count: of a CPU, it does where it uses
-    oneDNN.
-
-    Args:
-        function: The function.
-        *args: What it is called with.
-        device: The device.
-    """
-    if not counts(device):
-        function(*args)
-        return 0
-    tf.config.experimental.reset_memory_stats(device)
-    before = tf.config.experimental.get_memory_info(device)["current"]
-    function(*args)
-    return tf.config.experimental.get_memory_info(device)["peak"] - before
-
-
-def counts(device: str) -> bool:
-    """Returns whether TensorFlow counts the memory of a device."""
-    try:
-        tf.config.experimental.get_memory_info(device)
-    except ValueError:
-        return False
-    return True

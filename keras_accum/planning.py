@@ -73,8 +73,8 @@ def plan(
 
     Raises:
         ValueError: If the model is not compiled, the data is not one batch,
-            `memory_limit` is not positive, or nobody says what a step needs: on
-            a CPU without XLA, TensorFlow counts only where it uses oneDNN.
+            `memory_limit` is not positive, or nobody says what a step needs:
+            without XLA, TensorFlow does on a GPU, and on a CPU it or Linux.
 
     Example:
 

@@ -17,14 +17,15 @@ import tensorflow as tf
 from keras_accum import auto_size
 from keras_accum import boundary
 from keras_accum import compat
+from keras_accum import counting
 from keras_accum import discovery
 from keras_accum import each_microbatch
 from keras_accum import first_batch
-from keras_accum import memory
 from keras_accum import programs
 from keras_accum import replicas
 from keras_accum import rows as row_counts
 from keras_accum import steps
+from keras_accum import system_memory
 from keras_accum.control_flow import wait_for
 from keras_accum.microbatch_size import check_layers
 from keras_accum.mixin import GradientAccumulationMixin
@@ -57,7 +58,7 @@ class Probe:
         self._accumulation = accumulation = made._accumulation
         self.is_compiled = made.jit_compile and not made.run_eagerly
         accumulation.window["losses"].make_tracker()
-        if not (self.is_compiled or memory.counts(self._device)):
+        if not (self.is_compiled or counting.counts(self._device)):
             raise ValueError(
                 "`model` must be compiled with `jit_compile=True` to be "
                 "planned here: TensorFlow does not count the memory of "
@@ -100,7 +101,7 @@ class Probe:
             # What it makes once is no part of it.
             self._step(rows)
             found = [
-                memory.counted_bytes(self._step, rows, device=self._device)
+                counting.counted_bytes(self._step, rows, device=self._device)
                 for _ in range(COUNTED)
             ]
         return max(found) // self._num_local
@@ -120,7 +121,7 @@ class Probe:
             self._step(1)
             update()
             self._step(1)
-            found = memory.counted_bytes(update, device=self._device)
+            found = counting.counted_bytes(update, device=self._device)
             return found // self._num_local
 
     def rows_per_second(self, rows: int) -> float:
@@ -137,7 +138,7 @@ class Probe:
     def free_bytes(self) -> int:
         """Returns the bytes that steps may take now."""
         if self._is_on_cpu:
-            return memory.free_bytes() // self._num_local
+            return system_memory.free_bytes() // self._num_local
         return self.device_bytes()
 
     def device_bytes(self) -> int:
@@ -148,7 +149,7 @@ class Probe:
         """
         if not self._is_on_cpu:
             found = compat.memory_of_device(self._device)
-        elif (free := memory.free_bytes()) == memory.UNKNOWN:
+        elif (free := system_memory.free_bytes()) == system_memory.UNKNOWN:
             found = None
         else:
             # What the model has already is not free.

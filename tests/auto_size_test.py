@@ -16,8 +16,9 @@ from absl.testing import parameterized
 
 import keras_accum
 from keras_accum import auto_size
+from keras_accum import counting
 from keras_accum import discovery
-from keras_accum import memory
+from keras_accum import system_memory
 from tests import equivalence_test
 from tests import microbatching_test
 from tests import test_utils
@@ -274,13 +275,13 @@ class ForecastTest(tf.test.TestCase):
         (data,) = batches([8], [1])
         with (
             mock.patch.object(
-                memory, "read_kernel", side_effect=FileNotFoundError
+                system_memory, "read_kernel", side_effect=FileNotFoundError
             ),
             mock.patch.dict(sys.modules, {"resource": None}),
-            mock.patch.object(memory, "counted_bytes") as counted,
+            mock.patch.object(counting, "counted_bytes") as counted,
         ):
-            self.assertEqual(memory.free_bytes(), memory.UNKNOWN)
-            self.assertIsNone(memory.address_limit())
+            self.assertEqual(system_memory.free_bytes(), system_memory.UNKNOWN)
+            self.assertIsNone(system_memory.address_limit())
             # Eight rows are tried, and do not fit.
             model.train_on_batch(*data)
         counted.assert_not_called()
@@ -292,8 +293,10 @@ class ForecastTest(tf.test.TestCase):
             model = compiled("auto")
             (data,) = batches([4], [1])
             with (
-                mock.patch.object(memory, "free_bytes", return_value=0),
-                mock.patch.object(memory, "address_limit", return_value=limit),
+                mock.patch.object(system_memory, "free_bytes", return_value=0),
+                mock.patch.object(
+                    system_memory, "address_limit", return_value=limit
+                ),
             ):
                 if raises:
                     with self.assertRaisesRegex(

@@ -32,9 +32,10 @@ LAYERS = (
         "noise_scale",
         "nonfinite_report",
         "outer_products",
+        "system_memory",
         "warned",
     },
-    {"checks", "inner_products"},
+    {"checks", "counting", "inner_products"},
     {"schedule_table"},
     {"noise_schedule", "seesaw"},
     {

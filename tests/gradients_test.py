@@ -4,8 +4,8 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
+from keras_accum import counting
 from keras_accum import gradients
-from keras_accum import memory
 
 
 def rows(values, indices, num_rows=3):
@@ -49,7 +49,7 @@ class ArithmeticTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllEqual(gradients.keep_unless(True, [np.nan, 1.0]), [0, 0])
 
     def test_xla_makes_no_constant_of_all_zeros(self):
-        if not memory.counts("CPU:0"):
+        if not counting.counts_tensors("CPU:0"):
             self.skipTest("TensorFlow counts where it uses oneDNN.")
         buffer = tf.Variable(tf.ones((2**20,)))
 
@@ -60,7 +60,7 @@ class ArithmeticTest(tf.test.TestCase, parameterized.TestCase):
             buffer.assign(kept + selected)
 
         # The first call compiles.
-        size = memory.counted_bytes(add, tf.constant(True), tf.ones((2**20,)))
+        size = counting.counted_bytes(add, tf.constant(True), tf.ones((2**20,)))
         self.assertLess(size, 1.5 * 4 * 2**20)
         self.assertAllEqual(buffer, tf.ones((2**20,)))
 

@@ -5,6 +5,7 @@ import pathlib
 import tensorflow as tf
 
 from keras_accum import memory
+from keras_accum import system_memory
 
 
 class MemoryTest(tf.test.TestCase):
@@ -35,11 +36,11 @@ class MemoryTest(tf.test.TestCase):
             ("memory.stat", "anon 500\ninactive_file 150\nactive_file 50\n"),
         ):
             folder.joinpath(name).write_text(text, encoding="utf-8")
-        self.assertEqual(memory.room_of_group(folder), 450)
+        self.assertEqual(system_memory.room_of_group(folder), 450)
         folder.joinpath("memory.max").write_text("max\n", encoding="utf-8")
         with self.assertRaises(ValueError):
-            memory.room_of_group(folder)
-        self.assertGreater(memory.free_bytes(), 0)
+            system_memory.room_of_group(folder)
+        self.assertGreater(system_memory.free_bytes(), 0)
 
 
 if __name__ == "__main__":

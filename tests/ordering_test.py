@@ -8,7 +8,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import keras_accum
-from keras_accum import memory
+from keras_accum import counting
 from keras_accum import ordering
 from tests import test_utils
 
@@ -38,9 +38,9 @@ def peak(function) -> float:
     Where other programs have the cores, what is ready runs late, and more of it
     is there at once. So it is the least of many calls.
     """
-    if not memory.counts("CPU:0"):
+    if not counting.counts("CPU:0"):
         raise unittest.SkipTest("No bytes are counted here.")
-    least = min(memory.counted_bytes(function) for _ in range(20))
+    least = min(counting.counted_bytes(function) for _ in range(20))
     return least / (DEPTH * WIDTH**2)
 
 

@@ -115,7 +115,8 @@ class PlanTest(parameterized.TestCase):
             for each in plan(way).sizes
         }
         for recomputed in (False, True):
-            self.assertLess(sizes[4, recomputed], 0.7 * sizes[8, recomputed])
+            # Where Linux counts, it counts what kernels take for themselves.
+            self.assertLess(sizes[4, recomputed], 0.8 * sizes[8, recomputed])
         self.assertLess(sizes[8, True], 0.7 * sizes[8, False])
 
     @parameterized.parameters(*WAYS)

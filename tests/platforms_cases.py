@@ -128,10 +128,10 @@ def train(folder):
     # Nobody says how much is free: the batch is tried as it is.
     model = fitted(cls(*layers(), microbatch_size="auto"), **eager)
     assert model.microbatch_size == ROWS // 2
-    from keras_accum import memory
+    from keras_accum import system_memory
 
-    assert memory.free_bytes() == memory.UNKNOWN
-    assert memory.address_limit() is None
+    assert system_memory.free_bytes() == system_memory.UNKNOWN
+    assert system_memory.address_limit() is None
 
 
 def launch_workers(folder):
