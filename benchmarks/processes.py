@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,13 +11,14 @@ from typing import Any
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 
 
-def result_of(module: str, case: Any) -> Any:
+def result_of(module: str, case: Any, **environment: str) -> Any:
     """Runs a module with a case, and returns what it prints in the last line.
 
     Args:
         module: Such as "benchmarks.memory_plan". It is given the case as JSON,
             and prints JSON.
         case: A dataclass.
+        **environment: Variables of the process, besides those of this one.
 
     Raises:
         RuntimeError: If the process failed.
@@ -26,6 +28,7 @@ def result_of(module: str, case: Any) -> Any:
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=os.environ | environment,
     )
     if finished.returncode:
         raise RuntimeError(f"{case} failed:\n{finished.stderr[-2000:]}")
