@@ -444,8 +444,16 @@ class OldFilesTest(test_utils.TestCase, parameterized.TestCase):
         for each in (model, expected):
             each.fit(cases.dataset(3), verbose=0, shuffle=False)
             self.assertEqual(int(each.optimizer.iterations), 2)
-        for a, b in zip(cases.state(model), cases.state(expected), strict=True):
-            self.assertAllClose(a, b, rtol=1e-5, atol=1e-6)
+        # In front of BatchNormalization a bias has a gradient of rounding
+        # alone, which Adam makes as large as any. Another CPU wrote the file.
+        bias, moving_mean = model.layers[1].bias, model.layers[2].moving_mean
+        variables = [*model.variables, *model.optimizer.variables]
+        for variable, a, b in zip(
+            variables, cases.state(model), cases.state(expected), strict=True
+        ):
+            if variable is not bias:
+                atol = 1e-4 if variable is moving_mean else 1e-6
+                self.assertAllClose(a, b, 1e-5, atol, variable.path)
 
 
 class ReplicasTest(test_utils.TestCase, parameterized.TestCase):
