@@ -26,6 +26,8 @@ the update it sends nothing: within 1 kB of zero, after the idle workers' 250 to
 window / plain 0.194 to 0.219 and window / by hand 0.194 to 0.210, on a machine
 that others used too.
 
+With four workers, in two rounds: bytes, bfloat16 / window 0.500.
+
 What to expect elsewhere is arithmetic. A ring of n replicas that reduces B
 bytes has each of them send 2 (n - 1) / n x B. Here B is 4 bytes for each of
 8.4 million gradients, 33.6 MB, and n is 2, so that each worker sends 33.6 MB,
