@@ -212,18 +212,17 @@ class ScopeTest(RematerializationTest):
 
     @pytest.mark.thorough
     def test_half_precision(self):
-        def run(scope, compiled):
+        def run(scope):
             policy = keras.dtype_policies.get("mixed_bfloat16")
             keras.config.set_dtype_policy(policy)
             try:
                 make = functools.partial(functional, scope=scope)
-                return trained(make, WINDOW, compiled)
+                # Eager steps round in another way, on some CPUs.
+                return trained(make, WINDOW, {"jit_compile": False})
             finally:
                 keras.config.set_dtype_policy("float32")
 
-        some = run(FULL, {"jit_compile": False})
-        others = run(NONE, {"run_eagerly": True})
-        for a, b in zip(some, others, strict=True):
+        for a, b in zip(run(FULL), run(NONE), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-3)
 
 
