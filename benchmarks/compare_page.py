@@ -313,7 +313,8 @@ The second table has memory and the first step:
 - **first step**: the time of the first step of a new model. A step is a
   micro-batch. It is a whole window with `steps_per_execution=k`, with
   `microbatch_size` and in optax.microbatching. So there the step does k times
-  the work.
+  the work. It is the median of few: on a busy machine two runs may differ by
+  half.
 - **traces**: how often a change of k makes Python run through the model again,
   or JAX compile again.
 
