@@ -208,7 +208,8 @@ class Losses:
         if not self._are_several(kinds):
             return False
         # What they follow from is asked, and not yet how much they are: later
-        # that is computed of the values of the losses. Nothing is drawn.
+        # that is computed of the values of the losses. What the call assigns,
+        # such as the state of a seed, is forgotten.
         with keras.StatelessScope():
             denominators = self.find_divisors(*batch).denominators
         self.find_differences(denominators, kinds)

@@ -1,4 +1,4 @@
-"""What a step will need of a CPU's memory, and what there is.
+"""What a step will need of a CPU's memory, and how many rows there is room for.
 
 A GPU that has no memory left says so, and nothing else happens. A CPU's
 allocator says so as well; but then other threads, XLA's compiler and the
@@ -6,9 +6,9 @@ kernels' libraries ask for a little more, get nothing, and end the process. So a
 CPU is not asked for what it is known not to have.
 
 A compiled step says how much it needs: XLA plans that. Of one that is not
-compiled, TensorFlow counts what it took. So steps on few rows come first, and
-what those on more rows need follows from these: it is a fixed amount, and an
-amount for each row.
+compiled, TensorFlow or Linux counts what it took. So steps on few rows come
+first, and what those on more rows need follows from these: it is a fixed
+amount, and an amount for each row.
 """
 
 import contextlib

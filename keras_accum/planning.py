@@ -73,8 +73,9 @@ def plan(
 
     Raises:
         ValueError: If the model is not compiled, the data is not one batch,
-            `memory_limit` is not positive, or nobody says what a step needs:
-            without XLA, TensorFlow does on a GPU, and on a CPU it or Linux.
+            `memory_limit` is not positive, or nobody says what a step needs.
+            XLA does. Without it TensorFlow does, of GPUs and of some CPUs, and
+            Linux of the other CPUs.
 
     Example:
 

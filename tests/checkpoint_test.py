@@ -447,13 +447,14 @@ class OldFilesTest(test_utils.TestCase, parameterized.TestCase):
         # In front of BatchNormalization a bias has a gradient of rounding
         # alone, which Adam makes as large as any. Another CPU wrote the file.
         bias, moving_mean = model.layers[1].bias, model.layers[2].moving_mean
+        # Two updates, each by at most its rate of 0.1, up or down.
+        atols = {id(bias): 0.4, id(moving_mean): 1e-4}
         variables = [*model.variables, *model.optimizer.variables]
         for variable, a, b in zip(
             variables, cases.state(model), cases.state(expected), strict=True
         ):
-            if variable is not bias:
-                atol = 1e-4 if variable is moving_mean else 1e-6
-                self.assertAllClose(a, b, 1e-5, atol, variable.path)
+            atol = atols.get(id(variable), 1e-6)
+            self.assertAllClose(a, b, 1e-5, atol, variable.path)
 
 
 class ReplicasTest(test_utils.TestCase, parameterized.TestCase):

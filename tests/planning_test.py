@@ -9,6 +9,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 
 import keras_accum
+from keras_accum import counting
 from keras_accum import forecast
 from keras_accum import plan_table
 from tests import test_utils
@@ -114,9 +115,11 @@ class PlanTest(parameterized.TestCase):
             (each.rows, each.is_recomputed): each.activations
             for each in plan(way).sizes
         }
+        # Where Linux counts, it counts what kernels take for themselves, too.
+        counts = way == "compiled" or counting.counts_tensors("CPU:0")
+        most = 0.7 if counts else 0.8
         for recomputed in (False, True):
-            # Where Linux counts, it counts what kernels take for themselves.
-            self.assertLess(sizes[4, recomputed], 0.8 * sizes[8, recomputed])
+            self.assertLess(sizes[4, recomputed], most * sizes[8, recomputed])
         self.assertLess(sizes[8, True], 0.7 * sizes[8, False])
 
     @parameterized.parameters(*WAYS)
