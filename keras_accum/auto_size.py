@@ -105,6 +105,8 @@ class Attempts:
         # The clocks of several workers do not agree.
         if not replicas.has_several_workers(strategy):
             is_new |= sizes.record_time(size, rows, seconds)
+            if sizes.is_timed(rows) and not self._attempt.has_room_to_make():
+                is_new |= sizes.end_timing()
         if is_new:
             model = accumulation.model
             model.test_function = model.predict_function = None
@@ -131,7 +133,9 @@ class Attempt:
         model = accumulation.model
         is_compiled = model.jit_compile and not model.run_eagerly
         needed = each.planned_bytes if is_compiled else self._count_bytes
-        self._room = memory.Room(needed, is_compiled)
+        is_largest = accumulation.size.is_largest
+        margin = memory.LEAST_MARGIN if is_largest else memory.MARGIN
+        self._room = memory.Room(needed, is_compiled, margin)
 
     def __call__(self, data, size: int):
         """Tries to add a batch in micro-batches of `size` rows."""
@@ -144,6 +148,10 @@ class Attempt:
             if rows < size:
                 return None, rows
         return self._by(size)((data,)), None
+
+    def has_room_to_make(self) -> bool:
+        """Returns whether there is room for steps of one more size."""
+        return self._room.has_room_to_make()
 
     def _by(self, size):
         """Returns a function of a batch, which does not trace steps again."""

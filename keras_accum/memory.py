@@ -25,17 +25,22 @@ from keras_accum import system_memory
 # What a forecast leaves free, for what is not counted: threads, their heaps,
 # and the kernels' own libraries. `tests/auto_size_test.py` tries some limits.
 MARGIN = 128 * 2**20
+# The same for compiled steps that are to be as large as can be.
+LEAST_MARGIN = 80 * 2**20
 # What tracing the update takes at least.
 TRACING = 16 * 2**20
 # How close to the best number of rows is near enough.
-NEARLY = 1.2
+CLOSE = 1.05
 # What TensorFlow's allocator gets from the system, over what it is asked for,
 # in regions; without them the C library does, for many tensors.
 OVERSHOOT = 1.15
 # Bytes of a tensor that stands for a part of what a step needs.
 TENSOR = 4 * 2**20
-# What compiling takes at least.
-COMPILATION = 64 * 2**20
+# What compiling takes at least: first, when it starts threads, and later.
+FIRST_COMPILATION = 160 * 2**20
+COMPILATION = 16 * 2**20
+# One of these bytes of a region is for the allocator's books on it.
+BOOKS = 32
 # How far peaks of more rows may lie above the line through peaks of few.
 UNEVENNESS = 1.15
 # Rows of one step on trial, over rows of the step before.
@@ -49,11 +54,19 @@ class Room:
         needed: The bytes for a step, as for `Planned` if steps are compiled,
             else as for `Counted`.
         is_compiled: Whether they are.
+        margin: Bytes that compiled steps leave free: `MARGIN` or
+            `LEAST_MARGIN`.
     """
 
-    def __init__(self, needed: Callable, is_compiled: bool) -> None:
+    def __init__(
+        self, needed: Callable, is_compiled: bool, margin: int
+    ) -> None:
         self._needed, self._is_compiled = needed, is_compiled
+        self._margin = margin
         self._reserve = Reserve()
+        if system_memory.address_limit() is not None:
+            # Once there are some, the C library has its own limit for more.
+            system_memory.make_no_more_heaps()
         # By the shapes of batches.
         self._forecasts: dict[tuple, Forecast] = {}
         self._allowed: dict[tuple, int] = {}
@@ -77,16 +90,23 @@ class Room:
             if system_memory.free_bytes() == system_memory.UNKNOWN:
                 # Steps on trial would cost time, and be compared with nothing.
                 return size
-            forecast = Planned if self._is_compiled else Counted
-            self._forecasts[shapes] = forecast(self._needed, self._reserve)
-        # For the next batch, and a copy of it.
-        rows = self._forecasts[shapes].most_rows(data, size, MARGIN + 2 * count)
+            self._forecasts[shapes] = self._make_forecast()
+        rows = self._forecasts[shapes].most_rows(data, size, count)
         if system_memory.address_limit() is None:
             # Nothing ends the process, and memory may be had by swapping, or be
             # free again.
             rows = max(1, rows)
         self._allowed[shapes] = rows
         return rows
+
+    def has_room_to_make(self) -> bool:
+        """Returns whether steps may be made that nobody needs."""
+        return all(each.has_room_to_make() for each in self._forecasts.values())
+
+    def _make_forecast(self):
+        if self._is_compiled:
+            return Planned(self._needed, self._reserve, self._margin)
+        return Counted(self._needed, self._reserve)
 
 
 def most_allowed(allowed, shapes):
@@ -119,20 +139,26 @@ class Forecast:
         self._needed = needed
         self._reserve = reserve
         self._measured: dict[int, int] = {}
+        # Bytes that it took to trace or compile a step, at most.
+        self._making = 0
 
-    def most_rows(self, data, size: int, margin: int) -> int:
+    def most_rows(self, data, size: int, count: int) -> int:
         """Returns how many rows there is room for, but not more than `size`.
 
         Args:
             data: A batch.
             size: Most rows of a step that are asked for.
-            margin: Bytes to leave free: for the next batch, a copy of it, and
-                what is not counted.
+            count: Bytes of the batch. Room is left for the next one, and a copy
+                of it.
 
         Returns:
             A number from 0 to `size`.
         """
         raise NotImplementedError
+
+    def has_room_to_make(self) -> bool:
+        """Returns whether there is room for a step more, that nobody needs."""
+        return system_memory.free_bytes() >= MARGIN + self._making
 
     def _measure(self, data, rows):
         if rows not in self._measured:
@@ -150,37 +176,41 @@ class Counted(Forecast):
         super().__init__(needed, reserve)
         self._tracing = TRACING
 
-    def most_rows(self, data, size: int, margin: int) -> int:
+    def most_rows(self, data, size: int, count: int) -> int:
         """Makes steps on more and more rows, as long as there is room."""
         rows = 1
         while rows == 1 or rows * GROWTH <= size:
             needed = bytes_for(self._measured, rows)
-            if not self._reserve.grow(needed, self._free(margin)):
+            if not self._reserve.grow(needed, self._free(count)):
                 break
             self._measure(data, rows)
             rows *= GROWTH
-        free = self._free(margin)
+        free = self._free(count)
         size = largest(
             size, lambda rows: bytes_for(self._measured, rows) <= free
         )
-        self._reserve.grow(bytes_for(self._measured, size), free)
+        # The next batch comes out of what is there for steps.
+        self._reserve.grow(
+            bytes_for(self._measured, size) + count, free + count
+        )
         return size
 
     def _bytes_for(self, data, rows):
         return self._needed(data, rows, counting.counted_bytes)
 
-    def _free(self, margin):
+    def _free(self, count):
         # The update is yet to be traced, with a fraction of the operations.
-        free = (system_memory.free_bytes() - margin - self._tracing) / OVERSHOOT
-        if free < 0:
-            # What the reserve has, it has.
-            return self._reserve.size or int(free)
-        return int(free) + self._reserve.size
+        free = system_memory.free_bytes() - 2 * count - MARGIN - self._tracing
+        free = int(free / OVERSHOOT)
+        # What the reserve has, it has.
+        has = max(0, self._reserve.size - count)
+        return free + has if free > 0 else has or free
 
     def _measure(self, data, rows):
         before = system_memory.address_space()
         needed = super()._measure(data, rows)
         tracing = system_memory.address_space() - before - needed
+        self._making = max(self._making, tracing)
         self._tracing = max(self._tracing, tracing // 4)
         return needed
 
@@ -188,45 +218,60 @@ class Counted(Forecast):
 class Planned(Forecast):
     """For compiled steps, whose need is known before they are run."""
 
-    def __init__(self, needed: Callable, reserve: "Reserve") -> None:
+    def __init__(
+        self, needed: Callable, reserve: "Reserve", margin: int
+    ) -> None:
         super().__init__(needed, reserve)
-        self._compiling = COMPILATION
+        self._margin, self._compiling = margin, FIRST_COMPILATION
 
-    def most_rows(self, data, size: int, margin: int) -> int:
+    def most_rows(self, data, size: int, count: int) -> int:
         """Compiles steps, on as many rows as may fit, until they do."""
-        found, most = 0, size
-        while self._free(margin) > 0:
-            # No size is compiled that is known to need too much.
-            rows = largest(
-                most,
-                lambda rows: (
-                    bytes_for(self._measured, rows) <= self._free(margin)
-                ),
+
+        def fits(rows):
+            return self._reserve.taken(self._with_batch(rows, count)) <= (
+                self._free(count)
             )
-            if rows <= NEARLY * found:
+
+        known = [rows for rows in self._measured if rows <= size and fits(rows)]
+        found, most = max(known, default=0), size
+        while (rows := largest(most, fits)) > CLOSE * found:
+            if found and not self.has_room_to_make():
                 break
-            if self._measure(data, rows) <= self._free(margin):
+            # No size is compiled that is known to need too much.
+            self._measure(data, rows)
+            if fits(rows):
                 found = rows
             else:
                 most = rows - 1
-        # The scratch memory of a program is one tensor.
-        needed = self._measured.get(found, 0)
-        self._reserve.grow(needed, self._free(margin), needed)
+        # The last one may have left less than there was.
+        found = largest(found, fits)
+        self._reserve.grow_by_one(self._with_batch(found, count))
         return found
 
-    def _free(self, margin):
+    def _with_batch(self, rows, count):
+        """Returns the bytes of one tensor for a step, or for the next batch.
+
+        The scratch memory of a program is one tensor. The batch is made between
+        two steps, out of what is there for these.
+        """
+        return bytes_for(self._measured, rows) + count
+
+    def _free(self, count):
         # The steps and the update are compiled when they are run. Most of what
-        # that takes is there, from the compilations before.
-        free = system_memory.free_bytes() - margin - self._compiling
-        return max(int(free / OVERSHOOT), self._reserve.size)
+        # that takes is there, from the compilations before. A copy of the next
+        # batch is made elsewhere.
+        left = count + self._margin + self._compiling
+        return max(0, system_memory.free_bytes() - left)
 
     def _bytes_for(self, data, rows):
         is_first, before = not self._measured, system_memory.address_space()
         needed = super()._bytes_for(data, rows)
         grown = system_memory.address_space() - before
-        # The first compilation leaves its memory to those that follow.
+        # The first compilation leaves its memory to those that follow, and not
+        # all of the threads that it starts have heaps of their own yet.
+        self._making = max(self._making, grown)
         self._compiling = max(
-            self._compiling, grown // 4 if is_first else grown
+            COMPILATION, self._making // 2, 0 if is_first else grown
         )
         return needed
 
@@ -246,32 +291,65 @@ class Reserve:
     def __init__(self) -> None:
         self.size = 0
 
-    def grow(self, needed: int, free: int, tensor: int = TENSOR) -> bool:
+    def grow(self, needed: int, free: int) -> bool:
         """Gets what a step will need, and returns whether that much is free.
 
         Args:
             needed: Bytes of its tensors, all together.
             free: Bytes that may be used.
-            tensor: Bytes of one of them.
         """
         if needed > free:
             return False
-        limit = system_memory.address_limit()
-        is_limited = limit is not None and keeps_regions()
-        if is_limited and needed > self.size:
-            more = needed - self.size if tensor < needed else needed
-            count = -(-needed // tensor)
-            region = int(OVERSHOOT * more) + TENSOR
-            with kept_heap(region // 32 + TENSOR):
-                rest = limit - system_memory.address_space() - region
-                with ballast(rest), tf.device("CPU:0"):
-                    # All at once: what there is, and what is added.
-                    tensors = [
-                        compat.uninitialized(tensor) for _ in range(count)
-                    ]
-                del tensors
+        if is_limited() and needed > self.size:
+            region = int(OVERSHOOT * (needed - self.size)) + TENSOR
+            # All at once: what there is, and what is added.
+            self._ask(-(-needed // TENSOR), TENSOR, region)
             self.size = needed
         return True
+
+    def taken(self, needed: int) -> int:
+        """Returns how many bytes `grow_by_one` takes from what is free."""
+        if needed <= self.size or not is_limited():
+            return max(0, needed - self.size)
+        region = region_for(needed)
+        return region + region // BOOKS + TENSOR
+
+    def grow_by_one(self, needed: int) -> None:
+        """Gets a tensor of `needed` bytes, unless one as large was got."""
+        if is_limited() and needed > self.size:
+            self._ask(1, needed, self.taken(needed))
+            self.size = needed
+
+    def _ask(self, count, tensor, region):
+        with kept_heap(region // BOOKS + TENSOR):
+            used = system_memory.address_space() + region
+            with (
+                ballast(system_memory.address_limit() - used),
+                tf.device("CPU:0"),
+            ):
+                tensors = [compat.uninitialized(tensor) for _ in range(count)]
+            del tensors
+
+
+def is_limited() -> bool:
+    """Returns whether addresses are limited, for an allocator with regions."""
+    return system_memory.address_limit() is not None and keeps_regions()
+
+
+def region_for(needed: int) -> int:
+    """Returns the bytes of the region that is got for one tensor.
+
+    TensorFlow's allocator asks for a power of two, and where it does not get
+    that, for nine tenths, until it gets them.
+    """
+    region = 2 ** (needed - 1).bit_length()
+    peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
+    if 2 * peak > region:
+        # The regions before may have been as large, and the power is unknown.
+        return int(needed / 0.9)
+    while 0.9 * region >= needed:
+        region = int(0.9 * region)
+    return region
 
 
 def keeps_regions() -> bool:

@@ -48,6 +48,11 @@ class MicrobatchSize:
         self._speeds: dict[int, float] = {}
 
     @property
+    def is_largest(self) -> bool:
+        """Whether it is to be as large as can be, not only as fast."""
+        return self._kind == LARGEST
+
+    @property
     def rows(self) -> int | None:
         """Rows to take at once; None for all, also if it is yet to be found."""
         return None if self.value in (AUTO, LARGEST) else self.value
@@ -64,7 +69,7 @@ class MicrobatchSize:
     def _is_between(self, most, rows):
         """Returns whether to try a size above the largest that fits."""
         return (
-            self._kind == LARGEST
+            self.is_largest
             and self.rows == most < rows
             and self._failed is not None
             and self._failed > NEARLY * most
@@ -128,6 +133,11 @@ class MicrobatchSize:
             return False
         self._speeds[self._to_time.pop()] = rows / seconds
         return not self._to_time and self._take_fastest()
+
+    def end_timing(self) -> bool:
+        """Times no more sizes; returns whether that changes the value."""
+        self._to_time = []
+        return bool(self._speeds) and self._take_fastest()
 
     def _take_fastest(self):
         best = NEARLY_AS_FAST * max(self._speeds.values())

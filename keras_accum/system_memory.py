@@ -1,5 +1,6 @@
 """What the system says of a CPU's memory."""
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -10,6 +11,8 @@ UNKNOWN = 2**62
 # To write 5 to it makes the most memory so far what there is now.
 CLEAR = pathlib.Path("/proc/self/clear_refs")
 STATUS = pathlib.Path("/proc/self/status")
+# Of glibc's `malloc.h`.
+M_ARENA_MAX = -8
 
 
 def free_bytes() -> int:
@@ -43,6 +46,18 @@ def address_limit() -> int | None:
     if limit == resource.RLIM_INFINITY or not address_space():
         return None
     return limit
+
+
+def make_no_more_heaps() -> None:
+    """Makes the C library give new threads heaps that it has already.
+
+    Each heap takes 64 MiB of addresses, if there are so many, and a thread that
+    starts after that gets none for its stack, which ends the process. With
+    fewer heaps, threads wait for each other; tensors are not from heaps.
+    """
+    # glibc's; others have one heap for all threads, or small ones.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def room_of_machine() -> int:

@@ -9,6 +9,7 @@ import json
 import mmap
 import pathlib
 import sys
+import tempfile
 
 import keras
 import numpy as np
@@ -25,6 +26,12 @@ _ROWS = flags.DEFINE_integer("rows", 256, "Rows of a batch.")
 _SIZE = flags.DEFINE_string("size", "auto", "The `microbatch_size`.")
 _JIT_COMPILE = flags.DEFINE_bool("jit_compile", False, "Whether XLA compiles.")
 _LENGTH = flags.DEFINE_list("length", ["512"], "Lengths of the batches' rows.")
+_EPOCHS = flags.DEFINE_integer(
+    "epochs",
+    0,
+    "Epochs of `fit` with validation, in a process that has run nothing; 0 for "
+    "`train_on_batch`, in one that has its threads.",
+)
 _LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the model.")
 
 
@@ -58,6 +65,28 @@ def batches():
             )
 
 
+def fit(model, data):
+    """Trains on a data set, evaluates and saves; returns the losses."""
+    dataset = tf.data.Dataset.from_generator(
+        lambda: iter(data),
+        output_signature=(
+            tf.TensorSpec(data[0][0].shape, tf.float32),
+            tf.TensorSpec(data[0][1].shape, tf.int64),
+        ),
+    ).apply(tf.data.experimental.assert_cardinality(len(data)))
+    with tempfile.TemporaryDirectory() as folder:
+        history = model.fit(
+            dataset.prefetch(2),
+            validation_data=dataset,
+            epochs=_EPOCHS.value,
+            callbacks=[
+                keras.callbacks.ModelCheckpoint(f"{folder}/model.keras")
+            ],
+            verbose=0,
+        )
+    return history.history["loss"]
+
+
 def address_space():
     """Returns the bytes of this process's address space."""
     statm = pathlib.Path("/proc/self/statm").read_text(encoding="utf-8")
@@ -77,10 +106,11 @@ def main(argv):
         jit_compile=_JIT_COMPILE.value,
     )
     model.optimizer.build(model.trainable_variables)
-    # Threads, with their stacks, are made on first use.
-    small = tf.ones((2, 64, 64)) @ tf.ones((2, 64, 64))
-    tf.function(lambda x: tf.reduce_sum(x), jit_compile=True)(small)
-    model.predict_on_batch(data[0][0][:1])
+    if not _EPOCHS.value:
+        # Threads, with their stacks, are made on first use.
+        small = tf.ones((2, 64, 64)) @ tf.ones((2, 64, 64))
+        tf.function(lambda x: tf.reduce_sum(x), jit_compile=True)(small)
+        model.predict_on_batch(data[0][0][:1])
     variables = [
         *model.variables,
         *model.metrics_variables,
@@ -95,8 +125,11 @@ def main(argv):
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     outcome = {"error": None, "losses": []}
     try:
-        for x, y in data:
-            outcome["losses"].append(float(model.train_on_batch(x, y)[0]))
+        if _EPOCHS.value:
+            outcome["losses"] += fit(model, data)
+        else:
+            for x, y in data:
+                outcome["losses"].append(float(model.train_on_batch(x, y)[0]))
     except tf.errors.ResourceExhaustedError as error:
         outcome["error"] = error.message
     outcome["size"] = model.microbatch_size

@@ -314,8 +314,11 @@ class ForecastTest(tf.test.TestCase):
 class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
     """Processes that run out of addresses for real."""
 
-    def outcome(self, limit, jit_compile, rows, size="auto", arenas=None):
+    def outcome(
+        self, limit, jit_compile, rows, size="auto", arenas=None, epochs=0
+    ):
         flags = [
+            f"--epochs={epochs}",
             *([] if limit is None else [f"--limit_mib={limit}"]),
             f"--jit_compile={jit_compile}",
             f"--size={size}",
@@ -380,6 +383,30 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
         if larger < rows:
             other, _ = self.outcome(limit, jit_compile, rows, size=larger)
             self.assertTrue(other is None or other["error"])
+
+    @parameterized.parameters((1000, 768), (600, 512))
+    @test_utils.at_night
+    def test_largest_is_close_to_what_fits(self, limit, rows):
+        outcome, died = self.outcome(limit, True, rows, size="largest")
+        self.check(outcome, died, rows)
+        # With 1.2 times the rows some die, and some are lucky.
+        larger = int(outcome["size"] / 0.6)
+        other, _ = self.outcome(limit, True, rows, size=larger)
+        self.assertTrue(other is None or other["error"])
+
+    @parameterized.product(jit_compile=(False, True), size=("auto", "largest"))
+    @test_utils.at_night
+    def test_never_dies_of_what_comes_after_the_first_batch(
+        self, jit_compile, size
+    ):
+        outcome, died = self.outcome(
+            1000, jit_compile, 512, size=size, epochs=4
+        )
+        self.assertIsNone(died)
+        self.assertEqual(outcome["updates"], 8)
+        self.assertLess(outcome["losses"][-1], outcome["losses"][0])
+        # With a heap for each thread it would die, or find hardly any.
+        self.assertGreater(outcome["size"], 100)
 
     @test_utils.at_night
     def test_trains_as_with_the_size_that_it_finds(self):

@@ -28,6 +28,21 @@ class MemoryTest(tf.test.TestCase):
                 memory.largest(64, lambda n, most=limit: n <= most), expected
             )
 
+    def test_a_region_is_a_power_of_two_or_nine_tenths_of_that(self):
+        if not memory.keeps_regions():
+            self.skipTest("TensorFlow's allocator keeps no regions here.")
+        gibibyte = 2**30
+        # Larger than what any other test of the process has asked for.
+        for needed, expected in (
+            (64 * gibibyte, 64 * gibibyte),
+            (63 * gibibyte, 64 * gibibyte),
+            (57 * gibibyte, int(0.9 * 64 * gibibyte)),
+            (50 * gibibyte, int(0.9 * int(0.9 * 64 * gibibyte))),
+        ):
+            self.assertEqual(memory.region_for(needed), expected)
+        # What was larger before has made the power unknown.
+        self.assertEqual(memory.region_for(8), int(8 / 0.9))
+
     def test_reads_what_linux_says(self):
         folder = pathlib.Path(self.get_temp_dir())
         for name, text in (

@@ -83,6 +83,23 @@ class FastestTest(parameterized.TestCase):
         size.record_fit(4)
         self.assertEqual(size.value, 4)
 
+    def test_keeps_the_fastest_so_far_where_there_is_no_room_to_time(self):
+        for times, expected in (((), 64), ((1.0, 1.0, 4.0, 4.0), 64)):
+            size = microbatch_size.MicrobatchSize("auto")
+            size.record_fit(64)
+            size.record_time(64, 64, 1.0)
+            for seconds in times:
+                size.record_time(size.to_try(64), 64, seconds)
+            self.assertFalse(size.end_timing())
+            self.assertFalse(size.is_timed(64))
+            self.assertEqual(size.to_try(64), expected)
+        size = microbatch_size.MicrobatchSize("auto")
+        size.record_fit(64)
+        for seconds in (1.0, 1.0, 0.5, 0.5):
+            size.record_time(size.to_try(64), 64, seconds)
+        self.assertTrue(size.end_timing())
+        self.assertEqual(size.to_try(64), 32)
+
 
 class StatefulTest(test_utils.TestCase, parameterized.TestCase):
     @parameterized.parameters(
