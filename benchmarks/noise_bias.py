@@ -4,15 +4,19 @@
 
 The three models of `benchmarks.compare`, whose weights stay as they are. Each
 row is drawn at random from a small set, so that the gradients of its single
-rows give the true noise scale. Printed is the mean over some trainings, of 200
-windows each, with twice its standard error. (The BatchNormalization of the
-convolutional network is frozen: it would couple the rows of a micro-batch.)
+rows give the true noise scale. (The BatchNormalization of the convolutional
+network is frozen: it would couple the rows of a micro-batch.)
+
+What `fit` reports follows from the products of these gradients with each other
+and the rows that were drawn. So some short trainings are made, to see that it
+does, and many are computed from the products alone, of 200 windows each.
+Printed is the mean over these, with twice its standard error.
 """
 
 import math
-import statistics
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import app
 from absl import flags
@@ -20,12 +24,16 @@ from absl import flags
 import keras_accum
 from benchmarks import compare_keras
 from benchmarks import compare_models
+from keras_accum import noise_scale
 
+# Windows of the trainings that are made.
+FIT_WINDOWS = 20
 # Few, so that their mean gradient is not lost in the noise of a window.
 ROWS = 64
 
-_TRAININGS = flags.DEFINE_integer("trainings", 8, "Trainings of each model.")
-_WINDOWS = flags.DEFINE_integer("windows", 200, "Windows of each training.")
+_TRAININGS = flags.DEFINE_integer("trainings", 2000, "Trainings to compute.")
+_WINDOWS = flags.DEFINE_integer("windows", 200, "Windows of each of these.")
+_FITS = flags.DEFINE_integer("fits", 2, "Trainings to make, of 20 windows.")
 _CASES = flags.DEFINE_list("cases", list(compare_models.CASES), "Which models.")
 
 
@@ -48,8 +56,8 @@ def make_model(name: str) -> keras_accum.GradientAccumulationModel:
     return model
 
 
-def truth(model: keras.Model, x, y) -> float:
-    """Returns the noise scale of rows that are drawn at random, in rows."""
+def products(model: keras.Model, x, y) -> np.ndarray:
+    """Returns the inner products of the rows' gradients; a float64 matrix."""
     variables = [each.value for each in model.trainable_variables]
 
     @tf.function(jit_compile=True)
@@ -58,61 +66,107 @@ def truth(model: keras.Model, x, y) -> float:
             loss = model.compute_loss(x, y, model(x, training=True))
         return tape.gradient(loss, variables)
 
-    def squared(tensors):
-        return math.fsum(
-            tf.reduce_sum(tf.square(tf.cast(each, tf.float64))).numpy()
-            for each in tensors
-        )
-
-    total, squares = None, []
+    of_rows = []
     for row in range(len(x)):
         found = gradients(x[row : row + 1], y[row : row + 1])
-        found = [tf.convert_to_tensor(each) for each in found]
-        squares.append(squared(found))
-        total = found if total is None else list(map(tf.add, total, found))
-    of_mean = squared(total) / len(x) ** 2
-    return (statistics.fmean(squares) - of_mean) / of_mean
+        of_rows.append([tf.convert_to_tensor(each) for each in found])
+    total = np.zeros((len(x), len(x)))
+    for of_variable in zip(*of_rows, strict=True):
+        flat = np.stack([np.ravel(each) for each in of_variable])
+        total += flat.astype("float64") @ flat.T.astype("float64")
+    return total
 
 
-def ratios(name: str) -> list[float]:
-    """Returns what each training reports, over the true noise scale."""
+def drawn(case: compare_models.Case, seed: int) -> tf.data.Dataset:
+    """Returns the micro-batches of a training, as indices of rows."""
+    data = tf.data.Dataset.random(seed=seed).map(lambda number: number % ROWS)
+    return data.batch(case.rows)
+
+
+def reported(name: str, seed: int) -> float:
+    """Returns what a training reports, in rows."""
     case = compare_models.CASES[name]
     x, y = case.batch(ROWS)
-    expected = truth(make_model(name), x, y)
-    print(f"{name}: the noise scale is {expected:.1f} rows", flush=True)
+    # A new model has no windows of the one before.
+    history = make_model(name).fit(
+        drawn(case, seed).map(
+            lambda rows: (tf.gather(x, rows), tf.gather(y, rows))
+        ),
+        steps_per_epoch=FIT_WINDOWS * case.accum_steps,
+        verbose=0,
+    )
     # What is reported counts what the loss is a mean over, such as tokens.
-    expected *= y.size / len(y)
-    found = []
-    for seed in range(_TRAININGS.value):
-        # A new model has no windows of the one before.
-        model = make_model(name)
-        data = (
-            tf.data.Dataset.random(seed=seed)
-            .map(lambda number: number % ROWS)
-            .batch(case.rows)
-            .map(lambda rows: (tf.gather(x, rows), tf.gather(y, rows)))
+    return history.history["gradient_noise_scale"][-1] * len(y) / y.size
+
+
+def computed(inner: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns what trainings report, in rows.
+
+    Args:
+        inner: The `products`.
+        counts: How often each micro-batch has each row, of shape `(trainings,
+            windows, k, ROWS)`.
+    """
+    rows, k = counts[0, 0, 0].sum(), counts.shape[2]
+
+    def squared(counts):
+        gradients = counts / counts.sum(axis=-1, keepdims=True)
+        return ((gradients @ inner) * gradients).sum(axis=-1)
+
+    of_mean = squared(counts.sum(axis=2))
+    traces = rows * (squared(counts).sum(axis=2) - k * of_mean) / (k - 1)
+    norms = of_mean - traces / (rows * k)
+    weights = noise_scale.DECAY ** np.arange(counts.shape[1])[::-1]
+    return (traces @ weights) / (norms @ weights)
+
+
+def counts_of(case: compare_models.Case, seed: int) -> np.ndarray:
+    """Returns the `counts` of a training that is made."""
+    rows = drawn(case, seed).take(FIT_WINDOWS * case.accum_steps)
+    found = np.stack(list(rows.as_numpy_iterator()))
+    found = np.apply_along_axis(np.bincount, 1, found, minlength=ROWS)
+    return found.reshape(1, FIT_WINDOWS, case.accum_steps, ROWS)
+
+
+def ratios(name: str) -> np.ndarray:
+    """Returns what trainings report, over the true noise scale."""
+    case = compare_models.CASES[name]
+    inner = products(make_model(name), *case.batch(ROWS))
+    expected = (np.trace(inner) / ROWS - inner.mean()) / inner.mean()
+    print(f"{name}: the noise scale is {expected:.1f} rows", flush=True)
+    for seed in range(_FITS.value):
+        (same,) = computed(inner, counts_of(case, seed))
+        print(
+            f"{name}: a training reports {reported(name, seed):.3f} rows, and "
+            f"the products {same:.3f}",
+            flush=True,
         )
-        history = model.fit(
-            data,
-            steps_per_epoch=_WINDOWS.value * case.accum_steps,
-            verbose=0,
-        )
-        found.append(history.history["gradient_noise_scale"][-1] / expected)
-    return found
+    rng = np.random.default_rng(0)
+    shape = (1, _WINDOWS.value, case.accum_steps)
+    found = [
+        computed(inner, rng.multinomial(case.rows, [1 / ROWS] * ROWS, shape))
+        for _ in range(_TRAININGS.value)
+    ]
+    return np.concatenate(found) / expected
 
 
 def main(argv: list[str]) -> None:
     """Prints a table."""
     del argv
-    print("| model | reported over true | twice its standard error |")
-    print("| --- | ---: | ---: |")
+    rows = []
     for name in _CASES.value:
         found = ratios(name)
-        error = statistics.stdev(found) / math.sqrt(len(found))
-        print(
-            f"| {name} | {statistics.fmean(found):.3f} | {2 * error:.3f} |",
-            flush=True,
+        error = np.std(found) / math.sqrt(len(found))
+        rows.append(
+            f"| {name} | {np.mean(found):.3f} | {2 * error:.3f} | "
+            f"{np.std(found):.3f} |"
         )
+    print(
+        "| model | reported over true | twice its standard error | "
+        "standard deviation of a training |"
+    )
+    print("| --- | ---: | ---: | ---: |")
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":
