@@ -309,8 +309,10 @@ class Reserve:
 
     def taken(self, needed: int) -> int:
         """Returns how many bytes `grow_by_one` takes from what is free."""
-        if needed <= self.size or not is_limited():
-            return max(0, needed - self.size)
+        if needed <= self.size:
+            return 0
+        if not is_limited():
+            return int(OVERSHOOT * needed)
         region = region_for(needed)
         return region + region // BOOKS + TENSOR
 
