@@ -270,9 +270,10 @@ class Planned(Forecast):
         # The first compilation leaves its memory to those that follow, and not
         # all of the threads that it starts have heaps of their own yet.
         self._making = max(self._making, grown)
-        self._compiling = max(
-            COMPILATION, self._making // 2, 0 if is_first else grown
-        )
+        # Half of it, and less of much: a large program took 806 MiB at first,
+        # and 22 later.
+        again = max(self._making // 4, min(self._making // 2, 96 * 2**20))
+        self._compiling = max(COMPILATION, again, 0 if is_first else grown)
         return needed
 
 
