@@ -39,6 +39,8 @@ TENSOR = 4 * 2**20
 # What compiling takes at least: first, when it starts threads, and later.
 FIRST_COMPILATION = 160 * 2**20
 COMPILATION = 16 * 2**20
+# Up to here, half of what it took is kept free for the next; then a quarter.
+MOST_COMPILATION = 96 * 2**20
 # One of these bytes of a region is for the allocator's books on it.
 BOOKS = 32
 # How far peaks of more rows may lie above the line through peaks of few.
@@ -267,12 +269,10 @@ class Planned(Forecast):
         is_first, before = not self._measured, system_memory.address_space()
         needed = super()._bytes_for(data, rows)
         grown = system_memory.address_space() - before
-        # The first compilation leaves its memory to those that follow, and not
-        # all of the threads that it starts have heaps of their own yet.
         self._making = max(self._making, grown)
-        # Half of it, and less of much: a large program took 806 MiB at first,
-        # and 22 later.
-        again = max(self._making // 4, min(self._making // 2, 96 * 2**20))
+        # The first compilation leaves most of its memory to those that follow:
+        # a large program took 806 MiB at first, and 22 later.
+        again = max(self._making // 4, min(self._making // 2, MOST_COMPILATION))
         self._compiling = max(COMPILATION, again, 0 if is_first else grown)
         return needed
 

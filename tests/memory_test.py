@@ -41,7 +41,10 @@ class MemoryTest(tf.test.TestCase):
         ):
             self.assertEqual(memory.region_for(needed), expected)
         # What was larger before has made the power unknown.
-        self.assertEqual(memory.region_for(8), int(8 / 0.9))
+        with tf.device("CPU:0"):
+            mebibyte = tf.zeros((2**18,))
+        self.assertEqual(memory.region_for(2**20), int(2**20 / 0.9))
+        del mebibyte
 
     def test_reads_what_linux_says(self):
         folder = pathlib.Path(self.get_temp_dir())
