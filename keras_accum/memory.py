@@ -247,7 +247,8 @@ class Planned(Forecast):
                 most = rows - 1
         # The last one may have left less than there was.
         found = largest(found, fits)
-        self._reserve.grow_by_one(self._with_batch(found, count))
+        if found:
+            self._reserve.grow_by_one(self._with_batch(found, count))
         return found
 
     def _with_batch(self, rows, count):
