@@ -370,6 +370,8 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
                 (1500, 1024, False),
                 (2500, 2048, False),
                 (2500, 2048, True),
+                # Steps take more than 2 GiB.
+                (5000, 4096, True),
             ],
         )
     )

@@ -493,8 +493,12 @@ class NamesTest(test_utils.TestCase):
         self.assertEqual(is_xla, [False, True])
 
     def test_uninitialized(self):
-        memory = compat.uninitialized(8)
-        self.assertEqual((memory.shape, memory.dtype), ((8,), tf.uint8))
+        # The last one has more bytes than an axis may have entries.
+        for size in (8, 512, 3 * 2**30):
+            with tf.device("CPU:0"):
+                memory = compat.uninitialized(size)
+            self.assertEqual(memory.dtype, tf.uint8)
+            self.assertBetween(memory.shape.num_elements(), size, size + 255)
 
     def test_attribute(self):
         layer = keras.layers.Dense(2)

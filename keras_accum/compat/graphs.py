@@ -40,8 +40,12 @@ def uses(graph, variable) -> list[tf.Operation]:
 
 
 def uninitialized(size) -> tf.Tensor:
-    """Takes `size` bytes of memory, and writes none of them."""
-    return tf.raw_ops.Empty(shape=[size], dtype=tf.uint8)
+    """Takes `size` bytes of memory, and writes none of them.
+
+    Rounded up to 256, as by TensorFlow's allocator.
+    """
+    # An axis has less than 2**31 entries.
+    return tf.raw_ops.Empty(shape=[-(-size // 256), 256], dtype=tf.uint8)
 
 
 def memory_of_device(name: str) -> int | None:
