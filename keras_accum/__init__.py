@@ -10,12 +10,17 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from keras_accum import schedules
+from keras_accum import system_memory
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.mixin import GradientAccumulationMixin
 from keras_accum.model import GradientAccumulationModel
 from keras_accum.planning import plan
 from keras_accum.rematerialization import rematerialize
 from keras_accum.verification import verify
+
+if system_memory.address_limit() is not None:
+    # Before there are threads, which keep the heaps that they have.
+    system_memory.make_no_more_heaps()
 
 __version__ = "0.2.0"
 

@@ -133,9 +133,10 @@ class Attempt:
         model = accumulation.model
         is_compiled = model.jit_compile and not model.run_eagerly
         needed = each.planned_bytes if is_compiled else self._count_bytes
-        is_largest = accumulation.size.is_largest
-        margin = memory.LEAST_MARGIN if is_largest else memory.MARGIN
-        self._room = memory.Room(needed, is_compiled, margin)
+        update = functools.cache(
+            functools.partial(boundary.planned_bytes, model)
+        )
+        self._room = memory.Room(needed, is_compiled, update)
 
     def __call__(self, data, size: int):
         """Tries to add a batch in micro-batches of `size` rows."""

@@ -209,3 +209,17 @@ def make_update_for_host(accumulation) -> Callable:
         return update
     traced = programs.in_graph(lambda signature: update())
     return lambda: traced(window.signature())
+
+
+def planned_bytes(model: keras.Model) -> int:
+    """Returns the bytes that a compiled update takes.
+
+    It is 0 on several replicas: XLA plans no sums over these.
+    """
+    if replicas.has_several(model.distribute_strategy):
+        return 0
+    return compat.planned_bytes(
+        programs.in_graph(
+            programs.running(model, model.update_step), jit_compile=True
+        )
+    )

@@ -3,11 +3,13 @@
 What a micro-batch must know of the whole batch is found out first.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import discovery
 from keras_accum import programs
 from keras_accum import reduction
 from keras_accum import replicas
@@ -48,6 +50,7 @@ class EachMicrobatch:
         )
         self._measure = programs.in_loop(model, self._losses.measure)
         self._fold = programs.with_loop(model, self._fold_local)
+        self._is_traced = False
 
     def __call__(self, args: tuple, size: int | None):
         """Makes the steps; see `fold`.
@@ -105,6 +108,9 @@ class EachMicrobatch:
             data: A batch, in cross-replica context.
             size: Most rows of a micro-batch.
         """
+        if not self._is_traced:
+            self._trace_for_any_rows(data)
+            self._is_traced = True
         planned = self.call_with_step(data, size, compat.planned_bytes)
         strategy = self._model.distribute_strategy
         return sum(strategy.experimental_local_results(planned))
@@ -118,23 +124,43 @@ class EachMicrobatch:
             function: Takes the step, a `tf.function` unless the model runs
                 eagerly, and what it is called with.
         """
-        model, step = self._model, self._plain
-        strategy = model.distribute_strategy
+        strategy = self._model.distribute_strategy
         local = as_tensors(replicas.first_local(strategy, data))
-        args = [take_first(local, size)]
-        if self._losses.use_whole_batch():
-            step = self._with_whole
-            args += self._whole_batch.example(*args)
-        elif self._losses.uses_denominators():
-            step = self._with_denominators
-            losses = compat.number_of_losses(compat.compiled_loss(model))
-            args.append(weighting.as_weight(tf.zeros(1 + losses)))
+        step, *args = self._with_arguments(take_first(local, size))
+        return self._on_replicas(
+            lambda: function(step, tf.constant(True), *args)
+        )
 
-        def call():
-            return function(step, tf.constant(True), *args)
-
+    def _on_replicas(self, function):
         with replicas.without_warning_of_slow_runs():
-            return programs.with_loop(model, call)()
+            return programs.with_loop(self._model, function)()
+
+    def _trace_for_any_rows(self, data):
+        """Traces the step for micro-batches of any number of rows.
+
+        Else it is traced for one number, then for another, which TensorFlow
+        takes for any: of a large model, that costs seconds and 100 MiB.
+        """
+        strategy = self._model.distribute_strategy
+        local = as_tensors(replicas.first_local(strategy, data))
+        step, *args = self._with_arguments(take_first(local, 1))
+        _, *others = self._with_arguments(take_first(local, 2))
+        specs = tf.nest.map_structure(spec_of_both, args, others)
+        # A layer may be written for one number: then it is traced for that.
+        with contextlib.suppress(Exception):
+            self._on_replicas(
+                lambda: step.get_concrete_function(tf.constant(True), *specs)
+            )
+
+    def _with_arguments(self, data):
+        """Returns the step, and what it is called with after the first."""
+        if self._losses.use_whole_batch():
+            return self._with_whole, data, *self._whole_batch.example(data)
+        if self._losses.uses_denominators():
+            losses = compat.number_of_losses(compat.compiled_loss(self._model))
+            zeros = weighting.as_weight(tf.zeros(1 + losses))
+            return self._with_denominators, data, zeros
+        return self._plain, data
 
     def _look_at_losses(self, data):
         """Traces a step on a micro-batch, which shows the losses' kinds."""
@@ -157,6 +183,12 @@ class EachMicrobatch:
         )
         destination = self._gradients.make_accumulator().weight
         return reduction.sum_over_replicas(total, destination)
+
+
+def spec_of_both(first, second):
+    """Returns what a program has to know of a value that is either one."""
+    spec, other = discovery.spec_of(first), discovery.spec_of(second)
+    return spec and spec.most_specific_common_supertype([other])
 
 
 def plain(step: Callable) -> Callable:

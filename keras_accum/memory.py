@@ -25,8 +25,6 @@ from keras_accum import system_memory
 # What a forecast leaves free, for what is not counted: threads, their heaps,
 # and the kernels' own libraries. `tests/auto_size_test.py` tries some limits.
 MARGIN = 128 * 2**20
-# The same for compiled steps that are to be as large as can be.
-LEAST_MARGIN = 80 * 2**20
 # What tracing the update takes at least.
 TRACING = 16 * 2**20
 # How close to the best number of rows is near enough.
@@ -39,10 +37,12 @@ TENSOR = 4 * 2**20
 # What compiling takes at least: first, when it starts threads, and later.
 FIRST_COMPILATION = 160 * 2**20
 COMPILATION = 16 * 2**20
-# Up to here, half of what it took is kept free for the next; then a quarter.
-MOST_COMPILATION = 96 * 2**20
 # One of these bytes of a region is for the allocator's books on it.
 BOOKS = 32
+# What other threads may take of the heap while there are no addresses.
+HEAP = 32 * 2**20
+# Addresses that others may take then, if the region does not.
+SLACK = 16 * 2**20
 # How far peaks of more rows may lie above the line through peaks of few.
 UNEVENNESS = 1.15
 # Rows of one step on trial, over rows of the step before.
@@ -56,15 +56,18 @@ class Room:
         needed: The bytes for a step, as for `Planned` if steps are compiled,
             else as for `Counted`.
         is_compiled: Whether they are.
-        margin: Bytes that compiled steps leave free: `MARGIN` or
-            `LEAST_MARGIN`.
+        update: Function: the bytes for the update, if it is compiled. It is
+            called more than once.
     """
 
     def __init__(
-        self, needed: Callable, is_compiled: bool, margin: int
+        self,
+        needed: Callable,
+        is_compiled: bool,
+        update: Callable[[], int],
     ) -> None:
         self._needed, self._is_compiled = needed, is_compiled
-        self._margin = margin
+        self._update = update
         self._reserve = Reserve()
         if system_memory.address_limit() is not None:
             # Once there are some, the C library has its own limit for more.
@@ -107,7 +110,7 @@ class Room:
 
     def _make_forecast(self):
         if self._is_compiled:
-            return Planned(self._needed, self._reserve, self._margin)
+            return Planned(self._needed, self._reserve, self._update)
         return Counted(self._needed, self._reserve)
 
 
@@ -221,10 +224,14 @@ class Planned(Forecast):
     """For compiled steps, whose need is known before they are run."""
 
     def __init__(
-        self, needed: Callable, reserve: "Reserve", margin: int
+        self,
+        needed: Callable,
+        reserve: "Reserve",
+        update: Callable[[], int],
     ) -> None:
         super().__init__(needed, reserve)
-        self._margin, self._compiling = margin, FIRST_COMPILATION
+        self._compiling = FIRST_COMPILATION
+        self._plan_update, self._for_update = update, 0
 
     def most_rows(self, data, size: int, count: int) -> int:
         """Compiles steps, on as many rows as may fit, until they do."""
@@ -252,30 +259,39 @@ class Planned(Forecast):
         return found
 
     def _with_batch(self, rows, count):
-        """Returns the bytes of one tensor for a step, or for the next batch.
+        """Returns the bytes of one tensor for a program and the next batch.
 
-        The scratch memory of a program is one tensor. The batch is made between
-        two steps, out of what is there for these.
+        The scratch memory of a program is one tensor. Step and update follow
+        each other, so that both use it. The batch is made between two steps,
+        out of what is there for these.
         """
-        return bytes_for(self._measured, rows) + count
+        step = bytes_for(self._measured, rows)
+        return max(step, self._for_update) + count
 
     def _free(self, count):
-        # The steps and the update are compiled when they are run. Most of what
-        # that takes is there, from the compilations before. A copy of the next
-        # batch is made elsewhere.
-        left = count + self._margin + self._compiling
+        # The steps and the update are compiled when they are run, and so is
+        # validation. Most of what that takes is there, from the compilations
+        # before. A copy of the next batch is made elsewhere.
+        left = count + MARGIN + self._compiling
         return max(0, system_memory.free_bytes() - left)
 
     def _bytes_for(self, data, rows):
-        is_first, before = not self._measured, system_memory.address_space()
-        needed = super()._bytes_for(data, rows)
-        grown = system_memory.address_space() - before
-        self._making = max(self._making, grown)
-        # The first compilation leaves most of its memory to those that follow:
-        # a large program took 806 MiB at first, and 22 later.
-        again = max(self._making // 4, min(self._making // 2, MOST_COMPILATION))
-        self._compiling = max(COMPILATION, again, 0 if is_first else grown)
+        needed = self._growing(super()._bytes_for, data, rows)
+        if system_memory.address_limit() is not None:
+            # A step that was traced has told what the update is of. What it
+            # takes to compile that is then free for when it is run.
+            self._for_update = self._growing(self._plan_update)
         return needed
+
+    def _growing(self, function, *args):
+        """Calls a function that compiles, and measures what that takes."""
+        before = space_without_stacks()
+        result = function(*args)
+        # Threads stay, and are not started a second time.
+        self._making = max(self._making, space_without_stacks() - before)
+        # With half of it, a transformer died in validation.
+        self._compiling = max(COMPILATION, self._making)
+        return result
 
 
 class Reserve:
@@ -325,8 +341,8 @@ class Reserve:
             self.size = needed
 
     def _ask(self, count, tensor, region):
-        with kept_heap(region // BOOKS + TENSOR):
-            used = system_memory.address_space() + region
+        with kept_heap(region // BOOKS + HEAP):
+            used = system_memory.address_space() + region + SLACK
             with (
                 ballast(system_memory.address_limit() - used),
                 tf.device("CPU:0"),
@@ -338,6 +354,11 @@ class Reserve:
 def is_limited() -> bool:
     """Returns whether addresses are limited, for an allocator with regions."""
     return system_memory.address_limit() is not None and keeps_regions()
+
+
+def space_without_stacks() -> int:
+    """Returns the bytes of addresses that are not for the stacks of threads."""
+    return system_memory.address_space() - system_memory.stack_space()
 
 
 def region_for(needed: int) -> int:
@@ -369,7 +390,8 @@ def kept_heap(size: int) -> Iterator[None]:
     """Makes the C library keep `size` bytes in one block, for who asks next.
 
     TensorFlow's allocator keeps books on each region, of a 32nd of its size,
-    and makes them when the region is there and addresses may be gone.
+    and makes them when the region is there and addresses may be gone. Threads
+    that make the next batches ready take of the same heap.
     """
     # Once a block as large as this was freed, smaller ones are of the heap.
     bytearray(30 * 2**20)

@@ -48,11 +48,6 @@ class MicrobatchSize:
         self._speeds: dict[int, float] = {}
 
     @property
-    def is_largest(self) -> bool:
-        """Whether it is to be as large as can be, not only as fast."""
-        return self._kind == LARGEST
-
-    @property
     def rows(self) -> int | None:
         """Rows to take at once; None for all, also if it is yet to be found."""
         return None if self.value in (AUTO, LARGEST) else self.value
@@ -69,7 +64,7 @@ class MicrobatchSize:
     def _is_between(self, most, rows):
         """Returns whether to try a size above the largest that fits."""
         return (
-            self.is_largest
+            self._kind == LARGEST
             and self.rows == most < rows
             and self._failed is not None
             and self._failed > NEARLY * most

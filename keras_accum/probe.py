@@ -21,7 +21,6 @@ from keras_accum import counting
 from keras_accum import discovery
 from keras_accum import each_microbatch
 from keras_accum import first_batch
-from keras_accum import programs
 from keras_accum import replicas
 from keras_accum import rows as row_counts
 from keras_accum import steps
@@ -110,10 +109,7 @@ class Probe:
         """Returns the bytes that come and go at the boundary, in the update."""
         model, strategy = self._model, self._model.distribute_strategy
         if self.is_compiled and not replicas.has_several(strategy):
-            program = programs.in_graph(
-                programs.running(model, model.update_step), jit_compile=True
-            )
-            return compat.planned_bytes(program)
+            return boundary.planned_bytes(model)
         trained = [*model.trainable_variables, *model.optimizer.variables]
         update = boundary.make_update_for_host(self._accumulation)
         with self._unchanged(trained):

@@ -11,6 +11,8 @@ UNKNOWN = 2**62
 # To write 5 to it makes the most memory so far what there is now.
 CLEAR = pathlib.Path("/proc/self/clear_refs")
 STATUS = pathlib.Path("/proc/self/status")
+# Of a thread, where stacks are not limited, by glibc on 64-bit x86.
+DEFAULT_STACK = 2 * 2**20
 # Of glibc's `malloc.h`.
 M_ARENA_MAX = -8
 
@@ -97,6 +99,18 @@ def address_space() -> int:
         return int(pages) * mmap.PAGESIZE
     except OSError:
         return 0
+
+
+def stack_space() -> int:
+    """Returns what of it the stacks of all threads take, as far as known."""
+    try:
+        import resource
+
+        threads = number_after("Threads:", read_kernel(STATUS))
+    except (OSError, ModuleNotFoundError):
+        return 0
+    size, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return threads * (DEFAULT_STACK if size == resource.RLIM_INFINITY else size)
 
 
 @functools.cache

@@ -33,30 +33,75 @@ _EPOCHS = flags.DEFINE_integer(
     "`train_on_batch`, in one that has its threads.",
 )
 _LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the model.")
+_IS_TRANSFORMER = flags.DEFINE_bool(
+    "transformer", False, "Whether the model is one, which is long to compile."
+)
+_IS_RECOMPUTED = flags.DEFINE_bool(
+    "recompute", False, "Whether its layers are computed twice."
+)
+# Of the transformer.
+VOCABULARY, STEPS, WIDTH, BLOCKS = 1024, 64, 192, 6
 
 
 def build(layers):
-    """Returns a model of few weights, with 2 MB of activations in 512 steps."""
+    """Returns the model."""
     keras.utils.set_random_seed(0)
-    inputs = keras.Input((None, 16))
-    hidden = keras.layers.Dropout(0.1, seed=1)(inputs)
-    for _ in range(layers):
-        hidden = keras.layers.Dense(16, activation="tanh")(hidden)
-    hidden = keras.layers.BatchNormalization()(hidden)
-    hidden = keras.layers.GlobalAveragePooling1D()(hidden)
-    outputs = keras.layers.Dense(3)(hidden)
-    return keras_accum.GradientAccumulationModel(
+    inputs, outputs = transformer() if _IS_TRANSFORMER.value else dense(layers)
+    model = keras_accum.GradientAccumulationModel(
         inputs,
         outputs,
         microbatch_size=int(_SIZE.value)
         if _SIZE.value.isdigit()
         else _SIZE.value,
     )
+    if _IS_RECOMPUTED.value:
+        keras_accum.rematerialize(
+            model,
+            [
+                layer
+                for layer in model.layers
+                if not isinstance(layer, keras.layers.InputLayer)
+            ],
+        )
+    return model
+
+
+def dense(layers):
+    """Makes a model of few weights, with 2 MB of activations in 512 steps."""
+    inputs = keras.Input((None, 16))
+    hidden = keras.layers.Dropout(0.1, seed=1)(inputs)
+    for _ in range(layers):
+        hidden = keras.layers.Dense(16, activation="tanh")(hidden)
+    hidden = keras.layers.BatchNormalization()(hidden)
+    hidden = keras.layers.GlobalAveragePooling1D()(hidden)
+    return inputs, keras.layers.Dense(3)(hidden)
+
+
+def transformer():
+    """Makes one of 3 million weights, which predicts the next token."""
+    inputs = keras.Input((STEPS,), dtype="int32")
+    hidden = keras.layers.Embedding(VOCABULARY, WIDTH)(inputs)
+    for _ in range(BLOCKS):
+        normal = keras.layers.LayerNormalization()(hidden)
+        attention = keras.layers.MultiHeadAttention(4, WIDTH // 4)
+        hidden += attention(normal, normal, use_causal_mask=True)
+        normal = keras.layers.LayerNormalization()(hidden)
+        wide = keras.layers.Dense(4 * WIDTH, activation="gelu")(normal)
+        hidden += keras.layers.Dense(WIDTH)(wide)
+    hidden = keras.layers.LayerNormalization()(hidden)
+    return inputs, keras.layers.Dense(VOCABULARY)(hidden)
 
 
 def batches():
     """Yields two batches of each length."""
     rng = np.random.default_rng(0)
+    if _IS_TRANSFORMER.value:
+        for _ in range(2):
+            text = rng.integers(
+                0, VOCABULARY, (_ROWS.value, STEPS + 1), "int32"
+            )
+            yield text[:, :-1], text[:, 1:]
+        return
     for length in map(int, _LENGTH.value):
         for _ in range(2):
             yield (
@@ -69,9 +114,8 @@ def fit(model, data):
     """Trains on a data set, evaluates and saves; returns the losses."""
     dataset = tf.data.Dataset.from_generator(
         lambda: iter(data),
-        output_signature=(
-            tf.TensorSpec(data[0][0].shape, tf.float32),
-            tf.TensorSpec(data[0][1].shape, tf.int64),
+        output_signature=tuple(
+            tf.TensorSpec(each.shape, each.dtype) for each in data[0]
         ),
     ).apply(tf.data.experimental.assert_cardinality(len(data)))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,6 @@
 """The size that fits is found, and a failed attempt leaves nothing behind."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 import unittest
 from unittest import mock
@@ -23,9 +20,6 @@ from tests import equivalence_test
 from tests import microbatching_test
 from tests import test_utils
 
-ROOT = pathlib.Path(__file__).absolute().parent.parent
-# Under Bazel the interpreter alone does not know the way.
-PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
 MODES = microbatching_test.MODES
 # Entries of an input that the model below has memory for.
 ROOM = 5 * test_utils.FEATURES
@@ -314,25 +308,31 @@ class ForecastTest(tf.test.TestCase):
 class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
     """Processes that run out of addresses for real."""
 
-    def outcome(
-        self, limit, jit_compile, rows, size="auto", arenas=None, epochs=0
-    ):
-        flags = [
-            f"--epochs={epochs}",
-            *([] if limit is None else [f"--limit_mib={limit}"]),
+    def outcome(self, limit, jit_compile, rows, *flags, **options):
+        """Returns what came of a training, and the end of what it said.
+
+        Args:
+            limit: Mebibytes beyond what the process has when training begins.
+            jit_compile: Whether XLA compiles.
+            rows: Rows of a batch.
+            *flags: Flags of other names, of `auto_size_cases`.
+            **options: What may differ from the usual: the `size`, the number of
+                `epochs`, and whether it `is_limited` when it starts, as by
+                `ulimit -v`.
+        """
+        values = {"size": "auto", "epochs": 0, **options}
+        is_limited = values.pop("is_limited", True)
+        if limit is not None:
+            values["limit_mib"] = limit
+        run = test_utils.run_program(
+            "-m",
+            "tests.auto_size_cases",
             f"--jit_compile={jit_compile}",
-            f"--size={size}",
             f"--rows={rows}",
             "--length=1024",
-        ]
-        # The C library has room of its own in each of its arenas.
-        env = {} if arenas is None else {"MALLOC_ARENA_MAX": str(arenas)}
-        run = subprocess.run(
-            [sys.executable, "-m", "tests.auto_size_cases", *flags],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": PYTHONPATH} | env,
-            capture_output=True,
-            text=True,
+            *(f"--{name}={value}" for name, value in values.items()),
+            *flags,
+            before=test_utils.LIMITED if limit and is_limited else (),
         )
         if run.returncode:
             return None, run.stderr[-2000:]
@@ -354,11 +354,13 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
             {"limit": 600, "rows": 512},
         ),
         jit_compile=(False, True),
-        arenas=(None, 1),
+        is_limited=(False, True),
     )
     @test_utils.at_night
-    def test_never_dies(self, limit, rows, jit_compile, arenas):
-        outcome, died = self.outcome(limit, jit_compile, rows, arenas=arenas)
+    def test_never_dies(self, limit, rows, jit_compile, is_limited):
+        outcome, died = self.outcome(
+            limit, jit_compile, rows, is_limited=is_limited
+        )
         self.check(outcome, died, rows)
 
     @parameterized.parameters(
@@ -386,7 +388,7 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
             other, _ = self.outcome(limit, jit_compile, rows, size=larger)
             self.assertTrue(other is None or other["error"])
 
-    @parameterized.parameters((1000, 768), (600, 512))
+    @parameterized.parameters((1000, 768), (2500, 3072))
     @test_utils.at_night
     def test_largest_is_close_to_what_fits(self, limit, rows):
         outcome, died = self.outcome(limit, True, rows, size="largest")
@@ -396,19 +398,37 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
         other, _ = self.outcome(limit, True, rows, size=larger)
         self.assertTrue(other is None or other["error"])
 
-    @parameterized.product(jit_compile=(False, True), size=("auto", "largest"))
+    @parameterized.product(
+        jit_compile=(False, True),
+        size=("auto", "largest"),
+        is_limited=(False, True),
+    )
     @test_utils.at_night
     def test_never_dies_of_what_comes_after_the_first_batch(
-        self, jit_compile, size
+        self, jit_compile, size, is_limited
     ):
         outcome, died = self.outcome(
-            1000, jit_compile, 512, size=size, epochs=4
+            1000, jit_compile, 512, size=size, epochs=4, is_limited=is_limited
         )
         self.assertIsNone(died)
         self.assertEqual(outcome["updates"], 8)
         self.assertLess(outcome["losses"][-1], outcome["losses"][0])
         # With a heap for each thread it would die, or find hardly any.
         self.assertGreater(outcome["size"], 100)
+
+    @parameterized.parameters("auto", "largest")
+    @test_utils.at_night
+    def test_computing_twice_finds_three_times_the_rows(self, size):
+        """Of a model that is long to compile, which takes memory as well."""
+        sizes = []
+        for flag in ("--norecompute", "--recompute"):
+            outcome, died = self.outcome(
+                2500, True, 1024, "--transformer", flag, size=size, epochs=2
+            )
+            self.assertIsNone(died)
+            self.assertEqual(outcome["updates"], 4)
+            sizes.append(outcome["size"])
+        self.assertGreaterEqual(sizes[1], 3 * sizes[0])
 
     @test_utils.at_night
     def test_trains_as_with_the_size_that_it_finds(self):

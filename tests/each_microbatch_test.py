@@ -30,6 +30,36 @@ class EachMicrobatchTest(test_utils.TestCase):
         self.assertEqual([size for size, _ in sizes], [3, 3, 2])
         self.assertEqual(int(logs["seen"]), 3)
 
+    def planned(self, step, sizes):
+        """Returns the bytes that are planned for a step on so many rows."""
+        model = test_utils.mlp(
+            keras_accum.GradientAccumulationModel, microbatch_size=8
+        )
+        model.compile("sgd", "mse", jit_compile=True)
+        each = each_microbatch.EachMicrobatch(
+            model._accumulation, step, trains=True
+        )
+        data = (tf.zeros((8, test_utils.FEATURES)), tf.zeros((8, 3)))
+        return [each.planned_bytes(data, size) for size in sizes]
+
+    def test_plans_all_sizes_by_one_trace(self):
+        traced = []
+
+        def step(is_first, data):
+            traced.append(data[0].shape[0])
+            return tf.matmul(data[0], data[0], transpose_b=True)
+
+        planned = self.planned(step, sizes=(8, 4, 2))
+        # Products of all pairs of rows, in float32.
+        self.assertEqual(planned[0] - planned[1], 4 * (64 - 16))
+        self.assertEqual(traced, [None])
+
+    def test_plans_a_step_that_asks_for_the_number_of_rows(self):
+        def step(is_first, data):
+            return tf.zeros([data[0].shape[0], 100])
+
+        self.assertEqual(self.planned(step, sizes=(8,)), [8 * 100 * 4])
+
     def test_a_step_gets_its_share_of_the_gradients(self):
         step = each_microbatch.taking_whole(lambda first, data, whole: whole)
         summary = (tf.constant(1.0), [], tf.constant(8))

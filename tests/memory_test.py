@@ -1,11 +1,35 @@
 """What is known of a CPU's memory, and what follows for a step."""
 
 import pathlib
+import platform
+import unittest
 
+import pytest
 import tensorflow as tf
 
 from keras_accum import memory
 from keras_accum import system_memory
+from tests import test_utils
+
+# Prints how much the address space grows by threads that take a little memory.
+THREADS = """
+import ctypes, threading
+import keras_accum
+from keras_accum import system_memory
+
+allocate, barrier = ctypes.CDLL(None).malloc, threading.Barrier(9)
+
+def work():
+    allocate(1000)
+    barrier.wait()
+
+threading.stack_size(2**20)
+before = system_memory.address_space()
+for _ in range(8):
+    threading.Thread(target=work).start()
+barrier.wait()
+print(system_memory.address_space() - before)
+"""
 
 
 class MemoryTest(tf.test.TestCase):
@@ -59,6 +83,20 @@ class MemoryTest(tf.test.TestCase):
         with self.assertRaises(ValueError):
             system_memory.room_of_group(folder)
         self.assertGreater(system_memory.free_bytes(), 0)
+
+    @unittest.skipUnless(
+        platform.libc_ver()[0] == "glibc", "Others have no heaps for threads."
+    )
+    @pytest.mark.thorough
+    def test_threads_get_no_heaps_where_addresses_are_limited(self):
+        def grown(before):
+            run = test_utils.run_program("-c", THREADS, before=before)
+            self.assertEqual(run.returncode, 0, run.stderr)
+            return int(run.stdout)
+
+        self.assertLess(grown(test_utils.LIMITED), 64 * 2**20)
+        # Without a limit, nothing is changed.
+        self.assertGreater(grown(()), 4 * 64 * 2**20)
 
 
 if __name__ == "__main__":

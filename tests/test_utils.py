@@ -21,6 +21,8 @@ from keras_accum import compat
 from keras_accum import steps
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
+# Put before a command, limits its addresses to 16 TiB: it has a limit.
+LIMITED = ["sh", "-c", 'ulimit -v 17179869184; exec "$@"', "sh"]
 FEATURES, CLASSES = 6, 3
 
 # Whether to test what takes too long for every change as well.
@@ -61,15 +63,17 @@ def with_nightly(cases, nightly):
     return [*cases, *(nightly if IS_NIGHTLY else ())]
 
 
-def run_program(*command):
+def run_program(*command, before=()):
     """Runs Python as a user would, with the library on its path.
 
     Args:
         *command: What follows `python`.
+        before: What is before it, such as `LIMITED`.
     """
+    # Under Bazel the interpreter alone does not know the way.
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     return subprocess.run(
-        [sys.executable, *command],
+        [*before, sys.executable, *command],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
