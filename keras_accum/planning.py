@@ -82,6 +82,8 @@ def plan(
     ```python
     found = keras_accum.plan(model, x[:256], y[:256])
     print(found)
+    if found.best.is_recomputed:
+        keras_accum.rematerialize(model, found.layers)
     model = keras_accum.GradientAccumulationModel.from_model(
         model, microbatch_size=found.best.rows
     )

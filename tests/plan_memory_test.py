@@ -63,12 +63,28 @@ class WithinLimitTest(absltest.TestCase):
             "--batch_size=512",
             "--limit_mib=160",
         )
-        self.assertEqual(finished.returncode, 0, finished.stderr)
+        said = finished.stdout + finished.stderr
+        self.assertEqual(finished.returncode, 0, said)
         self.assertIn("keras: died.", finished.stdout)
         (distance,) = re.findall(
             r"Weights differ by at most (\S+)\.$", finished.stdout.strip()
         )
         self.assertLess(float(distance), 1e-5)
+
+    def test_recomputes_the_layers_that_the_plan_names(self):
+        # Without these, it dies.
+        names = ["dense", *(f"dense_{n}" for n in range(1, 25))]
+        finished = test_utils.run_program(
+            "-m",
+            "examples.within_limit",
+            "--part=micro-batches",
+            "--batch_size=512",
+            "--limit_mib=270",
+            "--microbatch_size=256",
+            f"--recomputed={','.join(names)}",
+            before=["env", "MALLOC_ARENA_MAX=1"],
+        )
+        self.assertEqual(finished.returncode, 0, finished.stderr)
 
 
 if __name__ == "__main__":
