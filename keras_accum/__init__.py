@@ -18,9 +18,8 @@ from keras_accum.planning import plan
 from keras_accum.rematerialization import rematerialize
 from keras_accum.verification import verify
 
-if system_memory.address_limit() is not None:
-    # Before there are threads, which keep the heaps that they have.
-    system_memory.make_no_more_heaps()
+# Before there are threads, which keep the heaps that they have.
+system_memory.share_heaps()
 
 __version__ = "0.2.0"
 

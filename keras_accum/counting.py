@@ -37,6 +37,18 @@ def counted_bytes(function: Callable, *args, device: str = "CPU:0") -> int:
     return max(0, system_memory.peak_bytes() - before)
 
 
+def idle_bytes(device: str) -> int:
+    """Returns the bytes that TensorFlow's allocator keeps for other tensors.
+
+    It is what a call that was counted has taken and left, or 0 where TensorFlow
+    does not count.
+    """
+    if not counts_tensors(device):
+        return 0
+    info = tf.config.experimental.get_memory_info(device)
+    return info["peak"] - info["current"]
+
+
 def counts(device: str) -> bool:
     """Returns whether anybody counts the memory of a device."""
     if counts_tensors(device):

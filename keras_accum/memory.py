@@ -11,16 +11,14 @@ first, and what those on more rows need follows from these: it is a fixed
 amount, and an amount for each row.
 """
 
-import contextlib
-import mmap
 from collections.abc import Callable
-from collections.abc import Iterator
 
-import tensorflow as tf
+from absl import logging
 
-from keras_accum import compat
 from keras_accum import counting
 from keras_accum import system_memory
+from keras_accum.reserve import OVERSHOOT
+from keras_accum.reserve import Reserve
 
 # What a forecast leaves free, for what is not counted: threads, their heaps,
 # and the kernels' own libraries. `tests/auto_size_test.py` tries some limits.
@@ -29,20 +27,9 @@ MARGIN = 128 * 2**20
 TRACING = 16 * 2**20
 # How close to the best number of rows is near enough.
 CLOSE = 1.05
-# What TensorFlow's allocator gets from the system, over what it is asked for,
-# in regions; without them the C library does, for many tensors.
-OVERSHOOT = 1.15
-# Bytes of a tensor that stands for a part of what a step needs.
-TENSOR = 4 * 2**20
 # What compiling takes at least: first, when it starts threads, and later.
 FIRST_COMPILATION = 160 * 2**20
 COMPILATION = 16 * 2**20
-# One of these bytes of a region is for the allocator's books on it.
-BOOKS = 32
-# What other threads may take of the heap while there are no addresses.
-HEAP = 32 * 2**20
-# Addresses that others may take then, if the region does not.
-SLACK = 16 * 2**20
 # How far peaks of more rows may lie above the line through peaks of few.
 UNEVENNESS = 1.15
 # Rows of one step on trial, over rows of the step before.
@@ -69,9 +56,7 @@ class Room:
         self._needed, self._is_compiled = needed, is_compiled
         self._update = update
         self._reserve = Reserve()
-        if system_memory.address_limit() is not None:
-            # Once there are some, the C library has its own limit for more.
-            system_memory.make_no_more_heaps()
+        system_memory.share_heaps()
         # By the shapes of batches.
         self._forecasts: dict[tuple, Forecast] = {}
         self._allowed: dict[tuple, int] = {}
@@ -97,10 +82,15 @@ class Room:
                 return size
             self._forecasts[shapes] = self._make_forecast()
         rows = self._forecasts[shapes].most_rows(data, size, count)
-        if system_memory.address_limit() is None:
-            # Nothing ends the process, and memory may be had by swapping, or be
-            # free again.
-            rows = max(1, rows)
+        # What more rows took before is kept for steps, and not free.
+        rows = max(rows, self._allowed.get(shapes, 0))
+        if not rows and system_memory.address_limit() is None:
+            # Memory may be had by swapping, or be free again.
+            logging.warning(
+                "No memory is known to be free for one row. It is tried: if "
+                "the system ends the process, one row does not fit."
+            )
+            rows = 1
         self._allowed[shapes] = rows
         return rows
 
@@ -140,7 +130,7 @@ class Forecast:
         reserve: Where TensorFlow's allocator is to get them from.
     """
 
-    def __init__(self, needed: Callable, reserve: "Reserve") -> None:
+    def __init__(self, needed: Callable, reserve: Reserve) -> None:
         self._needed = needed
         self._reserve = reserve
         self._measured: dict[int, int] = {}
@@ -177,7 +167,7 @@ class Forecast:
 class Counted(Forecast):
     """For steps whose need is known once they were made."""
 
-    def __init__(self, needed: Callable, reserve: "Reserve") -> None:
+    def __init__(self, needed: Callable, reserve: Reserve) -> None:
         super().__init__(needed, reserve)
         self._tracing = TRACING
 
@@ -208,7 +198,7 @@ class Counted(Forecast):
         free = system_memory.free_bytes() - 2 * count - MARGIN - self._tracing
         free = int(free / OVERSHOOT)
         # What the reserve has, it has.
-        has = max(0, self._reserve.size - count)
+        has = max(0, self._reserve.at_hand() - count)
         return free + has if free > 0 else has or free
 
     def _measure(self, data, rows):
@@ -226,11 +216,10 @@ class Planned(Forecast):
     def __init__(
         self,
         needed: Callable,
-        reserve: "Reserve",
+        reserve: Reserve,
         update: Callable[[], int],
     ) -> None:
         super().__init__(needed, reserve)
-        self._compiling = FIRST_COMPILATION
         self._plan_update, self._for_update = update, 0
 
     def most_rows(self, data, size: int, count: int) -> int:
@@ -272,7 +261,11 @@ class Planned(Forecast):
         # The steps and the update are compiled when they are run, and so is
         # validation. Most of what that takes is there, from the compilations
         # before. A copy of the next batch is made elsewhere.
-        left = count + MARGIN + self._compiling
+        compiling = FIRST_COMPILATION
+        if self._measured:
+            # With half of it, a transformer died in validation.
+            compiling = max(COMPILATION, self._making)
+        left = count + MARGIN + compiling
         return max(0, system_memory.free_bytes() - left)
 
     def _bytes_for(self, data, rows):
@@ -289,128 +282,12 @@ class Planned(Forecast):
         result = function(*args)
         # Threads stay, and are not started a second time.
         self._making = max(self._making, space_without_stacks() - before)
-        # With half of it, a transformer died in validation.
-        self._compiling = max(COMPILATION, self._making)
         return result
-
-
-class Reserve:
-    """What TensorFlow's allocator for the CPU has at hand for steps.
-
-    If it `keeps_regions`, each is twice as large as the one before. Where
-    addresses are limited it would take nearly all that is left for one tensor,
-    and leave nothing for anyone else. So it is made to ask for what a step will
-    need when nobody else is at work, and cannot get much more.
-
-    Attributes:
-        size: Bytes that it has been made to get.
-    """
-
-    def __init__(self) -> None:
-        self.size = 0
-
-    def grow(self, needed: int, free: int) -> bool:
-        """Gets what a step will need, and returns whether that much is free.
-
-        Args:
-            needed: Bytes of its tensors, all together.
-            free: Bytes that may be used.
-        """
-        if needed > free:
-            return False
-        if is_limited() and needed > self.size:
-            region = int(OVERSHOOT * (needed - self.size)) + TENSOR
-            # All at once: what there is, and what is added.
-            self._ask(-(-needed // TENSOR), TENSOR, region)
-            self.size = needed
-        return True
-
-    def taken(self, needed: int) -> int:
-        """Returns how many bytes `grow_by_one` takes from what is free."""
-        if needed <= self.size:
-            return 0
-        if not is_limited():
-            return int(OVERSHOOT * needed)
-        region = region_for(needed)
-        return region + region // BOOKS + TENSOR
-
-    def grow_by_one(self, needed: int) -> None:
-        """Gets a tensor of `needed` bytes, unless one as large was got."""
-        if is_limited() and needed > self.size:
-            self._ask(1, needed, self.taken(needed))
-            self.size = needed
-
-    def _ask(self, count, tensor, region):
-        with kept_heap(region // BOOKS + HEAP):
-            used = system_memory.address_space() + region + SLACK
-            with (
-                ballast(system_memory.address_limit() - used),
-                tf.device("CPU:0"),
-            ):
-                tensors = [compat.uninitialized(tensor) for _ in range(count)]
-            del tensors
-
-
-def is_limited() -> bool:
-    """Returns whether addresses are limited, for an allocator with regions."""
-    return system_memory.address_limit() is not None and keeps_regions()
 
 
 def space_without_stacks() -> int:
     """Returns the bytes of addresses that are not for the stacks of threads."""
     return system_memory.address_space() - system_memory.stack_space()
-
-
-def region_for(needed: int) -> int:
-    """Returns the bytes of the region that is got for one tensor.
-
-    TensorFlow's allocator asks for a power of two, and where it does not get
-    that, for nine tenths, until it gets them.
-    """
-    region = 2 ** (needed - 1).bit_length()
-    peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
-    if 2 * peak > region:
-        # The regions before may have been as large, and the power is unknown.
-        return int(needed / 0.9)
-    while 0.9 * region >= needed:
-        region = int(0.9 * region)
-    return region
-
-
-def keeps_regions() -> bool:
-    """Returns whether TensorFlow's allocator for the CPU keeps what is freed.
-
-    It does where TensorFlow uses oneDNN, and counts then as well.
-    """
-    return counting.counts_tensors("CPU:0")
-
-
-@contextlib.contextmanager
-def kept_heap(size: int) -> Iterator[None]:
-    """Makes the C library keep `size` bytes in one block, for who asks next.
-
-    TensorFlow's allocator keeps books on each region, of a 32nd of its size,
-    and makes them when the region is there and addresses may be gone. Threads
-    that make the next batches ready take of the same heap.
-    """
-    # Once a block as large as this was freed, smaller ones are of the heap.
-    bytearray(30 * 2**20)
-    blocks = [bytearray(TENSOR) for _ in range(-(-size // TENSOR))]
-    # The heap does not shrink as long as there is something at its end.
-    end = bytearray(TENSOR)
-    del blocks
-    yield
-    del end
-
-
-@contextlib.contextmanager
-def ballast(size: int) -> Iterator[None]:
-    """Takes addresses, so that nobody else gets them within the context."""
-    if size <= 0:
-        yield
-        return
-    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
-        yield
 
 
 def largest(size: int, fits: Callable[[int], bool]) -> int:

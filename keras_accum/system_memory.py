@@ -5,12 +5,23 @@ import ctypes
 import functools
 import mmap
 import pathlib
+from collections.abc import Iterator
 
 # What is free where the system says nothing of it: more than there ever is.
 UNKNOWN = 2**62
 # To write 5 to it makes the most memory so far what there is now.
 CLEAR = pathlib.Path("/proc/self/clear_refs")
 STATUS = pathlib.Path("/proc/self/status")
+# By the type of a control group's file system, what says its limit, what it
+# uses, and what of that is of files.
+GROUPS = {
+    "cgroup": (
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+    "cgroup2": ("memory.max", "memory.current", "inactive_file"),
+}
 # Of a thread, where stacks are not limited, by glibc on 64-bit x86.
 DEFAULT_STACK = 2 * 2**20
 # Of glibc's `malloc.h`.
@@ -27,7 +38,7 @@ def free_bytes() -> int:
     limit = address_limit()
     if limit is not None:
         free.append(limit - address_space())
-    for room in room_of_machine, room_of_group:
+    for room in room_of_machine, room_of_groups:
         try:
             free.append(room())
         except (OSError, ValueError, IndexError):
@@ -50,13 +61,16 @@ def address_limit() -> int | None:
     return limit
 
 
-def make_no_more_heaps() -> None:
-    """Makes the C library give new threads heaps that it has already.
+def share_heaps() -> None:
+    """Makes new threads share heaps that there are, if addresses are limited.
 
-    Each heap takes 64 MiB of addresses, if there are so many, and a thread that
+    A heap takes 64 MiB of addresses, if there are so many, and a thread that
     starts after that gets none for its stack, which ends the process. With
-    fewer heaps, threads wait for each other; tensors are not from heaps.
+    fewer heaps, threads wait for each other; tensors are not from heaps. Once
+    there are some, the C library has its own limit for more.
     """
+    if address_limit() is None:
+        return
     # glibc's; others have one heap for all threads, or small ones.
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
@@ -68,18 +82,65 @@ def room_of_machine() -> int:
     return 1024 * number_after("MemAvailable:", meminfo)
 
 
-def room_of_group(folder: str = "/sys/fs/cgroup") -> int:
-    """Returns the rest of a container's limit, or raises if there is none.
+def room_of_groups(process: str = "/proc/self") -> int:
+    """Returns the rest of what a process's control groups may have.
+
+    Containers, batch systems and systemd limit memory by these. A group's
+    parents limit it as well. What it has in memory of files that were read
+    counts as used there, and can be had again.
 
     Args:
-        folder: Of the control group. What it has in memory of files that were
-            read counts as used there, and can be had again.
+        process: The folder that says which groups are the process's.
+
+    Raises:
+        ValueError: If nothing is limited.
+        OSError: On other systems.
     """
-    group = pathlib.Path(folder)
-    limit = int(read_kernel(group / "memory.max"))
-    used = int(read_kernel(group / "memory.current"))
-    statistics = read_kernel(group / "memory.stat")
-    return limit - used + number_after("inactive_file", statistics)
+    rooms = []
+    for kind, folder in groups(pathlib.Path(process)):
+        limit, used, files = GROUPS[kind]
+        # What has no limit has no such file, or says "max" in it.
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            statistics = read_kernel(folder / "memory.stat")
+            rooms.append(
+                int(read_kernel(folder / limit))
+                - int(read_kernel(folder / used))
+                + number_after(files, statistics)
+            )
+    return min(rooms)
+
+
+def groups(process: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
+    """Yields the folders of a process's groups and of their parents.
+
+    Both kinds may be there, of which one limits memory. See cgroups(7) and, of
+    what is mounted where, proc_pid_mountinfo(5).
+
+    Args:
+        process: The folder that says which groups are the process's.
+    """
+    paths = {}
+    for line in read_kernel(process / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            paths["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            paths["cgroup"] = path
+    for line in read_kernel(process / "mountinfo").splitlines():
+        mount, _, system = line.partition(" - ")
+        kind, _, options = system.split(" ", 2)
+        if kind == "cgroup" and "memory" not in options.split(","):
+            continue
+        if kind in paths:
+            root, top = map(pathlib.PurePosixPath, mount.split(" ")[3:5])
+            group = pathlib.PurePosixPath(paths[kind])
+            # A container may see its own group alone, as if it were all.
+            inside = group.relative_to(root) if root in group.parents else "."
+            folder = pathlib.Path(top, inside)
+            for each in (folder, *folder.parents):
+                yield kind, each
+                if each == pathlib.Path(top):
+                    break
 
 
 def read_kernel(file: pathlib.Path) -> str:

@@ -302,6 +302,52 @@ class ForecastTest(tf.test.TestCase):
                     self.assertEqual(model.microbatch_size, 1)
 
 
+def outcome_of(*flags, before=()):
+    """Returns what came of a training, and the end of what it said if it died.
+
+    Args:
+        *flags: Of `auto_size_cases`.
+        before: What is before the command.
+    """
+    run = test_utils.run_program(
+        "-m", "tests.auto_size_cases", "--length=1024", *flags, before=before
+    )
+    if run.returncode:
+        return None, f"{run.returncode}: {run.stderr[-2000:]}"
+    return json.loads(run.stdout.splitlines()[-1]), None
+
+
+class ControlGroupTest(tf.test.TestCase, parameterized.TestCase):
+    """Processes that a container ends if they take too much memory."""
+
+    @parameterized.parameters(
+        *test_utils.with_nightly(
+            [(False, "largest", 0), (True, "auto", 2)],
+            [
+                (False, "auto", 2),
+                (True, "largest", 0),
+                (False, "largest", 2),
+                (True, "largest", 2),
+            ],
+        )
+    )
+    @pytest.mark.thorough
+    def test_never_dies(self, jit_compile, size, epochs):
+        with test_utils.memory_group(1500 * 2**20) as before:
+            outcome, died = outcome_of(
+                f"--jit_compile={jit_compile}",
+                "--rows=1024",
+                f"--size={size}",
+                f"--epochs={epochs}",
+                before=before,
+            )
+        self.assertIsNone(died)
+        self.assertIsNone(outcome["error"])
+        self.assertEqual(outcome["updates"], 2 * (epochs or 1))
+        # What the first step took is no longer free, and there for others.
+        self.assertBetween(outcome["size"], 32, 1000)
+
+
 @unittest.skipUnless(
     sys.platform == "linux", "Linux alone holds to a limit of addresses."
 )
@@ -324,19 +370,13 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
         is_limited = values.pop("is_limited", True)
         if limit is not None:
             values["limit_mib"] = limit
-        run = test_utils.run_program(
-            "-m",
-            "tests.auto_size_cases",
+        return outcome_of(
             f"--jit_compile={jit_compile}",
             f"--rows={rows}",
-            "--length=1024",
             *(f"--{name}={value}" for name, value in values.items()),
             *flags,
             before=test_utils.LIMITED if limit and is_limited else (),
         )
-        if run.returncode:
-            return None, run.stderr[-2000:]
-        return json.loads(run.stdout.splitlines()[-1]), None
 
     def check(self, outcome, died, rows):
         self.assertIsNone(died)

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_accum import memory
+from keras_accum import reserve
 from keras_accum import system_memory
 from tests import test_utils
 
@@ -53,7 +54,7 @@ class MemoryTest(tf.test.TestCase):
             )
 
     def test_a_region_is_a_power_of_two_or_nine_tenths_of_that(self):
-        if not memory.keeps_regions():
+        if not reserve.keeps_regions():
             self.skipTest("TensorFlow's allocator keeps no regions here.")
         gibibyte = 2**30
         # Larger than what any other test of the process has asked for.
@@ -63,26 +64,75 @@ class MemoryTest(tf.test.TestCase):
             (57 * gibibyte, int(0.9 * 64 * gibibyte)),
             (50 * gibibyte, int(0.9 * int(0.9 * 64 * gibibyte))),
         ):
-            self.assertEqual(memory.region_for(needed), expected)
+            self.assertEqual(reserve.region_for(needed), expected)
         # What was larger before has made the power unknown.
         with tf.device("CPU:0"):
             mebibyte = tf.zeros((2**18,))
-        self.assertEqual(memory.region_for(2**20), int(2**20 / 0.9))
+        self.assertEqual(reserve.region_for(2**20), int(2**20 / 0.9))
         del mebibyte
 
-    def test_reads_what_linux_says(self):
+    def test_reads_the_limits_of_control_groups(self):
+        """In files that are made, as no machine has them in all these ways."""
         folder = pathlib.Path(self.get_temp_dir())
-        for name, text in (
-            ("memory.max", "1000\n"),
-            ("memory.current", "700\n"),
-            ("memory.stat", "anon 500\ninactive_file 150\nactive_file 50\n"),
-        ):
+
+        def write(name, text):
+            folder.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
             folder.joinpath(name).write_text(text, encoding="utf-8")
-        self.assertEqual(system_memory.room_of_group(folder), 450)
-        folder.joinpath("memory.max").write_text("max\n", encoding="utf-8")
+
+        def write_group(name, names, limit, used, statistics):
+            for each, text in zip(
+                (*names, "memory.stat"), (limit, used, statistics), strict=True
+            ):
+                write(f"{name}/{each}", f"{text}\n")
+
+        def check(groups, root, top, kind, expected):
+            write("cgroup", groups)
+            write(
+                "mountinfo",
+                "23 1 8:1 / / rw - ext4 /dev/vda rw\n"
+                "30 23 0:28 / /sys/cpu rw - cgroup cgroup rw,cpu\n"
+                f"31 23 0:29 {root} {folder}/{top} rw shared:9 - {kind} rw\n",
+            )
+            self.assertEqual(system_memory.room_of_groups(folder), expected)
+
+        second = ("memory.max", "memory.current")
+        write_group("two", second, "max", 9000, "inactive_file 0")
+        write_group("two/job", second, 1000, 800, "anon 7\ninactive_file 150")
+        write_group("two/job/step", second, "max", 500, "inactive_file 0")
+        own = "0::/job/step\n"
+        # The limit is that of the parent.
+        check(own, "/", "two", "cgroup2 cgroup2", 350)
+        # A container that sees the whole tree has its group alone mounted.
+        check("0::/pod/job\n", "/pod/job", "two/job", "cgroup2 none", 350)
+        # One that is shown its group as if it were all.
+        check("0::/\n", "/", "two/job", "cgroup2 cgroup", 350)
+        # Paths out of what it sees.
+        check("0::/../other\n", "/", "two/job", "cgroup2 cgroup", 350)
+
+        first = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        statistics = "inactive_file 1\ntotal_inactive_file 20"
+        write_group("one", first, 2**63 - 4096, 9000, statistics)
+        write_group("one/job", first, 1000, 700, statistics)
+        groups = "9:name=systemd:/\n4:memory,hugetlb:/job\n3:cpu:/no\n0::/\n"
+        check(groups, "/", "one", "cgroup cgroup rw,memory,hugetlb", 320)
+
+        write_group("two/job", second, "max", 800, "inactive_file 0")
         with self.assertRaises(ValueError):
-            system_memory.room_of_group(folder)
+            check(own, "/", "two", "cgroup2 cgroup2", None)
         self.assertGreater(system_memory.free_bytes(), 0)
+
+    @pytest.mark.thorough
+    def test_a_control_group_limits_what_is_free(self):
+        limit = 2 * 2**30
+        with test_utils.memory_group(limit) as before:
+            run = test_utils.run_program(
+                "-c",
+                "import keras_accum.system_memory as system\n"
+                "print(system.free_bytes())",
+                before=before,
+            )
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertBetween(int(run.stdout), limit // 2, limit)
 
     @unittest.skipUnless(
         platform.libc_ver()[0] == "glibc", "Others have no heaps for threads."

@@ -21,7 +21,8 @@ from keras_accum import compat
 from keras_accum import steps
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
-# Put before a command, limits its addresses to 16 TiB: it has a limit.
+# Put before a command, it limits addresses: to more than there are, so that
+# nothing fails, but the command sees a limit.
 LIMITED = ["sh", "-c", 'ulimit -v 17179869184; exec "$@"', "sh"]
 FEATURES, CLASSES = 6, 3
 
@@ -79,6 +80,36 @@ def run_program(*command, before=()):
         capture_output=True,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def memory_group(limit):
+    """Makes a control group, of which the kernel ends what takes more memory.
+
+    Where none can be made, it skips the test.
+
+    Args:
+        limit: Bytes.
+
+    Yields:
+        What runs a command in the group, if it is put before it.
+    """
+    top, name = pathlib.Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+    if not top.exists():
+        top, name = top.parent, "memory.max"
+    group = top / f"keras_accum_{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        raise unittest.SkipTest(f"No control group: {error}") from error
+    try:
+        if not group.joinpath(name).exists():
+            raise unittest.SkipTest("Control groups do not limit memory.")
+        group.joinpath(name).write_text(str(limit), encoding="ascii")
+        enter = f'echo $$ > {group}/cgroup.procs; exec "$@"'
+        yield ["sh", "-c", enter, "sh"]
+    finally:
+        group.rmdir()
 
 
 def accumulator(model):

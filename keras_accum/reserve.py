@@ -1,0 +1,148 @@
+"""What TensorFlow's allocator for the CPU has at hand for steps.
+
+Where addresses are limited it is made to get all of it at once, before the
+first step: see `Reserve`.
+"""
+
+import contextlib
+import mmap
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+from keras_accum import compat
+from keras_accum import counting
+from keras_accum import system_memory
+
+# What TensorFlow's allocator gets from the system, over what it is asked for,
+# in regions; without them the C library does, for many tensors.
+OVERSHOOT = 1.15
+# Bytes of a tensor that stands for a part of what a step needs.
+TENSOR = 4 * 2**20
+# One of these bytes of a region is for the allocator's books on it.
+BOOKS = 32
+# What other threads may take of the heap while there are no addresses.
+HEAP = 32 * 2**20
+# Addresses that others may take then, if the region does not.
+SLACK = 16 * 2**20
+
+
+class Reserve:
+    """What TensorFlow's allocator for the CPU has at hand for steps.
+
+    If it `keeps_regions`, each is twice as large as the one before. Where
+    addresses are limited it would take nearly all that is left for one tensor,
+    and leave nothing for anyone else. So it is made to ask for what a step will
+    need when nobody else is at work, and cannot get much more.
+
+    Attributes:
+        size: Bytes that it has been made to get.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def at_hand(self) -> int:
+        """Returns the bytes that the allocator has for many tensors."""
+        if system_memory.address_limit() is not None:
+            return self.size
+        # Addresses do not count, but what was written to stays.
+        return counting.idle_bytes("CPU:0")
+
+    def grow(self, needed: int, free: int) -> bool:
+        """Gets what a step will need, and returns whether that much is free.
+
+        Args:
+            needed: Bytes of its tensors, all together.
+            free: Bytes that may be used.
+        """
+        if needed > free:
+            return False
+        if is_limited() and needed > self.size:
+            region = int(OVERSHOOT * (needed - self.size)) + TENSOR
+            # All at once: what there is, and what is added.
+            self._ask(-(-needed // TENSOR), TENSOR, region)
+            self.size = needed
+        return True
+
+    def taken(self, needed: int) -> int:
+        """Returns how many bytes `grow_by_one` takes from what is free."""
+        if needed <= self.size:
+            return 0
+        if not is_limited():
+            return int(OVERSHOOT * needed)
+        region = region_for(needed)
+        return region + region // BOOKS + TENSOR
+
+    def grow_by_one(self, needed: int) -> None:
+        """Gets a tensor of `needed` bytes, unless one as large was got."""
+        if is_limited() and needed > self.size:
+            self._ask(1, needed, self.taken(needed))
+            self.size = needed
+
+    def _ask(self, count, tensor, region):
+        with kept_heap(region // BOOKS + HEAP):
+            used = system_memory.address_space() + region + SLACK
+            with (
+                ballast(system_memory.address_limit() - used),
+                tf.device("CPU:0"),
+            ):
+                tensors = [compat.uninitialized(tensor) for _ in range(count)]
+            del tensors
+
+
+def is_limited() -> bool:
+    """Returns whether addresses are limited, for an allocator with regions."""
+    return system_memory.address_limit() is not None and keeps_regions()
+
+
+def region_for(needed: int) -> int:
+    """Returns the bytes of the region that is got for one tensor.
+
+    TensorFlow's allocator asks for a power of two, and where it does not get
+    that, for nine tenths, until it gets them.
+    """
+    region = 2 ** (needed - 1).bit_length()
+    peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
+    if 2 * peak > region:
+        # The regions before may have been as large, and the power is unknown.
+        return int(needed / 0.9)
+    while 0.9 * region >= needed:
+        region = int(0.9 * region)
+    return region
+
+
+def keeps_regions() -> bool:
+    """Returns whether TensorFlow's allocator for the CPU keeps what is freed.
+
+    It does where TensorFlow uses oneDNN, and counts then as well.
+    """
+    return counting.counts_tensors("CPU:0")
+
+
+@contextlib.contextmanager
+def kept_heap(size: int) -> Iterator[None]:
+    """Makes the C library keep `size` bytes in one block, for who asks next.
+
+    TensorFlow's allocator keeps books on each region, of a 32nd of its size,
+    and makes them when the region is there and addresses may be gone. Threads
+    that make the next batches ready take of the same heap.
+    """
+    # Once a block as large as this was freed, smaller ones are of the heap.
+    bytearray(30 * 2**20)
+    blocks = [bytearray(TENSOR) for _ in range(-(-size // TENSOR))]
+    # The heap does not shrink as long as there is something at its end.
+    end = bytearray(TENSOR)
+    del blocks
+    yield
+    del end
+
+
+@contextlib.contextmanager
+def ballast(size: int) -> Iterator[None]:
+    """Takes addresses, so that nobody else gets them within the context."""
+    if size <= 0:
+        yield
+        return
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
+        yield
