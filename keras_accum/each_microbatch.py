@@ -3,10 +3,10 @@
 What a micro-batch must know of the whole batch is found out first.
 """
 
-import contextlib
 from collections.abc import Callable
 
 import tensorflow as tf
+from absl import logging
 
 from keras_accum import compat
 from keras_accum import discovery
@@ -146,11 +146,13 @@ class EachMicrobatch:
         step, *args = self._with_arguments(take_first(local, 1))
         _, *others = self._with_arguments(take_first(local, 2))
         specs = tf.nest.map_structure(spec_of_both, args, others)
-        # A layer may be written for one number: then it is traced for that.
-        with contextlib.suppress(Exception):
+        try:
             self._on_replicas(
                 lambda: step.get_concrete_function(tf.constant(True), *specs)
             )
+        except Exception as error:  # noqa: BLE001
+            # A layer may be written for one number: it is traced for that then.
+            logging.debug("A step was not traced for any rows: %s", error)
 
     def _with_arguments(self, data):
         """Returns the step, and what it is called with after the first."""

@@ -278,15 +278,20 @@ class Planned(Forecast):
 
     def _growing(self, function, *args):
         """Calls a function that compiles, and measures what that takes."""
-        before = space_without_stacks()
+        before = used_bytes()
         result = function(*args)
-        # Threads stay, and are not started a second time.
-        self._making = max(self._making, space_without_stacks() - before)
+        self._making = max(self._making, used_bytes() - before)
         return result
 
 
-def space_without_stacks() -> int:
-    """Returns the bytes of addresses that are not for the stacks of threads."""
+def used_bytes() -> int:
+    """Returns the bytes that the process has of what is limited.
+
+    These are addresses, or memory if those are not limited.
+    """
+    if system_memory.address_limit() is None:
+        return system_memory.resident_bytes()
+    # Threads stay, and are not started a second time.
     return system_memory.address_space() - system_memory.stack_space()
 
 

@@ -36,7 +36,7 @@ class Reserve:
     need when nobody else is at work, and cannot get much more.
 
     Attributes:
-        size: Bytes that it has been made to get.
+        size: Bytes that it has been made to get, or gets with the next step.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Reserve:
         """Gets a tensor of `needed` bytes, unless one as large was got."""
         if is_limited() and needed > self.size:
             self._ask(1, needed, self.taken(needed))
-            self.size = needed
+        self.size = max(self.size, needed)
 
     def _ask(self, count, tensor, region):
         with kept_heap(region // BOOKS + HEAP):
