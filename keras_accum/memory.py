@@ -12,6 +12,7 @@ amount, and an amount for each row.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from absl import logging
 
@@ -277,20 +278,28 @@ class Planned(Forecast):
         return needed
 
     def _growing(self, function, *args):
-        """Calls a function that compiles, and measures what that takes."""
-        before = used_bytes()
-        result = function(*args)
-        self._making = max(self._making, used_bytes() - before)
+        result, took = growing(function, *args)
+        self._making = max(self._making, took)
         return result
+
+
+def growing(function: Callable, *args) -> tuple[Any, int]:
+    """Calls a function; returns its result, and the bytes it took for good."""
+    before = used_bytes()
+    result = function(*args)
+    return result, used_bytes() - before
 
 
 def used_bytes() -> int:
     """Returns the bytes that the process has of what is limited.
 
-    These are addresses, or memory if those are not limited.
+    These are addresses, or memory if those are not limited; 0 if not known.
     """
     if system_memory.address_limit() is None:
-        return system_memory.resident_bytes()
+        try:
+            return system_memory.resident_bytes()
+        except OSError:
+            return 0
     # Threads stay, and are not started a second time.
     return system_memory.address_space() - system_memory.stack_space()
 

@@ -66,7 +66,7 @@ def plan(
         sample_weight: Sample weights, or None.
         memory_limit: Bytes of each device, for all that training takes. None
             for what the device has, and, of a CPU, for what is free, besides
-            what the model has already.
+            what the model has already; but some is left for compiling.
 
     Returns:
         A `Plan`. `print` shows it as a table.

@@ -21,6 +21,7 @@ from keras_accum import counting
 from keras_accum import discovery
 from keras_accum import each_microbatch
 from keras_accum import first_batch
+from keras_accum import memory
 from keras_accum import replicas
 from keras_accum import rows as row_counts
 from keras_accum import steps
@@ -57,6 +58,8 @@ class Probe:
         self._accumulation = accumulation = made._accumulation
         self.is_compiled = made.jit_compile and not made.run_eagerly
         accumulation.window["losses"].make_tracker()
+        # Bytes that it took to compile a step, at most.
+        self._compiling = 0
         if not (self.is_compiled or counting.counts(self._device)):
             raise ValueError(
                 "`model` must be compiled with `jit_compile=True` to be "
@@ -69,6 +72,9 @@ class Probe:
             accumulation,
             functools.partial(steps.train_microbatch, accumulation),
             True,
+        )
+        self._plan_step = functools.cache(
+            functools.partial(self._each.planned_bytes, self._data)
         )
         # Makes the buffers, and shows whose update it is.
         if made.run_eagerly:
@@ -94,7 +100,8 @@ class Probe:
     def step_bytes(self, rows: int) -> int:
         """Returns the bytes that come and go in a step on so many rows."""
         if self.is_compiled:
-            planned = self._each.planned_bytes(self._data, rows)
+            planned, took = memory.growing(self._plan_step, rows)
+            self._compiling = max(self._compiling, took)
             return planned // self._num_local
         with self._unchanged():
             # What it makes once is no part of it.
@@ -132,10 +139,14 @@ class Probe:
         return self._num_replicas * rows / min(seconds)
 
     def free_bytes(self) -> int:
-        """Returns the bytes that steps may take now."""
-        if self._is_on_cpu:
-            return system_memory.free_bytes() // self._num_local
-        return self.device_bytes()
+        """Returns the bytes for steps now; as "auto", it leaves some free."""
+        if not self._is_on_cpu:
+            return self.device_bytes()
+        if self.is_compiled:
+            # Training compiles it once more, and not much else at once.
+            self.step_bytes(self.rows)
+        left = memory.MARGIN + self._compiling
+        return max(0, system_memory.free_bytes() - left) // self._num_local
 
     def device_bytes(self) -> int:
         """Returns the bytes for all that training takes, as the system says.
@@ -143,15 +154,13 @@ class Probe:
         Raises:
             ValueError: If it does not say.
         """
+        found, model = None, self._model
         if not self._is_on_cpu:
             found = compat.memory_of_device(self._device)
-        elif (free := system_memory.free_bytes()) == system_memory.UNKNOWN:
-            found = None
-        else:
+        elif system_memory.free_bytes() < system_memory.UNKNOWN:
             # What the model has already is not free.
-            model = self._model
             kept = bytes_of([*model.variables, *model.optimizer.variables])
-            found = free // self._num_local + kept
+            found = self.free_bytes() + kept
         if found is None:
             raise ValueError(
                 "`memory_limit` must be given: the system does not say how "

@@ -87,6 +87,19 @@ def plan(way):
     return keras_accum.plan(make(**WAYS[way]), *batch(), memory_limit=LIMIT)
 
 
+def train_as_planned(rows):
+    """Asks for a plan, trains a new model so, and returns the size."""
+    found = keras_accum.plan(make(), *batch(rows))
+    model = make(
+        keras_accum.GradientAccumulationModel, microbatch_size=found.best.rows
+    )
+    if found.best.is_recomputed:
+        keras_accum.rematerialize(model, found.layers)
+    data = batch(rows)
+    model.fit(*data, batch_size=rows, validation_data=data, verbose=0)
+    return model.microbatch_size
+
+
 class PlanTest(parameterized.TestCase):
     @parameterized.parameters(*WAYS)
     @test_utils.first_command(TRACED)
@@ -269,6 +282,18 @@ class ModelsTest(parameterized.TestCase):
             found.sizes[0].batch, 3 * sum(a.nbytes for a in batch(1))
         )
         self.assertTrue(found.best.fits)
+
+    @pytest.mark.thorough
+    def test_what_it_finds_trains_in_a_control_group(self):
+        with test_utils.memory_group(1250 * MIB) as before:
+            run = test_utils.run_program(
+                "-c",
+                "from tests import planning_test\n"
+                "print(planning_test.train_as_planned(512))",
+                before=before,
+            )
+        self.assertEqual(run.returncode, 0, run.stderr)
+        self.assertBetween(int(run.stdout.splitlines()[-1]), 1, 511)
 
     def test_refuses_what_cannot_be_planned(self):
         model = make()
