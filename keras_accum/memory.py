@@ -195,11 +195,11 @@ class Counted(Forecast):
         return self._needed(data, rows, counting.counted_bytes)
 
     def _free(self, count):
+        # What the reserve has, it has.
+        has = max(0, self._reserve.at_hand() - count)
         # The update is yet to be traced, with a fraction of the operations.
         free = system_memory.free_bytes() - 2 * count - MARGIN - self._tracing
         free = int(free / OVERSHOOT)
-        # What the reserve has, it has.
-        has = max(0, self._reserve.at_hand() - count)
         return free + has if free > 0 else has or free
 
     def _measure(self, data, rows):

@@ -43,11 +43,14 @@ class Reserve:
         self.size = 0
 
     def at_hand(self) -> int:
-        """Returns the bytes that the allocator has for many tensors."""
-        if system_memory.address_limit() is not None:
+        """Returns the bytes that are there for many tensors, and not free."""
+        if is_limited():
             return self.size
-        # Addresses do not count, but what was written to stays.
-        return counting.idle_bytes("CPU:0")
+        if keeps_regions():
+            # Addresses do not count, but what was written to stays.
+            return counting.idle_bytes("CPU:0")
+        # Not all tensors fit in between what is used.
+        return int(system_memory.idle_heap() / OVERSHOOT)
 
     def grow(self, needed: int, free: int) -> bool:
         """Gets what a step will need, and returns whether that much is free.

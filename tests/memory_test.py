@@ -1,5 +1,6 @@
 """What is known of a CPU's memory, and what follows for a step."""
 
+import ctypes
 import pathlib
 import platform
 import unittest
@@ -30,6 +31,18 @@ for _ in range(8):
     threading.Thread(target=work).start()
 barrier.wait()
 print(system_memory.address_space() - before)
+"""
+
+# Prints how much is idle once most of many blocks are freed.
+IDLE = """
+import keras_accum
+from keras_accum import system_memory
+
+before = system_memory.idle_heap()
+blocks = [bytearray(100_000) for _ in range(1000)]
+end = bytearray(100_000)
+del blocks
+print(system_memory.idle_heap() - before)
 """
 
 
@@ -133,6 +146,18 @@ class MemoryTest(tf.test.TestCase):
             )
         self.assertEqual(run.returncode, 0, run.stderr)
         self.assertBetween(int(run.stdout), limit // 2, limit)
+
+    @unittest.skipUnless(
+        platform.libc_ver()[0] == "glibc"
+        and hasattr(ctypes.CDLL(None), "mallinfo2"),
+        "The C library does not say.",
+    )
+    @pytest.mark.thorough
+    def test_knows_what_the_heap_has(self):
+        for before, expected in ((test_utils.LIMITED, 10**8), ((), 0)):
+            run = test_utils.run_program("-c", IDLE, before=before)
+            self.assertEqual(run.returncode, 0, run.stderr)
+            self.assertBetween(int(run.stdout), 0.8 * expected, 1.2 * expected)
 
     @unittest.skipUnless(
         platform.libc_ver()[0] == "glibc", "Others have no heaps for threads."
