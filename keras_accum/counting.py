@@ -40,11 +40,9 @@ def counted_bytes(function: Callable, *args, device: str = "CPU:0") -> int:
 def idle_bytes(device: str) -> int:
     """Returns the bytes that TensorFlow's allocator keeps for other tensors.
 
-    It is what a call that was counted has taken and left, or 0 where TensorFlow
-    does not count.
+    It is what a call that was counted has taken and left. TensorFlow must count
+    the device's tensors.
     """
-    if not counts_tensors(device):
-        return 0
     info = tf.config.experimental.get_memory_info(device)
     return info["peak"] - info["current"]
 

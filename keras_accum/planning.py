@@ -65,8 +65,8 @@ def plan(
         y: Labels, or None.
         sample_weight: Sample weights, or None.
         memory_limit: Bytes of each device, for all that training takes. None
-            for what the device has, and, of a CPU, for what is free, besides
-            what the model has already; but some is left for compiling.
+            for what the device has; of a CPU, for what is free and what the
+            model has already, less what `microbatch_size="auto"` leaves free.
 
     Returns:
         A `Plan`. `print` shows it as a table.

@@ -139,11 +139,11 @@ class Probe:
         return self._num_replicas * rows / min(seconds)
 
     def free_bytes(self) -> int:
-        """Returns the bytes for steps now; as "auto", it leaves some free."""
+        """Returns the bytes for steps now, less what "auto" leaves free."""
         if not self._is_on_cpu:
             return self.device_bytes()
         if self.is_compiled:
-            # Training compiles it once more, and not much else at once.
+            # Shows what compiling takes: training compiles it once more.
             self.step_bytes(self.rows)
         left = memory.MARGIN + self._compiling
         return max(0, system_memory.free_bytes() - left) // self._num_local

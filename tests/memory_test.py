@@ -138,14 +138,12 @@ class MemoryTest(tf.test.TestCase):
     def test_a_control_group_limits_what_is_free(self):
         limit = 2 * 2**30
         with test_utils.memory_group(limit) as before:
-            run = test_utils.run_program(
-                "-c",
+            free = test_utils.number_printed(
                 "import keras_accum.system_memory as system\n"
                 "print(system.free_bytes())",
-                before=before,
+                before,
             )
-        self.assertEqual(run.returncode, 0, run.stderr)
-        self.assertBetween(int(run.stdout), limit // 2, limit)
+        self.assertBetween(free, limit // 2, limit)
 
     @unittest.skipUnless(
         platform.libc_ver()[0] == "glibc"
@@ -155,23 +153,19 @@ class MemoryTest(tf.test.TestCase):
     @pytest.mark.thorough
     def test_knows_what_the_heap_has(self):
         for before, expected in ((test_utils.LIMITED, 10**8), ((), 0)):
-            run = test_utils.run_program("-c", IDLE, before=before)
-            self.assertEqual(run.returncode, 0, run.stderr)
-            self.assertBetween(int(run.stdout), 0.8 * expected, 1.2 * expected)
+            idle = test_utils.number_printed(IDLE, before)
+            self.assertBetween(idle, 0.8 * expected, 1.2 * expected)
 
     @unittest.skipUnless(
         platform.libc_ver()[0] == "glibc", "Others have no heaps for threads."
     )
     @pytest.mark.thorough
     def test_threads_get_no_heaps_where_addresses_are_limited(self):
-        def grown(before):
-            run = test_utils.run_program("-c", THREADS, before=before)
-            self.assertEqual(run.returncode, 0, run.stderr)
-            return int(run.stdout)
-
-        self.assertLess(grown(test_utils.LIMITED), 64 * 2**20)
+        grown = test_utils.number_printed(THREADS, test_utils.LIMITED)
+        self.assertLess(grown, 64 * 2**20)
         # Without a limit, nothing is changed.
-        self.assertGreater(grown(()), 4 * 64 * 2**20)
+        grown = test_utils.number_printed(THREADS)
+        self.assertGreater(grown, 4 * 64 * 2**20)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,19 @@ def run_program(*command, before=()):
     )
 
 
+def number_printed(program, before=()):
+    """Returns the number that a program prints last.
+
+    Args:
+        program: Its text.
+        before: As for `run_program`.
+    """
+    run = run_program("-c", program, before=before)
+    if run.returncode:
+        raise AssertionError(f"{run.returncode}: {run.stderr}")
+    return int(run.stdout.splitlines()[-1])
+
+
 @contextlib.contextmanager
 def memory_group(limit):
     """Makes a control group, of which the kernel ends what takes more memory.
