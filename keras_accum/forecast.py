@@ -4,6 +4,7 @@ It grows with the rows, nearly along a line, so that few sizes tell of the
 others: a fixed amount, and an amount for each row.
 """
 
+import bisect
 from collections.abc import Callable
 
 # How far the bytes of a size may lie from the line, for that to be enough.
@@ -26,17 +27,7 @@ class Line:
 
     def __call__(self, rows: int) -> int:
         """Returns the bytes of a step on so many rows."""
-        if rows in self.known:
-            return self.known[rows]
-        less = sorted(each for each in self.known if each < rows)
-        more = sorted(each for each in self.known if each > rows)
-        if not less:
-            # TensorFlow does not count small tensors, so less is not known.
-            return self.known[more[0]] * rows // more[0] if more else 0
-        # Between two, or beyond, on the line through the last two.
-        low, high = (less[-1], more[0]) if more else ([0, *less])[-2:]
-        slope = (self.known[high] - self.known.get(low, 0)) / (high - low)
-        return int(self.known[high] + slope * (rows - high))
+        return on_line(self.known, rows)
 
     def plan(self, rows: list[int]) -> None:
         """Measures what costs no memory: the ends, and where lines bend.
@@ -78,3 +69,28 @@ class Line:
         if rows not in self.known and (found := self._measure(rows)):
             self.known[rows] = found
         return self(rows)
+
+
+def on_line(known: dict[int, int], rows: int) -> int:
+    """Returns the bytes that `rows` rows need, from what others needed.
+
+    Args:
+        known: Bytes, by the number of rows.
+        rows: Any number of rows.
+    """
+    if rows in known or not known:
+        return known.get(rows, 0)
+    others = sorted(known)
+    less = bisect.bisect(others, rows)
+    if len(known) == 1:
+        # What is for all rows together is not known.
+        low, high = 0, others[0]
+    elif less:
+        low, high = others[min(less, len(others) - 1) - 1 :][:2]
+    else:
+        # The smallest may be too close to each other to tell.
+        low, high = others[0], others[-1]
+    slope = (known[high] - known.get(low, 0)) / (high - low)
+    found = int(known[high] + slope * (rows - high))
+    # TensorFlow does not count small tensors.
+    return max(found, 0 if less else known[others[0]] * rows // others[0])

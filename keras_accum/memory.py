@@ -17,6 +17,7 @@ from typing import Any
 from absl import logging
 
 from keras_accum import counting
+from keras_accum import forecast
 from keras_accum import system_memory
 from keras_accum.reserve import OVERSHOOT
 from keras_accum.reserve import Reserve
@@ -176,20 +177,32 @@ class Counted(Forecast):
         """Makes steps on more and more rows, as long as there is room."""
         rows = 1
         while rows == 1 or rows * GROWTH <= size:
-            needed = bytes_for(self._measured, rows)
-            if not self._reserve.grow(needed, self._free(count)):
+            if not self._try(data, rows, count):
                 break
-            self._measure(data, rows)
             rows *= GROWTH
         free = self._free(count)
-        size = largest(
-            size, lambda rows: bytes_for(self._measured, rows) <= free
-        )
+
+        def fits(rows):
+            return bytes_for(self._measured, rows) <= free
+
+        # Of one row it is not known what is for all rows together: gradients.
+        is_one = list(self._measured) == [1]
+        if is_one and not fits(size) and self._try(data, 2, count):
+            return self.most_rows(data, size, count)
+        size = largest(size, fits)
         # The next batch comes out of what is there for steps.
         self._reserve.grow(
             bytes_for(self._measured, size) + count, free + count
         )
         return size
+
+    def _try(self, data, rows, count):
+        """Makes a step on so many rows, if there is room for that."""
+        needed = bytes_for(self._measured, rows)
+        if not self._reserve.grow(needed, self._free(count)):
+            return False
+        self._measure(data, rows)
+        return True
 
     def _bytes_for(self, data, rows):
         return self._needed(data, rows, counting.counted_bytes)
@@ -203,9 +216,8 @@ class Counted(Forecast):
         return free + has if free > 0 else has or free
 
     def _measure(self, data, rows):
-        before = system_memory.address_space()
-        needed = super()._measure(data, rows)
-        tracing = system_memory.address_space() - before - needed
+        needed, took = growing(super()._measure, data, rows)
+        tracing = took - needed
         self._making = max(self._making, tracing)
         self._tracing = max(self._tracing, tracing // 4)
         return needed
@@ -232,21 +244,29 @@ class Planned(Forecast):
             )
 
         known = [rows for rows in self._measured if rows <= size and fits(rows)]
-        found, most = max(known, default=0), size
-        while (rows := largest(most, fits)) > CLOSE * found:
+        found = max(known, default=0)
+        while (rows := self._to_try(size, fits)) > CLOSE * found:
             if found and not self.has_room_to_make():
                 break
-            # No size is compiled that is known to need too much.
             self._measure(data, rows)
-            if fits(rows):
-                found = rows
-            else:
-                most = rows - 1
+            # Close to what is known, the line says enough. What compiling has
+            # taken may make it the most that fits.
+            near = largest(rows, fits)
+            if CLOSE * near >= rows:
+                found = near
         # The last one may have left less than there was.
         found = largest(found, fits)
         if found:
             self._reserve.grow_by_one(self._with_batch(found, count))
         return found
+
+    def _to_try(self, size, fits):
+        """Returns the most rows that may fit, or 0."""
+        rows, least = largest(size, fits), min(self._measured, default=1)
+        if rows or least == 1:
+            return rows
+        # Few rows may need much less than a line through many says.
+        return min(size, max(1, least // GROWTH))
 
     def _with_batch(self, rows, count):
         """Returns the bytes of one tensor for a program and the next batch.
@@ -271,10 +291,9 @@ class Planned(Forecast):
 
     def _bytes_for(self, data, rows):
         needed = self._growing(super()._bytes_for, data, rows)
-        if system_memory.address_limit() is not None:
-            # A step that was traced has told what the update is of. What it
-            # takes to compile that is then free for when it is run.
-            self._for_update = self._growing(self._plan_update)
+        # A step that was traced has told what the update is of. What it takes
+        # to compile that is then free for when it is run.
+        self._for_update = self._growing(self._plan_update)
         return needed
 
     def _growing(self, function, *args):
@@ -293,11 +312,12 @@ def growing(function: Callable, *args) -> tuple[Any, int]:
 def used_bytes() -> int:
     """Returns the bytes that the process has of what is limited.
 
-    These are addresses, or memory if those are not limited; 0 if not known.
+    These are addresses, or memory if those are not limited. What is in memory
+    of files does not count: the system takes it back. It is 0 if not known.
     """
     if system_memory.address_limit() is None:
         try:
-            return system_memory.resident_bytes()
+            return system_memory.anonymous_bytes()
         except OSError:
             return 0
     # Threads stay, and are not started a second time.
@@ -322,13 +342,7 @@ def largest(size: int, fits: Callable[[int], bool]) -> int:
 
 def bytes_for(measured: dict[int, int], rows: int) -> int:
     """Returns the bytes that `rows` rows need, from what others needed."""
-    if rows in measured:
-        return measured[rows]
-    if not measured:
-        return 0
-    # Of one number of rows it is not known what they need besides.
-    few, many = sorted([0, *measured])[-2:]
-    per_row = max(0, measured[many] - measured.get(few, 0)) / (many - few)
-    if rows > many:
-        per_row *= UNEVENNESS
-    return int(measured[many] + per_row * (rows - many))
+    found, most = forecast.on_line(measured, rows), max(measured, default=0)
+    if rows > most:
+        found += int((UNEVENNESS - 1) * (found - measured.get(most, 0)))
+    return found

@@ -13,14 +13,10 @@ UNKNOWN = 2**62
 CLEAR = pathlib.Path("/proc/self/clear_refs")
 STATUS = pathlib.Path("/proc/self/status")
 # By the type of a control group's file system, what says its limit, what it
-# uses, and what of that is of files.
+# uses, and what names in `memory.stat` begin with that count its parts as well.
 GROUPS = {
-    "cgroup": (
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
-    "cgroup2": ("memory.max", "memory.current", "inactive_file"),
+    "cgroup": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    "cgroup2": ("memory.max", "memory.current", ""),
 }
 # Of a thread, where stacks are not limited, by glibc on 64-bit x86.
 DEFAULT_STACK = 2 * 2**20
@@ -123,8 +119,9 @@ def room_of_groups(process: str = "/proc/self") -> int:
     """Returns the rest of what a process's control groups may have.
 
     Containers, batch systems and systemd limit memory by these. A group's
-    parents limit it as well. What it has in memory of files that were read
-    counts as used there, and can be had again.
+    parents limit it as well. What it has in memory of files counts as used
+    there, and can be had: all of what was read and is not used, and half of
+    what is used, such as code. With less the process would read all the time.
 
     Args:
         process: The folder that says which groups are the process's.
@@ -135,14 +132,16 @@ def room_of_groups(process: str = "/proc/self") -> int:
     """
     rooms = []
     for kind, folder in groups(pathlib.Path(process)):
-        limit, used, files = GROUPS[kind]
+        limit, used, prefix = GROUPS[kind]
         # What has no limit has no such file, or says "max" in it.
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            statistics = read_kernel(folder / "memory.stat")
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            lines = read_kernel(folder / "memory.stat").splitlines()
+            parts = dict(map(str.split, lines))
             rooms.append(
                 int(read_kernel(folder / limit))
                 - int(read_kernel(folder / used))
-                + number_after(files, statistics)
+                + int(parts[f"{prefix}inactive_file"])
+                + int(parts[f"{prefix}active_file"]) // 2
             )
     return min(rooms)
 
@@ -236,6 +235,11 @@ def forget_peak() -> None:
 def resident_bytes() -> int:
     """Returns the bytes of memory that this process has."""
     return 1024 * number_after("VmRSS:", read_kernel(STATUS))
+
+
+def anonymous_bytes() -> int:
+    """Returns what of it is not of files."""
+    return 1024 * number_after("RssAnon:", read_kernel(STATUS))
 
 
 def peak_bytes() -> int:

@@ -59,6 +59,43 @@ class MemoryTest(tf.test.TestCase):
         self.assertEqual(
             memory.bytes_for({4: 400}, 8), int(400 + unevenness * 400)
         )
+        # On the line between the two that are closest, and below all of them.
+        measured = {4: 400, 16: 1000, 32: 1200, 64: 1300}
+        self.assertEqual(memory.bytes_for(measured, 24), 1100)
+        self.assertEqual(memory.bytes_for(measured, 2), 370)
+        # Not less than their part of the fewest, nor than nothing.
+        self.assertEqual(memory.bytes_for({4: 100, 8: 1000}, 2), 50)
+
+    def test_finds_most_rows_of_a_step_that_takes_much_for_all(self):
+        """As one does whose model has large weights."""
+        free = system_memory.free_bytes()
+        for fixed, rows in ((0.5, 64), (0.5, 4096), (0.1, 4096)):
+            per_row, asked = int(0.8 * free / 4096), []
+
+            def needed(data, rows, counted=None):
+                asked.append(rows)  # noqa: B023
+                return int(fixed * free) + rows * per_row  # noqa: B023
+
+            counted = memory.Counted(needed, reserve.Reserve())
+            planned = memory.Planned(needed, reserve.Reserve(), lambda: 0)
+            expected = min(rows, (1 - fixed) * free / per_row)
+            for forecast in counted, planned:
+                found = forecast.most_rows(None, rows, 0)
+                self.assertBetween(found, 0.6 * expected, expected)
+                self.assertLessEqual(len(asked), 8)
+                asked.clear()
+
+    def test_finds_few_rows_where_more_take_much_for_all(self):
+        """XLA needs no gradient by itself if there is one row."""
+        free, asked = system_memory.free_bytes(), []
+
+        def needed(data, rows):
+            asked.append(rows)
+            return 2 * free + rows * 2**10 if rows > 3 else rows
+
+        planned = memory.Planned(needed, reserve.Reserve(), lambda: 0)
+        self.assertEqual(planned.most_rows(None, 512, 0), 3)
+        self.assertLessEqual(len(asked), 8)
 
     def test_largest(self):
         for limit, expected in ((100, 64), (63, 60), (23, 22), (5, 5), (0, 0)):
@@ -109,27 +146,31 @@ class MemoryTest(tf.test.TestCase):
             self.assertEqual(system_memory.room_of_groups(folder), expected)
 
         second = ("memory.max", "memory.current")
-        write_group("two", second, "max", 9000, "inactive_file 0")
-        write_group("two/job", second, 1000, 800, "anon 7\ninactive_file 150")
-        write_group("two/job/step", second, "max", 500, "inactive_file 0")
+        none = "inactive_file 0\nactive_file 0"
+        some = "anon 7\ninactive_file 150\nactive_anon 9\nactive_file 80"
+        write_group("two", second, "max", 9000, none)
+        write_group("two/job", second, 1000, 800, some)
+        write_group("two/job/step", second, "max", 500, none)
         own = "0::/job/step\n"
         # The limit is that of the parent.
-        check(own, "/", "two", "cgroup2 cgroup2", 350)
+        check(own, "/", "two", "cgroup2 cgroup2", 390)
         # A container that sees the whole tree has its group alone mounted.
-        check("0::/pod/job\n", "/pod/job", "two/job", "cgroup2 none", 350)
+        check("0::/pod/job\n", "/pod/job", "two/job", "cgroup2 none", 390)
         # One that is shown its group as if it were all.
-        check("0::/\n", "/", "two/job", "cgroup2 cgroup", 350)
+        check("0::/\n", "/", "two/job", "cgroup2 cgroup", 390)
         # Paths out of what it sees.
-        check("0::/../other\n", "/", "two/job", "cgroup2 cgroup", 350)
+        check("0::/../other\n", "/", "two/job", "cgroup2 cgroup", 390)
 
         first = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        statistics = "inactive_file 1\ntotal_inactive_file 20"
+        statistics = (
+            "inactive_file 1\ntotal_inactive_file 20\ntotal_active_file 60"
+        )
         write_group("one", first, 2**63 - 4096, 9000, statistics)
         write_group("one/job", first, 1000, 700, statistics)
         groups = "9:name=systemd:/\n4:memory,hugetlb:/job\n3:cpu:/no\n0::/\n"
-        check(groups, "/", "one", "cgroup cgroup rw,memory,hugetlb", 320)
+        check(groups, "/", "one", "cgroup cgroup rw,memory,hugetlb", 350)
 
-        write_group("two/job", second, "max", 800, "inactive_file 0")
+        write_group("two/job", second, "max", 800, none)
         with self.assertRaises(ValueError):
             check(own, "/", "two", "cgroup2 cgroup2", None)
         self.assertGreater(system_memory.free_bytes(), 0)
