@@ -19,7 +19,6 @@ from absl import logging
 from keras_accum import counting
 from keras_accum import forecast
 from keras_accum import system_memory
-from keras_accum.reserve import OVERSHOOT
 from keras_accum.reserve import Reserve
 
 # What a forecast leaves free, for what is not counted: threads, their heaps,
@@ -169,10 +168,6 @@ class Forecast:
 class Counted(Forecast):
     """For steps whose need is known once they were made."""
 
-    def __init__(self, needed: Callable, reserve: Reserve) -> None:
-        super().__init__(needed, reserve)
-        self._tracing = TRACING
-
     def most_rows(self, data, size: int, count: int) -> int:
         """Makes steps on more and more rows, as long as there is room."""
         rows = 1
@@ -211,15 +206,20 @@ class Counted(Forecast):
         # What the reserve has, it has.
         has = max(0, self._reserve.at_hand() - count)
         # The update is yet to be traced, with a fraction of the operations.
-        free = system_memory.free_bytes() - 2 * count - MARGIN - self._tracing
-        free = int(free / OVERSHOOT)
+        tracing = self._making // 4
+        if system_memory.address_limit() is None:
+            # So is validation, and what each size keeps is not had back.
+            tracing = self._making
+        left = 2 * count + MARGIN + max(TRACING, tracing)
+        free = system_memory.free_bytes() - left
+        free = self._reserve.for_many(free)
         return free + has if free > 0 else has or free
 
     def _measure(self, data, rows):
+        before = max(self._measured.values(), default=0)
         needed, took = growing(super()._measure, data, rows)
-        tracing = took - needed
-        self._making = max(self._making, tracing)
-        self._tracing = max(self._tracing, tracing // 4)
+        # Tensors take what those of other steps have left.
+        self._making = max(self._making, took - max(0, needed - before))
         return needed
 
 
@@ -343,6 +343,7 @@ def largest(size: int, fits: Callable[[int], bool]) -> int:
 def bytes_for(measured: dict[int, int], rows: int) -> int:
     """Returns the bytes that `rows` rows need, from what others needed."""
     found, most = forecast.on_line(measured, rows), max(measured, default=0)
-    if rows > most:
-        found += int((UNEVENNESS - 1) * (found - measured.get(most, 0)))
-    return found
+    if rows <= most:
+        return found
+    known = measured.get(most, 0)
+    return known + int(UNEVENNESS * (found - known))

@@ -17,6 +17,10 @@ from keras_accum import system_memory
 # What TensorFlow's allocator gets from the system, over what it is asked for,
 # in regions; without them the C library does, for many tensors.
 OVERSHOOT = 1.15
+# What steps write to of its regions where they are not limited, over what is
+# counted: tensors of other sizes leave gaps, and orders of work differ. By 1.15
+# convolutions and a language model were killed.
+GAPS = 1.4
 # Bytes of a tensor that stands for a part of what a step needs.
 TENSOR = 4 * 2**20
 # One of these bytes of a region is for the allocator's books on it.
@@ -41,6 +45,11 @@ class Reserve:
 
     def __init__(self) -> None:
         self.size = 0
+
+    def for_many(self, free: int) -> int:
+        """Returns what many tensors may need, to take no more than is free."""
+        is_written = keeps_regions() and not is_limited()
+        return int(free / (GAPS if is_written else OVERSHOOT))
 
     def at_hand(self) -> int:
         """Returns the bytes that are there for many tensors, and not free."""

@@ -52,12 +52,12 @@ class MemoryTest(tf.test.TestCase):
         # 50 for each of the rows beyond 16, and the unevenness.
         unevenness = memory.UNEVENNESS
         self.assertEqual(
-            memory.bytes_for(measured, 32), int(1000 + unevenness * 800)
+            memory.bytes_for(measured, 32), 1000 + int(unevenness * 800)
         )
         self.assertEqual(memory.bytes_for(measured, 16), 1000)
         self.assertEqual(memory.bytes_for(measured, 8), 600)
         self.assertEqual(
-            memory.bytes_for({4: 400}, 8), int(400 + unevenness * 400)
+            memory.bytes_for({4: 400}, 8), 400 + int(unevenness * 400)
         )
         # On the line between the two that are closest, and below all of them.
         measured = {4: 400, 16: 1000, 32: 1200, 64: 1300}
@@ -69,7 +69,7 @@ class MemoryTest(tf.test.TestCase):
     def test_finds_most_rows_of_a_step_that_takes_much_for_all(self):
         """As one does whose model has large weights."""
         free = system_memory.free_bytes()
-        for fixed, rows in ((0.5, 64), (0.5, 4096), (0.1, 4096)):
+        for fixed, rows in ((0.3, 64), (0.3, 4096), (0.1, 4096)):
             per_row, asked = int(0.8 * free / 4096), []
 
             def needed(data, rows, counted=None):
@@ -81,7 +81,7 @@ class MemoryTest(tf.test.TestCase):
             expected = min(rows, (1 - fixed) * free / per_row)
             for forecast in counted, planned:
                 found = forecast.most_rows(None, rows, 0)
-                self.assertBetween(found, 0.6 * expected, expected)
+                self.assertBetween(found, 0.4 * expected, expected)
                 self.assertLessEqual(len(asked), 8)
                 asked.clear()
 
