@@ -33,20 +33,31 @@ _EPOCHS = flags.DEFINE_integer(
     "`train_on_batch`, in one that has its threads.",
 )
 _LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the model.")
-_IS_TRANSFORMER = flags.DEFINE_bool(
-    "transformer", False, "Whether the model is one, which is long to compile."
+_MODEL = flags.DEFINE_enum(
+    "model",
+    "dense",
+    ["dense", "transformer", "convolutional"],
+    "The model: one of few weights, one that is long to compile, or one whose "
+    "tensors are of many sizes.",
 )
 _IS_RECOMPUTED = flags.DEFINE_bool(
     "recompute", False, "Whether its layers are computed twice."
 )
 # Of the transformer.
 VOCABULARY, STEPS, WIDTH, BLOCKS = 1024, 64, 192, 6
+# Of the images.
+SIDE = 64
 
 
 def build(layers):
     """Returns the model."""
     keras.utils.set_random_seed(0)
-    inputs, outputs = transformer() if _IS_TRANSFORMER.value else dense(layers)
+    made = {
+        "dense": lambda: dense(layers),
+        "transformer": transformer,
+        "convolutional": convolutional,
+    }
+    inputs, outputs = made[_MODEL.value]()
     model = keras_accum.GradientAccumulationModel(
         inputs,
         outputs,
@@ -92,20 +103,36 @@ def transformer():
     return inputs, keras.layers.Dense(VOCABULARY)(hidden)
 
 
+def convolutional():
+    """Makes one of 6 million weights, for small images."""
+    inputs = hidden = keras.Input((SIDE, SIDE, 3))
+    for filters in (32, 64, 128, 256, 512):
+        hidden = keras.layers.Conv2D(filters, 3, padding="same")(hidden)
+        hidden = keras.layers.BatchNormalization()(hidden)
+        hidden = keras.layers.ReLU()(hidden)
+        hidden = keras.layers.MaxPooling2D()(hidden)
+    hidden = keras.layers.Flatten()(hidden)
+    hidden = keras.layers.Dense(2048, activation="relu")(hidden)
+    return inputs, keras.layers.Dense(3)(hidden)
+
+
 def batches():
-    """Yields two batches of each length."""
+    """Yields two batches; if the model is dense, two of each length."""
     rng = np.random.default_rng(0)
-    if _IS_TRANSFORMER.value:
+    if _MODEL.value == "transformer":
         for _ in range(2):
             text = rng.integers(
                 0, VOCABULARY, (_ROWS.value, STEPS + 1), "int32"
             )
             yield text[:, :-1], text[:, 1:]
         return
-    for length in map(int, _LENGTH.value):
+    shapes = [(int(length), 16) for length in _LENGTH.value]
+    if _MODEL.value == "convolutional":
+        shapes = [(SIDE, SIDE, 3)]
+    for shape in shapes:
         for _ in range(2):
             yield (
-                rng.normal(size=(_ROWS.value, length, 16)).astype("float32"),
+                rng.normal(size=(_ROWS.value, *shape)).astype("float32"),
                 rng.integers(0, 3, _ROWS.value),
             )
 
@@ -182,7 +209,9 @@ def main(argv):
         np.array_equal(v.numpy(), b)
         for v, b in zip(variables, before, strict=True)
     )
-    outcome["weights"] = [w.tolist() for w in model.get_weights()]
+    if _MODEL.value == "dense":
+        # Those of others take more as numbers than as tensors.
+        outcome["weights"] = [w.tolist() for w in model.get_weights()]
     json.dump(outcome, sys.stdout)
     print()
 

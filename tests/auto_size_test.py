@@ -322,21 +322,25 @@ class ControlGroupTest(tf.test.TestCase, parameterized.TestCase):
 
     @parameterized.parameters(
         *test_utils.with_nightly(
-            [(False, "largest", 0), (True, "auto", 2)],
+            [(False, "largest", 0, "dense"), (True, "auto", 2, "dense")],
             [
-                (False, "auto", 2),
-                (True, "largest", 0),
-                (False, "largest", 2),
-                (True, "largest", 2),
+                (False, "auto", 2, "dense"),
+                (True, "largest", 0, "dense"),
+                (False, "largest", 2, "dense"),
+                (True, "largest", 2, "dense"),
+                (False, "auto", 2, "convolutional"),
+                (True, "auto", 2, "convolutional"),
+                (False, "auto", 2, "transformer"),
             ],
         )
     )
     @pytest.mark.thorough
-    def test_never_dies(self, jit_compile, size, epochs):
+    def test_never_dies(self, jit_compile, size, epochs, model):
         with test_utils.memory_group(1500 * 2**20) as before:
             outcome, died = outcome_of(
                 f"--jit_compile={jit_compile}",
-                "--rows=1024",
+                f"--model={model}",
+                f"--rows={1024 if model == 'dense' else 256}",
                 f"--size={size}",
                 f"--epochs={epochs}",
                 before=before,
@@ -345,7 +349,7 @@ class ControlGroupTest(tf.test.TestCase, parameterized.TestCase):
         self.assertIsNone(outcome["error"])
         self.assertEqual(outcome["updates"], 2 * (epochs or 1))
         # What the first step took is no longer free, and there for others.
-        self.assertBetween(outcome["size"], 32, 1000)
+        self.assertBetween(outcome["size"], 16, 1000)
 
 
 @unittest.skipUnless(
@@ -463,7 +467,13 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
         sizes = []
         for flag in ("--norecompute", "--recompute"):
             outcome, died = self.outcome(
-                2500, True, 1024, "--transformer", flag, size=size, epochs=2
+                2500,
+                True,
+                1024,
+                "--model=transformer",
+                flag,
+                size=size,
+                epochs=2,
             )
             self.assertIsNone(died)
             self.assertEqual(outcome["updates"], 4)
