@@ -346,4 +346,5 @@ def bytes_for(measured: dict[int, int], rows: int) -> int:
     if rows <= most:
         return found
     known = measured.get(most, 0)
-    return known + int(UNEVENNESS * (found - known))
+    # What was counted of two steps may differ by more than the rows cost.
+    return known + int(UNEVENNESS * max(0, found - known))

@@ -59,6 +59,7 @@ class MemoryTest(tf.test.TestCase):
         self.assertEqual(
             memory.bytes_for({4: 400}, 8), 400 + int(unevenness * 400)
         )
+        self.assertEqual(memory.bytes_for({1: 400, 2: 390}, 8), 390)
         # On the line between the two that are closest, and below all of them.
         measured = {4: 400, 16: 1000, 32: 1200, 64: 1300}
         self.assertEqual(memory.bytes_for(measured, 24), 1100)
@@ -81,7 +82,8 @@ class MemoryTest(tf.test.TestCase):
             expected = min(rows, (1 - fixed) * free / per_row)
             for forecast in counted, planned:
                 found = forecast.most_rows(None, rows, 0)
-                self.assertBetween(found, 0.4 * expected, expected)
+                # What is free changes: others run on the machine.
+                self.assertBetween(found, 0.4 * expected, 1.2 * expected)
                 self.assertLessEqual(len(asked), 8)
                 asked.clear()
 
