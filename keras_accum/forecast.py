@@ -86,7 +86,8 @@ def on_line(known: dict[int, int], rows: int) -> int:
         # What is for all rows together is not known.
         low, high = 0, others[0]
     elif less:
-        low, high = others[min(less, len(others) - 1) - 1 :][:2]
+        upper = min(less, len(others) - 1)
+        low, high = others[upper - 1], others[upper]
     else:
         # The smallest may be too close to each other to tell.
         low, high = others[0], others[-1]

@@ -318,7 +318,8 @@ def used_bytes() -> int:
     if system_memory.address_limit() is None:
         try:
             return system_memory.anonymous_bytes()
-        except OSError:
+        except (OSError, IndexError):
+            # Another system, or a sandbox that does not say.
             return 0
     # Threads stay, and are not started a second time.
     return system_memory.address_space() - system_memory.stack_space()
@@ -347,4 +348,4 @@ def bytes_for(measured: dict[int, int], rows: int) -> int:
         return found
     known = measured.get(most, 0)
     # What was counted of two steps may differ by more than the rows cost.
-    return known + int(UNEVENNESS * max(0, found - known))
+    return int(known + UNEVENNESS * max(0, found - known))

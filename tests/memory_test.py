@@ -52,12 +52,12 @@ class MemoryTest(tf.test.TestCase):
         # 50 for each of the rows beyond 16, and the unevenness.
         unevenness = memory.UNEVENNESS
         self.assertEqual(
-            memory.bytes_for(measured, 32), 1000 + int(unevenness * 800)
+            memory.bytes_for(measured, 32), int(1000 + unevenness * 800)
         )
         self.assertEqual(memory.bytes_for(measured, 16), 1000)
         self.assertEqual(memory.bytes_for(measured, 8), 600)
         self.assertEqual(
-            memory.bytes_for({4: 400}, 8), 400 + int(unevenness * 400)
+            memory.bytes_for({4: 400}, 8), int(400 + unevenness * 400)
         )
         self.assertEqual(memory.bytes_for({1: 400, 2: 390}, 8), 390)
         # On the line between the two that are closest, and below all of them.
