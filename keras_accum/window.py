@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_accum import replicas
+from keras_accum.gradients import keep_unless
 from keras_accum.microbatch import Microbatch
 
 
@@ -230,4 +231,5 @@ def if_applied(totals: list[tf.Tensor], applies) -> list[tf.Tensor]:
     """Returns `totals`, or zeros if the window makes no update."""
     if applies is None:
         return totals
-    return [tf.where(applies, each, tf.zeros_like(each)) for each in totals]
+    skips = tf.logical_not(applies)
+    return [keep_unless(skips, each) for each in totals]

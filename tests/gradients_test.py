@@ -64,6 +64,30 @@ class ArithmeticTest(tf.test.TestCase, parameterized.TestCase):
         self.assertLess(size, 1.5 * 4 * 2**20)
         self.assertAllEqual(buffer, tf.ones((2**20,)))
 
+    def test_programs_keep_no_zeros(self):
+        if not counting.counts_tensors("CPU:0"):
+            self.skipTest("TensorFlow counts where it uses oneDNN.")
+        size = 4 * 2**20
+        table = tf.Variable(tf.zeros((2**17, 8)))
+        some = rows(np.ones((1, 8), "float32"), [5], num_rows=2**17)
+
+        def current():
+            return tf.config.experimental.get_memory_info("CPU:0")["current"]
+
+        def add(first):
+            gradients.add(table, table, some, 1.0, first)
+            (chosen,) = gradients.choose_all(first, [table], [None])
+            table.assign_add(chosen)
+
+        before = current()
+        # Two programs, which stay alive.
+        programs = [tf.function(add), tf.function(add)]
+        for program in programs:
+            program(tf.constant(True))
+            program(tf.constant(False))
+        self.assertLess(current() - before, size / 2)
+        self.assertEqual(tf.reduce_sum(table), 3 * 8)
+
     def test_buffers_are_wide_enough(self):
         for dtype, requested, expected in (
             ("float16", None, tf.float32),
