@@ -41,6 +41,7 @@ from keras_accum import programs
 from keras_accum import rehearsal
 from keras_accum import replicas
 from keras_accum import rows as row_counts
+from keras_accum import saving
 from keras_accum.control_flow import wait_for
 
 
@@ -136,7 +137,8 @@ class Attempt:
         update = functools.cache(
             functools.partial(boundary.planned_bytes, model)
         )
-        self._room = memory.Room(needed, is_compiled, update)
+        to_save = functools.partial(saving.bytes_to_save, model)
+        self._room = memory.Room(needed, is_compiled, update, to_save)
 
     def __call__(self, data, size: int):
         """Tries to add a batch in micro-batches of `size` rows."""

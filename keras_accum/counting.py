@@ -47,6 +47,13 @@ def idle_bytes(device: str) -> int:
     return info["peak"] - info["current"]
 
 
+def live_bytes(device: str) -> int:
+    """Returns the bytes of the tensors that there are; 0 if nobody counts."""
+    if not counts_tensors(device):
+        return 0
+    return tf.config.experimental.get_memory_info(device)["current"]
+
+
 def counts(device: str) -> bool:
     """Returns whether anybody counts the memory of a device."""
     if counts_tensors(device):

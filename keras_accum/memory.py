@@ -33,8 +33,11 @@ FIRST_COMPILATION = 160 * 2**20
 COMPILATION = 16 * 2**20
 # How far peaks of more rows may lie above the line through peaks of few.
 UNEVENNESS = 1.15
-# Rows of one step on trial, over rows of the step before.
+# Most rows of one step on trial, over rows of the step before, and least.
 GROWTH = 4
+WORTH = 1.5
+# Most steps on trial.
+TRIALS = 8
 
 
 class Room:
@@ -46,6 +49,7 @@ class Room:
         is_compiled: Whether they are.
         update: Function: the bytes for the update, if it is compiled. It is
             called more than once.
+        saving: Function: the bytes that it takes to save the model.
     """
 
     def __init__(
@@ -53,9 +57,10 @@ class Room:
         needed: Callable,
         is_compiled: bool,
         update: Callable[[], int],
+        saving: Callable[[], int],
     ) -> None:
         self._needed, self._is_compiled = needed, is_compiled
-        self._update = update
+        self._update, self._saving = update, saving
         self._reserve = Reserve()
         system_memory.share_heaps()
         # By the shapes of batches.
@@ -100,9 +105,10 @@ class Room:
         return all(each.has_room_to_make() for each in self._forecasts.values())
 
     def _make_forecast(self):
+        saving = self._saving()
         if self._is_compiled:
-            return Planned(self._needed, self._reserve, self._update)
-        return Counted(self._needed, self._reserve)
+            return Planned(self._needed, self._reserve, saving, self._update)
+        return Counted(self._needed, self._reserve, saving)
 
 
 def most_allowed(allowed, shapes):
@@ -129,11 +135,14 @@ class Forecast:
             For `Counted` it also takes a function that calls another one with
             arguments, and returns what that took.
         reserve: Where TensorFlow's allocator is to get them from.
+        saving: Bytes that it takes to save the model.
     """
 
-    def __init__(self, needed: Callable, reserve: Reserve) -> None:
+    def __init__(self, needed: Callable, reserve: Reserve, saving: int) -> None:
         self._needed = needed
-        self._reserve = reserve
+        self._reserve, self._saving = reserve, saving
+        # What of that is left free, once it is known.
+        self._for_saving: int | None = None
         self._measured: dict[int, int] = {}
         # Bytes that it took to trace or compile a step, at most.
         self._making = 0
@@ -154,7 +163,25 @@ class Forecast:
 
     def has_room_to_make(self) -> bool:
         """Returns whether there is room for a step more, that nobody needs."""
-        return system_memory.free_bytes() >= MARGIN + self._making
+        left = MARGIN + self._making + (self._for_saving or 0)
+        return system_memory.free_bytes() >= left
+
+    def _without_saving(self, free, left):
+        """Returns what of `free` bytes is for steps, and not to save the model.
+
+        A quarter at least is for steps; and all of it if the model could not be
+        saved with the rest.
+
+        Args:
+            free: The bytes.
+            left: Bytes that are left for others, half of which is free when the
+                model is saved.
+        """
+        if self._for_saving is None and self._measured:
+            most = 3 * max(0, free) // 4
+            can_save = self._saving <= most + left // 2
+            self._for_saving = min(self._saving, most) if can_save else 0
+        return free - (self._for_saving or 0)
 
     def _measure(self, data, rows):
         if rows not in self._measured:
@@ -170,56 +197,95 @@ class Counted(Forecast):
 
     def most_rows(self, data, size: int, count: int) -> int:
         """Makes steps on more and more rows, as long as there is room."""
-        rows = 1
-        while rows == 1 or rows * GROWTH <= size:
-            if not self._try(data, rows, count):
+        rows = max((each for each in self._measured if each <= size), default=1)
+        while self._try(data, rows, count):
+            more = self._most_allowed(size, count)
+            if rows == 1:
+                # Of one row it is not known what is for all: gradients.
+                more = max(more, min(2, size))
+            is_enough = len(self._measured) >= TRIALS or more < WORTH * rows
+            if is_enough or more == size:
                 break
-            rows *= GROWTH
-        free = self._free(count)
-
-        def fits(rows):
-            return bytes_for(self._measured, rows) <= free
-
-        # Of one row it is not known what is for all rows together: gradients.
-        is_one = list(self._measured) == [1]
-        if is_one and not fits(size) and self._try(data, 2, count):
-            return self.most_rows(data, size, count)
-        size = largest(size, fits)
-        # The next batch comes out of what is there for steps.
-        self._reserve.grow(
-            bytes_for(self._measured, size) + count, free + count
-        )
-        return size
+            rows = more
+        found = self._most_allowed(size, count)
+        if found:
+            free = self._free(count)
+            needed = min(self._at_most(found), free)
+            # The next batch comes out of what is there for steps.
+            self._reserve.grow(needed + count, free + count)
+        return found
 
     def _try(self, data, rows, count):
         """Makes a step on so many rows, if there is room for that."""
-        needed = bytes_for(self._measured, rows)
-        if not self._reserve.grow(needed, self._free(count)):
+        is_second = list(self._measured) == [1]
+        free = self._until_end(count) if is_second else self._free(count)
+        if not self._reserve.grow(bytes_for(self._measured, rows), free):
             return False
         self._measure(data, rows)
         return True
+
+    def _most_allowed(self, size, count):
+        """Returns how many rows fit, as far as is known."""
+        known = max(self._measured, default=0)
+        free, end = self._free(count), self._until_end(count)
+
+        def fits(rows):
+            if self._at_most(rows) <= free:
+                return True
+            if rows > GROWTH * known or self._at_most(rows) > end:
+                return False
+            return bytes_for(self._measured, rows) <= free
+
+        return largest(size, fits)
+
+    def _at_most(self, rows):
+        """Returns the bytes that `rows` rows need, if it is all for rows.
+
+        The line through few rows may be flat: gradients hide what is for rows
+        until these are many.
+        """
+        most = max(self._measured, default=0)
+        alone = {most: self._measured[most]} if most else {}
+        return max(
+            bytes_for(self._measured, rows),
+            bytes_for(alone, rows) if rows > most else 0,
+        )
 
     def _bytes_for(self, data, rows):
         return self._needed(data, rows, counting.counted_bytes)
 
     def _free(self, count):
         # What the reserve has, it has.
-        has = max(0, self._reserve.at_hand() - count)
+        has = self._idle(count)
         # The update is yet to be traced, with a fraction of the operations.
         tracing = self._making // 4
         if system_memory.address_limit() is None:
             # So is validation, and what each size keeps is not had back.
             tracing = self._making
-        left = 2 * count + MARGIN + max(TRACING, tracing)
-        free = system_memory.free_bytes() - left
-        free = self._reserve.for_many(free)
+        left = MARGIN + max(TRACING, tracing)
+        free = system_memory.free_bytes() - 2 * count - left
+        free = self._reserve.for_many(self._without_saving(free, left))
         return free + has if free > 0 else has or free
+
+    def _until_end(self, count):
+        """Returns the bytes that a step may take before the process dies."""
+        free = system_memory.free_bytes() - 2 * count - MARGIN
+        return free + self._idle(count)
+
+    def _idle(self, count):
+        """Returns the bytes that are there for steps, and not free."""
+        return max(0, self._reserve.at_hand() - count)
 
     def _measure(self, data, rows):
         before = max(self._measured.values(), default=0)
+        live = counting.live_bytes("CPU:0")
         needed, took = growing(super()._measure, data, rows)
         # Tensors take what those of other steps have left.
-        self._making = max(self._making, took - max(0, needed - before))
+        took -= max(0, needed - before)
+        if system_memory.address_limit() is None:
+            # The first step makes the buffers, which are made once.
+            took -= max(0, counting.live_bytes("CPU:0") - live)
+        self._making = max(self._making, took)
         return needed
 
 
@@ -230,9 +296,10 @@ class Planned(Forecast):
         self,
         needed: Callable,
         reserve: Reserve,
+        saving: int,
         update: Callable[[], int],
     ) -> None:
-        super().__init__(needed, reserve)
+        super().__init__(needed, reserve, saving)
         self._plan_update, self._for_update = update, 0
 
     def most_rows(self, data, size: int, count: int) -> int:
@@ -286,8 +353,9 @@ class Planned(Forecast):
         if self._measured:
             # With half of it, a transformer died in validation.
             compiling = max(COMPILATION, self._making)
-        left = count + MARGIN + compiling
-        return max(0, system_memory.free_bytes() - left)
+        left = MARGIN + compiling
+        free = max(0, system_memory.free_bytes() - count - left)
+        return self._without_saving(free, left)
 
     def _bytes_for(self, data, rows):
         needed = self._growing(super()._bytes_for, data, rows)

@@ -1,6 +1,7 @@
 """What is saved of a model: its class, and the arguments that are ours."""
 
 import inspect
+import math
 import weakref
 from collections.abc import Mapping
 from numbers import Integral
@@ -8,6 +9,7 @@ from typing import Any
 from typing import Self
 
 import keras
+import tensorflow as tf
 
 from keras_accum import compat
 from keras_accum import functional
@@ -133,6 +135,20 @@ def serialized(value):
     if callable(value):
         return keras.saving.serialize_keras_object(value)
     return int(value) if isinstance(value, Integral) else value
+
+
+def bytes_to_save(model: keras.Model) -> int:
+    """Returns the memory that it takes to save a model as `.keras`.
+
+    Keras makes the file there, unless the weights are large for the machine;
+    and has two copies of one variable at a time.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    sizes = [
+        math.prod(each.shape) * tf.as_dtype(each.dtype).size
+        for each in model.variables + (optimizer.variables if optimizer else [])
+    ]
+    return sum(sizes) + 2 * max(sizes, default=0)
 
 
 def take_original(tensors):

@@ -5,6 +5,7 @@
 Prints what came of it, as JSON: the size, the weights, the error.
 """
 
+import functools
 import json
 import mmap
 import pathlib
@@ -36,15 +37,16 @@ _LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the model.")
 _MODEL = flags.DEFINE_enum(
     "model",
     "dense",
-    ["dense", "transformer", "convolutional"],
-    "The model: one of few weights, one that is long to compile, or one whose "
-    "tensors are of many sizes.",
+    ["dense", "wide", "transformer", "language", "convolutional"],
+    "The model: one of few weights, one of many, one that is long to compile, "
+    "one of many tokens, or one whose tensors are of many sizes.",
 )
 _IS_RECOMPUTED = flags.DEFINE_bool(
     "recompute", False, "Whether its layers are computed twice."
 )
-# Of the transformer.
-VOCABULARY, STEPS, WIDTH, BLOCKS = 1024, 64, 192, 6
+# Of the transformers: their tokens and blocks.
+TRANSFORMERS = {"transformer": (1024, 6), "language": (16384, 2)}
+STEPS, WIDTH = 64, 192
 # Of the images.
 SIDE = 64
 
@@ -54,7 +56,11 @@ def build(layers):
     keras.utils.set_random_seed(0)
     made = {
         "dense": lambda: dense(layers),
-        "transformer": transformer,
+        "wide": wide,
+        **{
+            name: functools.partial(transformer, *sizes)
+            for name, sizes in TRANSFORMERS.items()
+        },
         "convolutional": convolutional,
     }
     inputs, outputs = made[_MODEL.value]()
@@ -88,11 +94,19 @@ def dense(layers):
     return inputs, keras.layers.Dense(3)(hidden)
 
 
-def transformer():
-    """Makes one of 3 million weights, which predicts the next token."""
+def wide():
+    """Makes one of 28 million weights."""
+    inputs = hidden = keras.Input((64,))
+    for _ in range(4):
+        hidden = keras.layers.Dense(3072, activation="gelu")(hidden)
+    return inputs, keras.layers.Dense(3)(hidden)
+
+
+def transformer(vocabulary, blocks):
+    """Makes one that predicts the next token."""
     inputs = keras.Input((STEPS,), dtype="int32")
-    hidden = keras.layers.Embedding(VOCABULARY, WIDTH)(inputs)
-    for _ in range(BLOCKS):
+    hidden = keras.layers.Embedding(vocabulary, WIDTH)(inputs)
+    for _ in range(blocks):
         normal = keras.layers.LayerNormalization()(hidden)
         attention = keras.layers.MultiHeadAttention(4, WIDTH // 4)
         hidden += attention(normal, normal, use_causal_mask=True)
@@ -100,7 +114,7 @@ def transformer():
         wide = keras.layers.Dense(4 * WIDTH, activation="gelu")(normal)
         hidden += keras.layers.Dense(WIDTH)(wide)
     hidden = keras.layers.LayerNormalization()(hidden)
-    return inputs, keras.layers.Dense(VOCABULARY)(hidden)
+    return inputs, keras.layers.Dense(vocabulary)(hidden)
 
 
 def convolutional():
@@ -119,16 +133,19 @@ def convolutional():
 def batches():
     """Yields two batches; if the model is dense, two of each length."""
     rng = np.random.default_rng(0)
-    if _MODEL.value == "transformer":
+    if _MODEL.value in TRANSFORMERS:
+        vocabulary, _ = TRANSFORMERS[_MODEL.value]
         for _ in range(2):
             text = rng.integers(
-                0, VOCABULARY, (_ROWS.value, STEPS + 1), "int32"
+                0, vocabulary, (_ROWS.value, STEPS + 1), "int32"
             )
             yield text[:, :-1], text[:, 1:]
         return
     shapes = [(int(length), 16) for length in _LENGTH.value]
     if _MODEL.value == "convolutional":
         shapes = [(SIDE, SIDE, 3)]
+    elif _MODEL.value == "wide":
+        shapes = [(64,)]
     for shape in shapes:
         for _ in range(2):
             yield (

@@ -21,6 +21,8 @@ from tests import microbatching_test
 from tests import test_utils
 
 MODES = microbatching_test.MODES
+# Of a batch for models of `auto_size_cases`, where it is not 256.
+ROWS = {"dense": 1024, "wide": 2048}
 # Entries of an input that the model below has memory for.
 ROOM = 5 * test_utils.FEATURES
 
@@ -331,6 +333,10 @@ class ControlGroupTest(tf.test.TestCase, parameterized.TestCase):
                 (False, "auto", 2, "convolutional"),
                 (True, "auto", 2, "convolutional"),
                 (False, "auto", 2, "transformer"),
+                (False, "auto", 2, "language"),
+                # What it takes to save them is much of what there is.
+                (False, "auto", 2, "wide"),
+                (True, "auto", 2, "wide"),
             ],
         )
     )
@@ -340,7 +346,7 @@ class ControlGroupTest(tf.test.TestCase, parameterized.TestCase):
             outcome, died = outcome_of(
                 f"--jit_compile={jit_compile}",
                 f"--model={model}",
-                f"--rows={1024 if model == 'dense' else 256}",
+                f"--rows={ROWS.get(model, 256)}",
                 f"--size={size}",
                 f"--epochs={epochs}",
                 before=before,
@@ -459,6 +465,16 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(outcome["updates"], 8)
         self.assertLess(outcome["losses"][-1], outcome["losses"][0])
         # With a heap for each thread it would die, or find hardly any.
+        self.assertGreater(outcome["size"], 100)
+
+    @parameterized.product(limit=(1000, 1500), jit_compile=(False, True))
+    @test_utils.at_night
+    def test_never_dies_as_it_saves_large_weights(self, limit, jit_compile):
+        outcome, died = self.outcome(
+            limit, jit_compile, 2048, "--model=wide", epochs=2
+        )
+        self.assertIsNone(died)
+        self.assertEqual(outcome["updates"], 4)
         self.assertGreater(outcome["size"], 100)
 
     @parameterized.parameters("auto", "largest")

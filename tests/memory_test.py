@@ -77,8 +77,8 @@ class MemoryTest(tf.test.TestCase):
                 asked.append(rows)  # noqa: B023
                 return int(fixed * free) + rows * per_row  # noqa: B023
 
-            counted = memory.Counted(needed, reserve.Reserve())
-            planned = memory.Planned(needed, reserve.Reserve(), lambda: 0)
+            counted = memory.Counted(needed, reserve.Reserve(), 0)
+            planned = memory.Planned(needed, reserve.Reserve(), 0, lambda: 0)
             expected = min(rows, (1 - fixed) * free / per_row)
             for forecast in counted, planned:
                 found = forecast.most_rows(None, rows, 0)
@@ -95,9 +95,48 @@ class MemoryTest(tf.test.TestCase):
             asked.append(rows)
             return 2 * free + rows * 2**10 if rows > 3 else rows
 
-        planned = memory.Planned(needed, reserve.Reserve(), lambda: 0)
+        planned = memory.Planned(needed, reserve.Reserve(), 0, lambda: 0)
         self.assertEqual(planned.most_rows(None, 512, 0), 3)
         self.assertLessEqual(len(asked), 8)
+
+    def test_gradients_may_hide_what_rows_need(self):
+        """Few rows then need no more than one, and many need more."""
+        free, asked = system_memory.free_bytes(), []
+        for hidden in (3, 20, 150, 700):
+            per_row = free // 1000
+
+            def needed(data, rows, counted=None):
+                asked.append(rows)  # noqa: B023
+                return max(hidden, rows) * per_row  # noqa: B023
+
+            counted = memory.Counted(needed, reserve.Reserve(), 0)
+            found = counted.most_rows(None, 4096, 0)
+            # No step on trial takes all that there is.
+            self.assertLess(max(asked), 900)
+            self.assertBetween(found, 0 if hidden == 700 else 200, 800)
+            self.assertLessEqual(len(asked), memory.TRIALS)
+            asked.clear()
+
+    def test_leaves_room_to_save(self):
+        free = system_memory.free_bytes()
+        found = []
+        # The last is more than there is, however few the rows.
+        for saving in (0.0, 0.5, 2.0):
+
+            def needed(data, rows, counted=None):
+                return rows * free // 1000
+
+            for cls, *others in (
+                (memory.Counted,),
+                (memory.Planned, lambda: 0),
+            ):
+                forecast = cls(
+                    needed, reserve.Reserve(), int(saving * free), *others
+                )
+                found.append(forecast.most_rows(None, 1000, 0))
+        self.assertBetween(found[2], 0.3 * found[0], 0.7 * found[0])
+        self.assertBetween(found[3], 0.3 * found[1], 0.7 * found[1])
+        self.assertAllClose(found[4:], found[:2], rtol=0.2)
 
     def test_largest(self):
         for limit, expected in ((100, 64), (63, 60), (23, 22), (5, 5), (0, 0)):
