@@ -230,13 +230,11 @@ class Counted(Forecast):
         free, end = self._free(count), self._until_end(count)
 
         def fits(rows):
-            if self._at_most(rows) <= free:
-                return True
-            if rows > GROWTH * known or self._at_most(rows) > end:
-                return False
-            return bytes_for(self._measured, rows) <= free
+            most = self._at_most(rows)
+            return bytes_for(self._measured, rows) <= free and most <= end
 
-        return largest(size, fits)
+        # TensorFlow counts no small tensors, which many rows make large.
+        return largest(min(size, GROWTH * known), fits)
 
     def _at_most(self, rows):
         """Returns the bytes that `rows` rows need, if it is all for rows.
