@@ -34,7 +34,6 @@ import keras_accum
 from keras_accum import boundary
 from keras_accum import compat
 from keras_accum import counting
-from keras_accum import probe
 from keras_accum import replicas
 from keras_accum import steps
 
@@ -176,9 +175,9 @@ def persistent(model: keras.Model) -> dict[str, float]:
     if isinstance(model, keras_accum.GradientAccumulationModel):
         buffers += model._accumulation.window["gradients"].variables
     return {
-        "weights": probe.bytes_of(model.weights) / parameters,
-        "buffers": probe.bytes_of(buffers) / parameters,
-        "moments": probe.bytes_of(moments) / parameters,
+        "weights": counting.bytes_of(model.weights) / parameters,
+        "buffers": counting.bytes_of(buffers) / parameters,
+        "moments": counting.bytes_of(moments) / parameters,
     }
 
 

@@ -7,6 +7,7 @@ made once before, for what it makes the first time.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 
 import tensorflow as tf
 
@@ -35,6 +36,14 @@ def counted_bytes(function: Callable, *args, device: str = "CPU:0") -> int:
     before = system_memory.resident_bytes()
     function(*args)
     return max(0, system_memory.peak_bytes() - before)
+
+
+def bytes_of(variables: Iterable) -> int:
+    """Returns the bytes of variables of Keras's or TensorFlow's, by shape."""
+    return sum(
+        tf.TensorShape(each.shape).num_elements() * tf.as_dtype(each.dtype).size
+        for each in variables
+    )
 
 
 def idle_bytes(device: str) -> int:

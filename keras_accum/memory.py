@@ -243,11 +243,10 @@ class Counted(Forecast):
         until these are many.
         """
         most = max(self._measured, default=0)
-        alone = {most: self._measured[most]} if most else {}
-        return max(
-            bytes_for(self._measured, rows),
-            bytes_for(alone, rows) if rows > most else 0,
-        )
+        needed = bytes_for(self._measured, rows)
+        if rows <= most:
+            return needed
+        return max(needed, bytes_for({most: self._measured[most]}, rows))
 
     def _bytes_for(self, data, rows):
         return self._needed(data, rows, counting.counted_bytes)

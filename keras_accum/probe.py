@@ -91,9 +91,9 @@ class Probe:
         """
         model, strategy = self._model, self._model.distribute_strategy
         return {
-            "weights": bytes_of(model.variables),
-            "buffers": bytes_of(self._accumulation.window.variables),
-            "optimizer": bytes_of(model.optimizer.variables),
+            "weights": counting.bytes_of(model.variables),
+            "buffers": counting.bytes_of(self._accumulation.window.variables),
+            "optimizer": counting.bytes_of(model.optimizer.variables),
             "batch": 3 * auto_size.bytes_of(strategy, self._data),
         }
 
@@ -159,7 +159,9 @@ class Probe:
             found = compat.memory_of_device(self._device)
         elif system_memory.free_bytes() < system_memory.UNKNOWN:
             # What the model has already is not free.
-            kept = bytes_of([*model.variables, *model.optimizer.variables])
+            kept = counting.bytes_of(
+                [*model.variables, *model.optimizer.variables]
+            )
             found = self.free_bytes() + kept
         if found is None:
             raise ValueError(
@@ -234,14 +236,6 @@ def probing(model: keras.Model, rows: int) -> GradientAccumulationModel:
         with model.distribute_strategy.scope():
             made.optimizer = cls.from_config(config)
     return made
-
-
-def bytes_of(variables: Iterable) -> int:
-    """Returns the bytes of variables of Keras's or TensorFlow's, by shape."""
-    return sum(
-        tf.TensorShape(each.shape).num_elements() * tf.as_dtype(each.dtype).size
-        for each in variables
-    )
 
 
 def trace(step, *args):

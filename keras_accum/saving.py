@@ -1,7 +1,6 @@
 """What is saved of a model: its class, and the arguments that are ours."""
 
 import inspect
-import math
 import weakref
 from collections.abc import Mapping
 from numbers import Integral
@@ -9,9 +8,9 @@ from typing import Any
 from typing import Self
 
 import keras
-import tensorflow as tf
 
 from keras_accum import compat
+from keras_accum import counting
 from keras_accum import functional
 from keras_accum import replicas
 from keras_accum import sharing
@@ -144,10 +143,8 @@ def bytes_to_save(model: keras.Model) -> int:
     and has two copies of one variable at a time.
     """
     optimizer = getattr(model, "optimizer", None)
-    sizes = [
-        math.prod(each.shape) * tf.as_dtype(each.dtype).size
-        for each in model.variables + (optimizer.variables if optimizer else [])
-    ]
+    variables = model.variables + (optimizer.variables if optimizer else [])
+    sizes = [counting.bytes_of([variable]) for variable in variables]
     return sum(sizes) + 2 * max(sizes, default=0)
 
 
