@@ -51,18 +51,10 @@ def keep_unless(first, value) -> tf.Tensor:
     return tf.where(first, tf.zeros((), value.dtype), value)
 
 
-def zeros(shape, dtype) -> tf.Tensor:
-    """Returns zeros that take memory only while a program uses them.
-
-    TensorFlow makes a constant of `tf.zeros`, which each program keeps.
-    """
-    return tf.raw_ops.Empty(shape=shape, dtype=dtype, init=True)
-
-
 def clear(variable, first) -> None:
     """Sets a variable to zero if `first`."""
     if first is True:
-        variable.assign(zeros(variable.shape, variable.dtype))
+        variable.assign(compat.zeros(variable.shape, variable.dtype))
     elif first is not False:
         variable.assign(keep_unless(first, variable))
 
@@ -108,7 +100,7 @@ def choose_all(condition: tf.Tensor, gradients, others) -> list[Gradient]:
             condition,
             lambda: [value for value, _ in pairs],
             lambda: [
-                zeros(tf.shape(value), value.dtype)
+                compat.zeros(tf.shape(value), value.dtype)
                 if other is None
                 else tf.cast(values_of(other), value.dtype)
                 for value, other in pairs

@@ -29,6 +29,7 @@ from keras_accum.compat.graphs import planned_bytes
 from keras_accum.compat.graphs import stateful_operations
 from keras_accum.compat.graphs import uninitialized
 from keras_accum.compat.graphs import uses
+from keras_accum.compat.graphs import zeros
 from keras_accum.compat.hooks import attribute
 from keras_accum.compat.iterators import asking_no_other_workers
 from keras_accum.compat.iterators import end_epoch

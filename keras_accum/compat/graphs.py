@@ -48,6 +48,14 @@ def uninitialized(size) -> tf.Tensor:
     return tf.raw_ops.Empty(shape=[-(-size // 256), 256], dtype=tf.uint8)
 
 
+def zeros(shape, dtype) -> tf.Tensor:
+    """Returns zeros that take memory only while a program uses them.
+
+    TensorFlow makes a constant of `tf.zeros`, which each program keeps.
+    """
+    return tf.raw_ops.Empty(shape=shape, dtype=dtype, init=True)
+
+
 def memory_of_device(name: str) -> int | None:
     """Returns the bytes that TensorFlow may use of a device, if it says so.
 
