@@ -5,6 +5,7 @@ first step: see `Reserve`.
 """
 
 import contextlib
+import ctypes
 import mmap
 from collections.abc import Iterator
 
@@ -29,6 +30,8 @@ BOOKS = 32
 HEAP = 32 * 2**20
 # Addresses that others may take then, if the region does not.
 SLACK = 16 * 2**20
+# Of glibc's `malloc.h`.
+M_MMAP_THRESHOLD = -3
 
 
 class Reserve:
@@ -141,14 +144,44 @@ def kept_heap(size: int) -> Iterator[None]:
     and makes them when the region is there and addresses may be gone. Threads
     that make the next batches ready take of the same heap.
     """
-    # Once a block as large as this was freed, smaller ones are of the heap.
-    bytearray(30 * 2**20)
-    blocks = [bytearray(TENSOR) for _ in range(-(-size // TENSOR))]
-    # The heap does not shrink as long as there is something at its end.
-    end = bytearray(TENSOR)
+    with large_blocks_in_heap():
+        blocks, in_a_row = [bytearray(TENSOR)], 0
+        # Some may go into gaps, which compilations leave.
+        for _ in range(-(-(size + system_memory.idle_heap()) // TENSOR)):
+            if in_a_row >= size:
+                break
+            blocks.append(bytearray(TENSOR))
+            distance = address_of(blocks[-1]) - address_of(blocks[-2])
+            is_next = TENSOR <= distance < TENSOR + mmap.PAGESIZE
+            in_a_row = (in_a_row if is_next else 0) + TENSOR
+        # The heap does not shrink as long as there is something at its end.
+        end = bytearray(TENSOR)
     del blocks
     yield
     del end
+
+
+@contextlib.contextmanager
+def large_blocks_in_heap() -> Iterator[None]:
+    """Makes the C library take blocks that are not too large from its heap.
+
+    TensorFlow forbids that to all of 128 KiB and more, from the first data set
+    of a generator on: what is freed is then given back. That is the default as
+    well, until such a block is freed; and it is so again behind the context.
+    """
+    library = ctypes.CDLL(None)
+    # glibc's, as `M_ARENA_MAX`.
+    has_option = hasattr(library, "mallopt")
+    if has_option:
+        library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+    yield
+    if has_option:
+        library.mallopt(M_MMAP_THRESHOLD, 128 * 2**10)
+
+
+def address_of(block: bytearray) -> int:
+    """Returns where the bytes of a block begin."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(block))
 
 
 @contextlib.contextmanager

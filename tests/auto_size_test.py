@@ -467,11 +467,11 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
         # With a heap for each thread it would die, or find hardly any.
         self.assertGreater(outcome["size"], 100)
 
-    @parameterized.parameters(1000, 1500)
+    @parameterized.product(limit=(1000, 1500), jit_compile=(False, True))
     @test_utils.at_night
-    def test_never_dies_as_it_saves_large_weights(self, limit):
+    def test_never_dies_as_it_saves_large_weights(self, limit, jit_compile):
         outcome, died = self.outcome(
-            limit, False, 2048, "--model=wide", epochs=2
+            limit, jit_compile, 2048, "--model=wide", epochs=2
         )
         self.assertIsNone(died)
         self.assertEqual(outcome["updates"], 4)

@@ -46,6 +46,27 @@ print(system_memory.idle_heap() - before)
 """
 
 
+# Prints how many addresses a block takes for which the heap has kept some, once
+# a data set was of a generator.
+KEPT = """
+import ctypes
+import tensorflow as tf
+from keras_accum import reserve
+from keras_accum import system_memory
+
+signature = tf.TensorSpec((), tf.int32)
+list(tf.data.Dataset.from_generator(lambda: [1], output_signature=signature))
+gaps = [bytearray(2**20) for _ in range(64)]
+del gaps[::2]
+with reserve.kept_heap(48 * 2**20):
+    before = system_memory.address_space()
+    allocate = ctypes.CDLL(None).malloc
+    allocate.restype, allocate.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    assert allocate(48 * 2**20)
+    print(system_memory.address_space() - before)
+"""
+
+
 class MemoryTest(tf.test.TestCase):
     def test_takes_a_line_through_what_was_measured(self):
         measured = {4: 400, 16: 1000}
@@ -237,6 +258,14 @@ class MemoryTest(tf.test.TestCase):
         for before, expected in ((test_utils.LIMITED, 10**8), ((), 0)):
             idle = test_utils.number_printed(IDLE, before)
             self.assertBetween(idle, 0.8 * expected, 1.2 * expected)
+
+    @unittest.skipUnless(
+        platform.libc_ver()[0] == "glibc", "Others have other heaps."
+    )
+    @pytest.mark.thorough
+    def test_keeps_one_block_of_the_heap(self):
+        taken = test_utils.number_printed(KEPT, test_utils.LIMITED)
+        self.assertEqual(taken, 0)
 
     @unittest.skipUnless(
         platform.libc_ver()[0] == "glibc", "Others have no heaps for threads."
