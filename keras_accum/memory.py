@@ -8,7 +8,8 @@ CPU is not asked for what it is known not to have.
 A compiled step says how much it needs: XLA plans that. Of one that is not
 compiled, TensorFlow or Linux counts what it took. So steps on few rows come
 first, and what those on more rows need follows from these: it is a fixed
-amount, and an amount for each row.
+amount, and an amount for each row. The first may hide the second, so that no
+size is far from those that were tried.
 """
 
 from collections.abc import Callable
@@ -170,7 +171,7 @@ class Forecast:
         """Returns what of `free` bytes is for steps, and not to save the model.
 
         A quarter at least is for steps; and all of it if the model could not be
-        saved with the rest.
+        saved with the rest. It is decided once: later, less is free.
 
         Args:
             free: The bytes.

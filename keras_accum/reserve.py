@@ -163,20 +163,22 @@ def kept_heap(size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def large_blocks_in_heap() -> Iterator[None]:
-    """Makes the C library take blocks that are not too large from its heap.
+    """Makes the C library take blocks of up to 32 MiB from its heap.
 
-    TensorFlow forbids that to all of 128 KiB and more, from the first data set
-    of a generator on: what is freed is then given back. That is the default as
-    well, until such a block is freed; and it is so again behind the context.
+    Others are mapped one by one, and given back to the system when freed. From
+    the first data set of a generator on, TensorFlow has that done with all of
+    128 KiB and more. After the context it is so in any case.
     """
     library = ctypes.CDLL(None)
     # glibc's, as `M_ARENA_MAX`.
     has_option = hasattr(library, "mallopt")
     if has_option:
         library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-    yield
-    if has_option:
-        library.mallopt(M_MMAP_THRESHOLD, 128 * 2**10)
+    try:
+        yield
+    finally:
+        if has_option:
+            library.mallopt(M_MMAP_THRESHOLD, 128 * 2**10)
 
 
 def address_of(block: bytearray) -> int:

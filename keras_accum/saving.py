@@ -100,10 +100,9 @@ class SavingMixin(compat.CheckpointMixin, compat.ToldOfClones):
         Weights from the middle of a window come with what was gathered, and
         the next `fit` goes on with it. With others a new window begins.
         """
-        optimizer = getattr(self, "optimizer", None)
-        variables = self.variables + (optimizer.variables if optimizer else [])
         before = replicas.Snapshot(
-            self.distribute_strategy, [each.value for each in variables]
+            self.distribute_strategy,
+            [each.value for each in saved_variables(self)],
         )
         try:
             super().load_weights(*args, **kwargs)
@@ -142,10 +141,14 @@ def bytes_to_save(model: keras.Model) -> int:
     Keras makes the file there, unless the weights are large for the machine;
     and has two copies of one variable at a time.
     """
-    optimizer = getattr(model, "optimizer", None)
-    variables = model.variables + (optimizer.variables if optimizer else [])
-    sizes = [counting.bytes_of([variable]) for variable in variables]
+    sizes = [counting.bytes_of([each]) for each in saved_variables(model)]
     return sum(sizes) + 2 * max(sizes, default=0)
+
+
+def saved_variables(model: keras.Model) -> list[keras.Variable]:
+    """Returns the variables of a model and of its optimizer, if it has one."""
+    optimizer = getattr(model, "optimizer", None)
+    return model.variables + (optimizer.variables if optimizer else [])
 
 
 def take_original(tensors):

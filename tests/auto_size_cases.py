@@ -111,8 +111,8 @@ def transformer(vocabulary, blocks):
         attention = keras.layers.MultiHeadAttention(4, WIDTH // 4)
         hidden += attention(normal, normal, use_causal_mask=True)
         normal = keras.layers.LayerNormalization()(hidden)
-        wide = keras.layers.Dense(4 * WIDTH, activation="gelu")(normal)
-        hidden += keras.layers.Dense(WIDTH)(wide)
+        inner = keras.layers.Dense(4 * WIDTH, activation="gelu")(normal)
+        hidden += keras.layers.Dense(WIDTH)(inner)
     hidden = keras.layers.LayerNormalization()(hidden)
     return inputs, keras.layers.Dense(vocabulary)(hidden)
 

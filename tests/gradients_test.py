@@ -71,21 +71,18 @@ class ArithmeticTest(tf.test.TestCase, parameterized.TestCase):
         table = tf.Variable(tf.zeros((2**17, 8)))
         some = rows(np.ones((1, 8), "float32"), [5], num_rows=2**17)
 
-        def current():
-            return tf.config.experimental.get_memory_info("CPU:0")["current"]
-
         def add(first):
             gradients.add(table, table, some, 1.0, first)
             (chosen,) = gradients.choose_all(first, [table], [None])
             table.assign_add(chosen)
 
-        before = current()
+        before = counting.live_bytes("CPU:0")
         # Two programs, which stay alive.
         programs = [tf.function(add), tf.function(add)]
         for program in programs:
             program(tf.constant(True))
             program(tf.constant(False))
-        self.assertLess(current() - before, size / 2)
+        self.assertLess(counting.live_bytes("CPU:0") - before, size / 2)
         self.assertEqual(tf.reduce_sum(table), 3 * 8)
 
     def test_buffers_are_wide_enough(self):
