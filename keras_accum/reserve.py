@@ -15,8 +15,8 @@ from keras_accum import compat
 from keras_accum import counting
 from keras_accum import system_memory
 
-# What TensorFlow's allocator gets from the system, over what it is asked for,
-# in regions; without them the C library does, for many tensors.
+# What many tensors take of the allocator's regions, or of the C library, over
+# what they are: there are gaps between them.
 OVERSHOOT = 1.15
 # What steps write to of its regions where they are not limited, over what is
 # counted: tensors of other sizes leave gaps, and orders of work differ. By 1.15
@@ -41,13 +41,14 @@ class Reserve:
     addresses are limited it would take nearly all that is left for one tensor,
     and leave nothing for anyone else. So it is made to ask for what a step will
     need when nobody else is at work, and cannot get much more.
-
-    Attributes:
-        size: Bytes that it has been made to get, or gets with the next step.
     """
 
     def __init__(self) -> None:
-        self.size = 0
+        # Bytes of the largest tensor that it has been made to get, or gets with
+        # the next step.
+        self._largest = 0
+        # Bytes of its regions, at least, if it was made to get many.
+        self._regions = 0
 
     def for_many(self, free: int) -> int:
         """Returns what many tensors may need, to take no more than is free."""
@@ -57,7 +58,9 @@ class Reserve:
     def at_hand(self) -> int:
         """Returns the bytes that are there for many tensors, and not free."""
         if is_limited():
-            return self.size
+            # Others may have taken of it since, such as buffers.
+            idle = self._regions - counting.live_bytes("CPU:0")
+            return max(0, int(idle / OVERSHOOT))
         if keeps_regions():
             # Addresses do not count, but what was written to stays.
             return counting.idle_bytes("CPU:0")
@@ -73,16 +76,18 @@ class Reserve:
         """
         if needed > free:
             return False
-        if is_limited() and needed > self.size:
-            region = int(OVERSHOOT * (needed - self.size)) + TENSOR
-            # All at once: what there is, and what is added.
-            self._ask(-(-needed // TENSOR), TENSOR, region)
-            self.size = needed
+        if is_limited() and needed > self.at_hand():
+            # All at once, and the gaps: what there is, and what is added.
+            count = -(-int(OVERSHOOT * needed) // TENSOR)
+            live = counting.live_bytes("CPU:0")
+            regions = live + count * TENSOR
+            ask(count, TENSOR, regions - max(live, self._regions))
+            self._regions = regions
         return True
 
     def taken(self, needed: int) -> int:
         """Returns how many bytes `grow_by_one` takes from what is free."""
-        if needed <= self.size:
+        if needed <= self._largest:
             return 0
         if not is_limited():
             # What nobody writes to is not there.
@@ -92,19 +97,30 @@ class Reserve:
 
     def grow_by_one(self, needed: int) -> None:
         """Gets a tensor of `needed` bytes, unless one as large was got."""
-        if is_limited() and needed > self.size:
-            self._ask(1, needed, self.taken(needed))
-        self.size = max(self.size, needed)
+        if is_limited() and needed > self._largest:
+            ask(1, needed, self.taken(needed))
+        self._largest = max(self._largest, needed)
 
-    def _ask(self, count, tensor, region):
-        with kept_heap(region // BOOKS + HEAP):
-            used = system_memory.address_space() + region + SLACK
-            with (
-                ballast(system_memory.address_limit() - used),
-                tf.device("CPU:0"),
+
+def ask(count: int, tensor: int, region: int) -> None:
+    """Makes the allocator get up to `region` bytes, for tensors.
+
+    Args:
+        count: How many tensors there are to be at once.
+        tensor: Bytes of each.
+        region: Bytes.
+    """
+    with kept_heap(region // BOOKS + HEAP):
+        limit, tensors = system_memory.address_limit(), []
+        used = system_memory.address_space() + region + SLACK
+        with ballast(limit - used), tf.device("CPU:0"):
+            # Gaps that are too small for a tensor stay. To ask for one more
+            # when all is got fails, and takes ten seconds.
+            while len(tensors) < count and (
+                limit - system_memory.address_space() >= 2 * TENSOR
             ):
-                tensors = [compat.uninitialized(tensor) for _ in range(count)]
-            del tensors
+                tensors.append(compat.uninitialized(tensor))
+        del tensors
 
 
 def is_limited() -> bool:

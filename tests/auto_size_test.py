@@ -467,7 +467,7 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
         # With a heap for each thread it would die, or find hardly any.
         self.assertGreater(outcome["size"], 100)
 
-    @parameterized.parameters((1000, True), (1500, False), (1500, True))
+    @parameterized.product(limit=(1000, 1500), jit_compile=(False, True))
     @test_utils.at_night
     def test_never_dies_as_it_saves_large_weights(self, limit, jit_compile):
         outcome, died = self.outcome(

@@ -66,6 +66,30 @@ with reserve.kept_heap(48 * 2**20):
     print(system_memory.address_space() - before)
 """
 
+# Prints how many addresses tensors and the gaps between them take, once that
+# much was got, in parts. Some of it has gaps that are too small for tensors.
+RESERVED = """
+import resource
+import tensorflow as tf
+from keras_accum import reserve
+from keras_accum import system_memory
+
+mebibyte = 2**20
+tf.zeros(())
+limit = system_memory.address_space() + 1500 * mebibyte
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+got = reserve.Reserve()
+got.grow(100 * mebibyte, limit)
+others = [tf.zeros((3 * 2**18,)) for _ in range(30)]
+del others[::2]
+for needed in 300, 340, 390:
+    got.grow(needed * mebibyte, limit)
+before = system_memory.address_space()
+count = int(reserve.OVERSHOOT * needed / 4)
+tensors = [tf.zeros((2**20,)) for _ in range(count)]
+print(system_memory.address_space() - before)
+"""
+
 
 class MemoryTest(tf.test.TestCase):
     def test_takes_a_line_through_what_was_measured(self):
@@ -266,6 +290,14 @@ class MemoryTest(tf.test.TestCase):
     @pytest.mark.thorough
     def test_keeps_one_block_of_the_heap(self):
         taken = test_utils.number_printed(KEPT, test_utils.LIMITED)
+        self.assertEqual(taken, 0)
+
+    @unittest.skipUnless(
+        reserve.keeps_regions(), "TensorFlow's allocator keeps no regions here."
+    )
+    @pytest.mark.thorough
+    def test_gets_room_for_gaps_each_time(self):
+        taken = test_utils.number_printed(RESERVED, test_utils.LIMITED)
         self.assertEqual(taken, 0)
 
     @unittest.skipUnless(
