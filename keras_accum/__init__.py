@@ -9,8 +9,8 @@ if keras.backend.backend() != "tensorflow":
         "KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
+from keras_accum import heap
 from keras_accum import schedules
-from keras_accum import system_memory
 from keras_accum.accumulator import GradientAccumulator
 from keras_accum.mixin import GradientAccumulationMixin
 from keras_accum.model import GradientAccumulationModel
@@ -19,7 +19,7 @@ from keras_accum.rematerialization import rematerialize
 from keras_accum.verification import verify
 
 # Before there are threads, which keep the heaps that they have.
-system_memory.share_heaps()
+heap.share()
 
 __version__ = "0.2.0"
 

@@ -19,6 +19,7 @@ from absl import logging
 
 from keras_accum import counting
 from keras_accum import forecast
+from keras_accum import heap
 from keras_accum import system_memory
 from keras_accum.reserve import Reserve
 
@@ -63,7 +64,7 @@ class Room:
         self._needed, self._is_compiled = needed, is_compiled
         self._update, self._saving = update, saving
         self._reserve = Reserve()
-        system_memory.share_heaps()
+        heap.share()
         # By the shapes of batches.
         self._forecasts: dict[tuple, Forecast] = {}
         self._allowed: dict[tuple, int] = {}

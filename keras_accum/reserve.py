@@ -5,7 +5,6 @@ first step: see `Reserve`.
 """
 
 import contextlib
-import ctypes
 import mmap
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ import tensorflow as tf
 
 from keras_accum import compat
 from keras_accum import counting
+from keras_accum import heap
 from keras_accum import system_memory
 
 # What many tensors take of the allocator's regions, or of the C library, over
@@ -26,12 +26,11 @@ GAPS = 1.4
 TENSOR = 4 * 2**20
 # One of these bytes of a region is for the allocator's books on it.
 BOOKS = 32
-# What other threads may take of the heap while there are no addresses.
+# What other threads, which make the next batches ready, may take of the heap
+# while there are no addresses.
 HEAP = 32 * 2**20
 # Addresses that others may take then, if the region does not.
 SLACK = 16 * 2**20
-# Of glibc's `malloc.h`.
-M_MMAP_THRESHOLD = -3
 
 
 class Reserve:
@@ -65,7 +64,7 @@ class Reserve:
             # Addresses do not count, but what was written to stays.
             return counting.idle_bytes("CPU:0")
         # Not all tensors fit in between what is used.
-        return int(system_memory.idle_heap() / OVERSHOOT)
+        return int(heap.idle_bytes() / OVERSHOOT)
 
     def grow(self, needed: int, free: int) -> bool:
         """Gets what a step will need, and returns whether that much is free.
@@ -110,7 +109,8 @@ def ask(count: int, tensor: int, region: int) -> None:
         tensor: Bytes of each.
         region: Bytes.
     """
-    with kept_heap(region // BOOKS + HEAP):
+    # The books are made when the region is there, and addresses may be gone.
+    with heap.kept(region // BOOKS + HEAP):
         limit, tensors = system_memory.address_limit(), []
         used = system_memory.address_space() + region + SLACK
         with ballast(limit - used), tf.device("CPU:0"):
@@ -150,56 +150,6 @@ def keeps_regions() -> bool:
     It does where TensorFlow uses oneDNN, and counts then as well.
     """
     return counting.counts_tensors("CPU:0")
-
-
-@contextlib.contextmanager
-def kept_heap(size: int) -> Iterator[None]:
-    """Makes the C library keep `size` bytes in one block, for who asks next.
-
-    TensorFlow's allocator keeps books on each region, of a 32nd of its size,
-    and makes them when the region is there and addresses may be gone. Threads
-    that make the next batches ready take of the same heap.
-    """
-    with large_blocks_in_heap():
-        blocks, in_a_row = [bytearray(TENSOR)], 0
-        # Some may go into gaps, which compilations leave.
-        for _ in range(-(-(size + system_memory.idle_heap()) // TENSOR)):
-            if in_a_row >= size:
-                break
-            blocks.append(bytearray(TENSOR))
-            distance = address_of(blocks[-1]) - address_of(blocks[-2])
-            is_next = TENSOR <= distance < TENSOR + mmap.PAGESIZE
-            in_a_row = (in_a_row if is_next else 0) + TENSOR
-        # The heap does not shrink as long as there is something at its end.
-        end = bytearray(TENSOR)
-    del blocks
-    yield
-    del end
-
-
-@contextlib.contextmanager
-def large_blocks_in_heap() -> Iterator[None]:
-    """Makes the C library take blocks of up to 32 MiB from its heap.
-
-    Others are mapped one by one, and given back to the system when freed. From
-    the first data set of a generator on, TensorFlow has that done with all of
-    128 KiB and more. After the context it is so in any case.
-    """
-    library = ctypes.CDLL(None)
-    # glibc's, as `M_ARENA_MAX`.
-    has_option = hasattr(library, "mallopt")
-    if has_option:
-        library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-    try:
-        yield
-    finally:
-        if has_option:
-            library.mallopt(M_MMAP_THRESHOLD, 128 * 2**10)
-
-
-def address_of(block: bytearray) -> int:
-    """Returns where the bytes of a block begin."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(block))
 
 
 @contextlib.contextmanager

@@ -20,8 +20,6 @@ GROUPS = {
 }
 # Of a thread, where stacks are not limited, by glibc on 64-bit x86.
 DEFAULT_STACK = 2 * 2**20
-# Of glibc's `malloc.h`.
-M_ARENA_MAX = -8
 
 
 def free_bytes() -> int:
@@ -55,58 +53,6 @@ def address_limit() -> int | None:
     if limit == resource.RLIM_INFINITY or not address_space():
         return None
     return limit
-
-
-def share_heaps() -> None:
-    """Makes new threads share heaps that there are, if addresses are limited.
-
-    A heap takes 64 MiB of addresses, if there are so many, and a thread that
-    starts after that gets none for its stack, which ends the process. With
-    fewer heaps, threads wait for each other; tensors are not from heaps. Once
-    there are some, the C library has its own limit for more.
-    """
-    if address_limit() is None:
-        return
-    # glibc's; others have one heap for all threads, or small ones.
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
-
-
-class HeapStatistics(ctypes.Structure):
-    """What glibc's `mallinfo2` returns; see mallinfo(3)."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    )
-
-
-def idle_heap() -> int:
-    """Returns the bytes that the C library has for who asks, and are not free.
-
-    Where addresses are not limited, it gives them back first, as far as it can.
-    It is 0 where it does not say: glibc does, from 2.33 on.
-    """
-    library = ctypes.CDLL(None)
-    try:
-        if address_limit() is None:
-            library.malloc_trim(0)
-            return 0
-        library.mallinfo2.restype = HeapStatistics
-    except AttributeError:
-        return 0
-    return library.mallinfo2().fordblks
 
 
 def room_of_machine() -> int:

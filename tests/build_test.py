@@ -35,7 +35,7 @@ LAYERS = (
         "system_memory",
         "warned",
     },
-    {"checks", "counting", "inner_products"},
+    {"checks", "counting", "heap", "inner_products"},
     {"schedule_table"},
     {"noise_schedule", "seesaw"},
     {

@@ -36,13 +36,13 @@ print(system_memory.address_space() - before)
 # Prints how much is idle once most of many blocks are freed.
 IDLE = """
 import keras_accum
-from keras_accum import system_memory
+from keras_accum import heap
 
-before = system_memory.idle_heap()
+before = heap.idle_bytes()
 blocks = [bytearray(100_000) for _ in range(1000)]
 end = bytearray(100_000)
 del blocks
-print(system_memory.idle_heap() - before)
+print(heap.idle_bytes() - before)
 """
 
 
@@ -51,14 +51,14 @@ print(system_memory.idle_heap() - before)
 KEPT = """
 import ctypes
 import tensorflow as tf
-from keras_accum import reserve
+from keras_accum import heap
 from keras_accum import system_memory
 
 signature = tf.TensorSpec((), tf.int32)
 list(tf.data.Dataset.from_generator(lambda: [1], output_signature=signature))
 gaps = [bytearray(2**20) for _ in range(64)]
 del gaps[::2]
-with reserve.kept_heap(48 * 2**20):
+with heap.kept(48 * 2**20):
     before = system_memory.address_space()
     allocate = ctypes.CDLL(None).malloc
     allocate.restype, allocate.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
