@@ -158,5 +158,7 @@ def ballast(size: int) -> Iterator[None]:
     if size <= 0:
         yield
         return
-    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    # Linux refuses more than it has memory for, if it can be written to.
+    with mmap.mmap(-1, size, flags, mmap.PROT_READ):
         yield
