@@ -145,7 +145,7 @@ class Probe:
         if self.is_compiled:
             # Shows what compiling takes: training compiles it once more.
             self.step_bytes(self.rows)
-        left = memory.MARGIN + self._compiling
+        left = memory.left_free(self._compiling)
         return max(0, system_memory.free_bytes() - left) // self._num_local
 
     def device_bytes(self) -> int:

@@ -90,6 +90,29 @@ tensors = [tf.zeros((2**20,)) for _ in range(count)]
 print(system_memory.address_space() - before)
 """
 
+# Prints how many rows are found to have room once nothing but them is free.
+FULL = """
+import resource
+import tensorflow as tf
+from keras_accum import memory
+from keras_accum import reserve
+from keras_accum import system_memory
+
+tf.zeros(())
+asked = []
+
+def needed(data, rows):
+    asked.append(rows)
+    return rows * 2**20
+
+planned = memory.Planned(needed, reserve.Reserve(), 2**20, lambda: 0)
+assert planned.most_rows(None, 64, 0) == 64
+limit = system_memory.address_space() + 32 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(planned.most_rows(None, 128, 0))
+assert asked == [64]
+"""
+
 
 class MemoryTest(tf.test.TestCase):
     def test_takes_a_line_through_what_was_measured(self):
@@ -299,6 +322,14 @@ class MemoryTest(tf.test.TestCase):
     def test_gets_room_for_gaps_each_time(self):
         taken = test_utils.number_printed(RESERVED, test_utils.LIMITED)
         self.assertEqual(taken, 0)
+
+    @unittest.skipUnless(
+        reserve.keeps_regions(), "TensorFlow's allocator keeps no regions here."
+    )
+    @pytest.mark.thorough
+    def test_what_was_got_has_room_where_nothing_is_free(self):
+        rows = test_utils.number_printed(FULL, test_utils.LIMITED)
+        self.assertEqual(rows, 64)
 
     @unittest.skipUnless(
         platform.libc_ver()[0] == "glibc", "Others have no heaps for threads."
