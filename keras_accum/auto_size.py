@@ -217,9 +217,12 @@ def make_rehearsal(accumulation) -> Callable:
 
 
 def snapshot_of(accumulation) -> replicas.Snapshot:
-    """Returns what steps assign, except the buffers, which start anew."""
+    """Returns what steps assign, except the buffers, which start anew.
+
+    Layers may assign weights that are trained as well, as
+    `SpectralNormalization` does.
+    """
     model, window = accumulation.model, accumulation.window
-    trained = {id(variable) for variable in model.trainable_weights}
     variables = [
         variable.value
         for variable in [
@@ -227,7 +230,6 @@ def snapshot_of(accumulation) -> replicas.Snapshot:
             *model.metrics_variables,
             *compat.global_seed_state(),
         ]
-        if id(variable) not in trained
     ]
     buffers = set(map(id, window["gradients"].variables))
     listed = buffers | set(map(id, variables))

@@ -54,7 +54,8 @@ def plan(
     are run, and then on more, as far as there is room for twice as much; sizes
     beyond are forecast. The largest sizes that fit are timed.
 
-    Nothing is trained. All that steps assign is put back. A model that is not
+    Nothing is trained. All that steps assign is put back, but a `tf.Variable`
+    that a layer assigns, which Keras does not know of. A model that is not
     built is, as in `fit`. On several replicas, all is of one of them; on a CPU,
     they share the memory.
 

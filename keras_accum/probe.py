@@ -117,9 +117,8 @@ class Probe:
         model, strategy = self._model, self._model.distribute_strategy
         if self.is_compiled and not replicas.has_several(strategy):
             return boundary.planned_bytes(model)
-        trained = [*model.trainable_variables, *model.optimizer.variables]
         update = boundary.make_update_for_host(self._accumulation)
-        with self._unchanged(trained):
+        with self._unchanged(model.optimizer.variables):
             # The first one writes beside the values that are to be put back.
             self._step(1)
             update()
@@ -200,10 +199,10 @@ class Probe:
         wait_for(logs)
 
     @contextlib.contextmanager
-    def _unchanged(self, trained: Iterable = ()) -> Iterator[None]:
+    def _unchanged(self, more: Iterable = ()) -> Iterator[None]:
         """Puts back what steps assign, and what else is given."""
         strategy = self._model.distribute_strategy
-        own = replicas.Snapshot(strategy, [each.value for each in trained])
+        own = replicas.Snapshot(strategy, [each.value for each in more])
         others = auto_size.snapshot_of(self._accumulation)
         try:
             yield

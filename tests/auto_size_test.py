@@ -42,6 +42,15 @@ class Limited(keras.layers.Layer):
         return inputs + tf.cast(zero, inputs.dtype)
 
 
+class Shrinking(keras.layers.Dense):
+    """A layer that assigns a weight that is trained."""
+
+    def call(self, inputs, training=None):
+        if training:
+            self.kernel.assign(0.9 * self.kernel)
+        return super().call(inputs)
+
+
 def limited(cls, constraint=None, **kwargs):
     """Returns a model with state of all kinds; some of its steps fail."""
     keras.utils.set_random_seed(7)
@@ -49,7 +58,7 @@ def limited(cls, constraint=None, **kwargs):
     hidden = keras.layers.Dropout(0.2, seed=3)(inputs)
     hidden = keras.layers.BatchNormalization()(hidden)
     hidden = Limited()(hidden)
-    hidden = keras.layers.Dense(4, kernel_constraint=constraint)(hidden)
+    hidden = Shrinking(4, kernel_constraint=constraint)(hidden)
     hidden = keras.layers.BatchNormalization()(hidden)
     hidden = keras.layers.GlobalAveragePooling1D()(hidden)
     outputs = [keras.layers.Dense(3, name=name)(hidden) for name in "ab"]

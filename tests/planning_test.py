@@ -53,7 +53,9 @@ def make(cls=keras.Model, jit_compile=True, **arguments):
         hidden = Block(name=f"block_{index}")(hidden)
     hidden = keras.layers.BatchNormalization(name="norm")(hidden)
     hidden = keras.layers.GlobalAveragePooling1D(name="mean")(hidden)
-    outputs = keras.layers.Dense(CLASSES, name="logits")(hidden)
+    logits = keras.layers.Dense(CLASSES)
+    # It assigns a weight that is trained.
+    outputs = keras.layers.SpectralNormalization(logits, name="logits")(hidden)
     model = cls(inputs, outputs, **arguments)
     model.compile(
         keras.optimizers.Adam(),
