@@ -113,6 +113,10 @@ print(planned.most_rows(None, 128, 0))
 assert asked == [64]
 """
 
+needs_regions = unittest.skipUnless(
+    reserve.keeps_regions(), "TensorFlow's allocator keeps no regions here."
+)
+
 
 class MemoryTest(tf.test.TestCase):
     def test_takes_a_line_through_what_was_measured(self):
@@ -213,9 +217,8 @@ class MemoryTest(tf.test.TestCase):
                 memory.largest(64, lambda n, most=limit: n <= most), expected
             )
 
+    @needs_regions
     def test_a_region_is_a_power_of_two_or_nine_tenths_of_that(self):
-        if not reserve.keeps_regions():
-            self.skipTest("TensorFlow's allocator keeps no regions here.")
         gibibyte = 2**30
         # Larger than what any other test of the process has asked for.
         for needed, expected in (
@@ -315,17 +318,13 @@ class MemoryTest(tf.test.TestCase):
         taken = test_utils.number_printed(KEPT, test_utils.LIMITED)
         self.assertEqual(taken, 0)
 
-    @unittest.skipUnless(
-        reserve.keeps_regions(), "TensorFlow's allocator keeps no regions here."
-    )
+    @needs_regions
     @pytest.mark.thorough
     def test_gets_room_for_gaps_each_time(self):
         taken = test_utils.number_printed(RESERVED, test_utils.LIMITED)
         self.assertEqual(taken, 0)
 
-    @unittest.skipUnless(
-        reserve.keeps_regions(), "TensorFlow's allocator keeps no regions here."
-    )
+    @needs_regions
     @pytest.mark.thorough
     def test_what_was_got_has_room_where_nothing_is_free(self):
         rows = test_utils.number_printed(FULL, test_utils.LIMITED)
