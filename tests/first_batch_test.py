@@ -176,21 +176,24 @@ class FirstBatchTest(test_utils.TestCase, parameterized.TestCase):
             def __init__(self):
                 super().__init__()
                 self.seeds = keras.random.SeedGenerator(1)
-                self.calls = tf.Variable(0)
+                self.generator = tf.random.Generator.from_seed(1)
 
             def call(self, y, y_pred):
                 keras.random.uniform((1,), seed=self.seeds)
-                return keras.ops.square(y - y_pred)
+                noise = self.generator.normal(tf.shape(y))
+                return keras.ops.square(y - y_pred + noise)
 
         loss = Drawing()
         model = linear(keras_accum.GradientAccumulationModel, accum_steps=2)
         model.compile("sgd", loss, jit_compile=False)
         states = [random.getstate(), np.random.get_state()[1].tolist()]
         seeds = loss.seeds.state.numpy()
+        state = loss.generator.state.numpy().copy()
         x, y = map(tf.constant, arrays(ROWS))
         found = first_batch.find(model._accumulation, (x, y))
         self.assertEqual(found.compiled, (Kind.MEAN,))
         self.assertAllEqual(loss.seeds.state, seeds)
+        self.assertAllEqual(loss.generator.state, state)
         self.assertEqual(
             states, [random.getstate(), np.random.get_state()[1].tolist()]
         )

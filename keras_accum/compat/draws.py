@@ -33,6 +33,13 @@ _draws = [
             "truncated_normal",
             tf.random.stateless_truncated_normal,
         ),
+        (tf.random.Generator, "uniform", tf.random.stateless_uniform),
+        (tf.random.Generator, "normal", tf.random.stateless_normal),
+        (
+            tf.random.Generator,
+            "truncated_normal",
+            tf.random.stateless_truncated_normal,
+        ),
     )
 ]
 
