@@ -26,9 +26,11 @@ does the same for PyTorch.
 """
 
 import functools
+import gc
 import re
 import time
 from collections.abc import Callable
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -40,6 +42,7 @@ from keras_accum import memory
 from keras_accum import programs
 from keras_accum import rehearsal
 from keras_accum import replicas
+from keras_accum import restoring
 from keras_accum import rows as row_counts
 from keras_accum import saving
 from keras_accum.control_flow import wait_for
@@ -59,7 +62,8 @@ class Attempts:
         self._accumulation = accumulation
         self._attempt = Attempt(accumulation, each)
         self._rehearse = make_rehearsal(accumulation)
-        self._is_built = False
+        # The model's own variables, once it is built.
+        self._own: list[tf.Variable] | None = None
 
     def __call__(self, args: tuple):
         """Adds a batch to the window, in micro-batches; returns the logs.
@@ -68,9 +72,9 @@ class Attempts:
             args: The batch alone, as for `programs.on_replicas`.
         """
         (data,), accumulation = args, self._accumulation
-        if not self._is_built:
+        if self._own is None:
             discovery.build_for(accumulation, data)
-            self._is_built = True
+            self._own = restoring.own_variables(accumulation.model)
         strategy = accumulation.model.distribute_strategy
         # A worker may get no rows, of a last batch that is short.
         counts = row_counts.local_counts(strategy, data)
@@ -79,7 +83,7 @@ class Attempts:
         limit = sizes.limit
         while True:
             size = sizes.to_try(rows)
-            snapshot = snapshot_of(accumulation)
+            snapshot = snapshot_of(accumulation, self._own)
             start = time.perf_counter()
             (logs, smaller), failure = catching(self._attempt, data, size)
             if sizes.is_timed(rows):
@@ -216,25 +220,20 @@ def make_rehearsal(accumulation) -> Callable:
     return run
 
 
-def snapshot_of(accumulation) -> replicas.Snapshot:
+def snapshot_of(accumulation, own: Sequence | None = None) -> replicas.Snapshot:
     """Returns what steps assign, except the buffers, which start anew.
 
-    Layers may assign weights that are trained as well, as
-    `SpectralNormalization` does.
+    Args:
+        accumulation: What the model accumulates in.
+        own: See `restoring.variables_of`.
     """
     model, window = accumulation.model, accumulation.window
-    variables = [
-        variable.value
-        for variable in [
-            *model.variables,
-            *model.metrics_variables,
-            *compat.global_seed_state(),
-        ]
-    ]
-    buffers = set(map(id, window["gradients"].variables))
-    listed = buffers | set(map(id, variables))
-    others = [v for v in window.variables if id(v) not in listed]
-    return replicas.Snapshot(model.distribute_strategy, variables + others)
+    # A step may be the first that draws.
+    variables = [each.value for each in compat.global_seed_state()]
+    variables += restoring.variables_of(model, own)
+    listed = set(map(id, [*window["gradients"].variables, *variables]))
+    variables += [v for v in window.variables if id(v) not in listed]
+    return replicas.Snapshot(model.distribute_strategy, variables)
 
 
 def local_leaves(strategy, data):
@@ -279,9 +278,11 @@ def catching(function, *args):
     except (tf.errors.OpError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        # Not the error itself, which would keep alive what it passed by.
-        said = str(error).partition("\n")[0]
-        return (None, None), said or type(error).__name__
+        said = str(error).partition("\n")[0] or type(error).__name__
+    # It would keep alive what it passed by. In a model that runs eagerly, it
+    # and frames of Keras's have each other.
+    gc.collect()
+    return (None, None), said
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -15,6 +15,7 @@ from keras_accum import first_batch
 from keras_accum import loss_tracker
 from keras_accum import programs
 from keras_accum import replicas
+from keras_accum import restoring
 from keras_accum import rows as row_counts
 from keras_accum import steps
 from keras_accum.accumulation import Accumulation
@@ -59,8 +60,7 @@ def run(
     strategy, options = model.distribute_strategy, model._accumulation.options
     options = options.replace(nonfinite="propagate")
     overrides = model._accumulation.overrides
-    variables = [*model.variables, *compat.existing_seed_state()]
-    snapshot = replicas.Snapshot(strategy, [each.value for each in variables])
+    snapshot = replicas.Snapshot(strategy, restoring.variables_of(model))
     before = values_of(model)
     with strategy.scope():
         accumulation = Accumulation(model, options, overrides)

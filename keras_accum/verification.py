@@ -104,8 +104,8 @@ def verify(
     It makes the model's own train step on a batch, whole and in uneven
     micro-batches, eagerly, and compares what the optimizer would get. Random
     draws are made alike. Nothing changes: neither weights, optimizer, metrics,
-    random states nor the window that the model is in. A `tf.Variable` that a
-    layer assigns, which Keras does not know of, is not put back.
+    random states nor the window that the model is in; but a `tf.Variable` that
+    a step assigns, and that is no attribute of the model or of a layer.
 
     Args:
         model: A compiled model that accumulates, in either way.

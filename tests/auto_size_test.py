@@ -43,11 +43,16 @@ class Limited(keras.layers.Layer):
 
 
 class Shrinking(keras.layers.Dense):
-    """A layer that assigns a weight that is trained."""
+    """A layer that assigns a weight that is trained, and one of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls = tf.Variable(0.0, trainable=False)
 
     def call(self, inputs, training=None):
         if training:
             self.kernel.assign(0.9 * self.kernel)
+            self.calls.assign_add(1.0)
         return super().call(inputs)
 
 
@@ -97,6 +102,7 @@ def state_of(model):
         *model.metrics_variables,
         *model.optimizer.variables,
         *model._accumulation.window["losses"].variables,
+        *(each.calls for each in model.layers if isinstance(each, Shrinking)),
     ]
     return [v.numpy() for v in variables]
 

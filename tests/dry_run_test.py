@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_accum
 from keras_accum import dry_run
 from keras_accum import restoring
 from tests import test_utils
@@ -37,6 +38,36 @@ class DryRunTest(test_utils.TestCase):
         expected = tape.gradient(loss, model.trainable_weights)
         self.assertAllClose(result.loss, loss)
         self.assertAllClose(list(result.gradients.values()), expected)
+
+    def test_puts_back_what_keras_does_not_know(self):
+        class Own(tf.Module):
+            def __init__(self):
+                super().__init__()
+                self.value = tf.Variable(1.0)
+
+        inputs = keras.Input((5,))
+        layer = keras.layers.Dense(2)
+        model = keras_accum.GradientAccumulationModel(
+            inputs, layer(inputs), accum_steps=3
+        )
+        model.compile("sgd", "mse")
+        model.number, layer.module = tf.Variable(1.0), Own()
+        layer.listed, layer.named = [tf.Variable(1.0)], {"a": tf.Variable(1.0)}
+        layer.generator = tf.random.Generator.from_seed(1)
+        own = [
+            model.number,
+            layer.module.value,
+            layer.listed[0],
+            layer.named["a"],
+            layer.generator.state,
+        ]
+        before = [each.numpy() for each in own]
+        with restoring.unchanged(model):
+            for each in own[:-1]:
+                each.assign(3.0)
+            layer.generator.normal([3])
+        self.assertAllEqual(own[-1], before[-1])
+        self.assertAllClose(own[:-1], before[:-1], 0, 0)
 
     def test_an_error_puts_back_too(self):
         model = test_utils.accumulating(accum_steps=3)
