@@ -58,7 +58,7 @@ class Plan:
         memory_limit: Bytes that there are on each device.
         layers: What to give to `rematerialize` for the sizes with
             `is_recomputed`: names of layers.
-        note: Why there are no such sizes; or "".
+        note: Why there are no such sizes, or not with all layers; or "".
     """
 
     sizes: tuple[Size, ...]

@@ -13,6 +13,7 @@ The real thing does not try every size; see `forecast.py`.
 """
 
 import functools
+import gc
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,7 @@ from keras_accum.forecast import Line
 from keras_accum.plan_table import Plan
 from keras_accum.plan_table import Size
 from keras_accum.probe import Probe
+from keras_accum.second_call import NotRepeatable
 
 # Sizes of a table; there are more if none of them fits.
 SIZES = 7
@@ -49,14 +51,15 @@ def plan(
     The rows given are one batch, and so one update. The table has a line for
     each `microbatch_size`: all rows, half of them, and so on; once as the model
     is, and once with its layers recomputed, as `rematerialize` does, if that
-    saves a tenth or more. Where XLA compiles, its plan says what a step needs,
-    and nothing is run that may not fit. Where it does not, steps on few rows
-    are run, and then on more, as far as there is room for twice as much; sizes
-    beyond are forecast. The largest sizes that fit are timed.
+    saves a tenth or more; those that cannot be are left out. Where XLA
+    compiles, its plan says what a step needs, and nothing is run that may not
+    fit. Where it does not, steps on few rows are run, and then on more, as far
+    as there is room for twice as much; sizes beyond are forecast. The largest
+    sizes that fit are timed.
 
     Nothing is trained. All that steps assign is put back, but a `tf.Variable`
-    that a layer assigns, which Keras does not know of. A model that is not
-    built is, as in `fit`. On several replicas, all is of one of them; on a CPU,
+    that is no attribute of the model or of a layer. A model that is not built
+    is, as in `fit`. On several replicas, all is of one of them; on a CPU,
     they share the memory.
 
     Args:
@@ -108,19 +111,56 @@ def plan(
     # The update is the same whatever steps recompute.
     boundary = probe.update_bytes()
     sizes = sizes_of(probe, boundary, limit, is_recomputed=False)
-    layers, note = rematerialization.names_of_layers(model), ""
     most = max((each.rows for each in sizes if each.fits), default=0)
     try:
-        with rematerialization.recomputed(model, layers):
-            probe = Probe(model, data)
-            others = sizes_of(probe, boundary, limit, True, timed=most)
-        if others[0].activations <= WORTH * sizes[0].activations:
-            sizes += others
-        else:
-            layers, note = [], "Layers are not recomputed: it saves too little."
+        others, layers, note = recomputed_sizes(
+            model, data, boundary, limit, timed=most
+        )
     except (ImportError, RuntimeError, ValueError) as error:
-        layers, note = [], f"Layers are not recomputed: {error}"
+        others, layers, note = [], [], f"Layers are not recomputed: {error}"
+        gc.collect()
+    if others and others[0].activations > WORTH * sizes[0].activations:
+        others, layers = [], []
+        note = "Layers are not recomputed: it saves too little."
+    sizes += others
     return Plan(tuple(sizes), limit, tuple(layers), note)
+
+
+def recomputed_sizes(
+    model: keras.Model, data, boundary: int, limit: int, timed: int
+) -> tuple[list[Size], list[str], str]:
+    """Returns the sizes with layers recomputed: all that can be.
+
+    Args:
+        model: The model.
+        data: As for `Probe`.
+        boundary: As for `sizes_of`.
+        limit: As for `sizes_of`.
+        timed: As for `sizes_of`.
+
+    Returns:
+        The sizes, the names of the layers, and a note on the others.
+    """
+    layers, left_out = rematerialization.names_of_layers(model), []
+    while True:
+        try:
+            with rematerialization.recomputed(model, layers):
+                probe = Probe(model, data)
+                sizes = sizes_of(probe, boundary, limit, True, timed)
+            break
+        except NotRepeatable as error:
+            names = error.first().names
+            refused = [name for name in layers if name in names]
+            if not refused or len(refused) == len(layers):
+                first = error.first()
+                raise first from None
+        layers = [name for name in layers if name not in refused]
+        left_out += refused
+        # Keras's frames, and those below with the batch, and the error keep
+        # each other alive.
+        gc.collect()
+    note = f"These cannot be recomputed: {', '.join(left_out)}"
+    return sizes, layers, note if left_out else ""
 
 
 def sizes_of(

@@ -31,6 +31,7 @@ from keras_accum.differentiable import Outputs
 from keras_accum.differentiable import computed_after
 from keras_accum.differentiable import flat
 from keras_accum.differentiable import places_with_gradients
+from keras_accum.second_call import NotRepeatable
 from keras_accum.second_call import Variables
 
 # By how much two calls may differ in rounding, of the largest output.
@@ -51,7 +52,7 @@ def call(function: Callable, args: tuple, kwargs: dict):
         What the function returns.
 
     Raises:
-        ValueError: If a second call would not be as the first one was.
+        NotRepeatable: If a second call would not be as the first one was.
     """
     if compat.is_made_of_recomputed(function):
         # It keeps nothing itself, and all at once would be no gain.
@@ -235,10 +236,13 @@ class Recomputed:
         name = getattr(owner, "name", None) or getattr(
             self._function, "__qualname__", repr(self._function)
         )
-        raise ValueError(
-            f"`{name}` cannot be recomputed: {reason}. Recomputing a layer "
-            "must repeat what it did. Take it out of the `keras.RematScope`, "
-            "or have it draw by `keras.random` with a `SeedGenerator` of its "
-            "own, assign Keras's variables only, outside of loops, and be "
-            "given all tensors that it uses as arguments."
+        names = getattr(owner, "names", (name,))
+        raise NotRepeatable(
+            f"`{', '.join(names)}` cannot be recomputed: {reason}. Recomputing "
+            "a layer must repeat what it did. Take it out of the "
+            "`keras.RematScope`, or have it draw by `keras.random` with a "
+            "`SeedGenerator` of its own, assign Keras's variables only, "
+            "outside of loops, and be given all tensors that it uses as "
+            "arguments.",
+            names,
         )

@@ -1,12 +1,40 @@
-"""Variables in a second call: they hold what they held before the first one."""
+"""A second call: variables in it hold what they held before the first one.
+
+And the error where it would not be as the first one was.
+"""
 
 from collections.abc import Iterable
 from collections.abc import Sequence
+from typing import Self
 
 import keras
 import tensorflow as tf
 
 from keras_accum import compat
+
+
+class NotRepeatable(ValueError):
+    """A second call of a function would not be as the first one was.
+
+    Args:
+        message: What is said.
+        names: As the attribute.
+
+    Attributes:
+        names: Of the layers that the function calls. An error that Keras makes
+            of this one, to say with what they were called, has none.
+    """
+
+    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = names
+
+    def first(self) -> Self:
+        """Returns the error that has the names."""
+        error: BaseException = self
+        while not getattr(error, "names", ()) and error.__context__:
+            error = error.__context__
+        return error if isinstance(error, type(self)) else self
 
 
 class Variables(keras.StatelessScope):

@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from absl.testing import absltest
 from absl.testing import parameterized
 
@@ -44,6 +45,21 @@ class Block(keras.layers.Layer):
         return inputs + self.dropout(hidden, training=training)
 
 
+class Noise(keras.layers.Layer):
+    """Draws by a generator of TensorFlow's, and counts how often."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.generator = tf.random.Generator.from_seed(1)
+        self.counts = {"calls": tf.Variable(0.0, trainable=False)}
+
+    def call(self, inputs, training=False):
+        if not training:
+            return inputs
+        self.counts["calls"].assign_add(1.0)
+        return inputs + self.generator.normal(tf.shape(inputs))
+
+
 def make(cls=keras.Model, jit_compile=True, **arguments):
     """Returns a compiled model whose activations are most of its memory."""
     keras.utils.set_random_seed(0)
@@ -53,6 +69,7 @@ def make(cls=keras.Model, jit_compile=True, **arguments):
         hidden = Block(name=f"block_{index}")(hidden)
     hidden = keras.layers.BatchNormalization(name="norm")(hidden)
     hidden = keras.layers.GlobalAveragePooling1D(name="mean")(hidden)
+    hidden = Noise(name="noise")(hidden)
     logits = keras.layers.Dense(CLASSES)
     # It assigns a weight that is trained.
     outputs = keras.layers.SpectralNormalization(logits, name="logits")(hidden)
@@ -79,6 +96,8 @@ def values(model):
         *model.variables,
         *model.metrics_variables,
         *model.optimizer.variables,
+        model.get_layer("noise").generator.state,
+        model.get_layer("noise").counts["calls"],
     ]
     return [variable.numpy() for variable in variables]
 
@@ -155,8 +174,17 @@ class PlanTest(parameterized.TestCase):
     def test_table_says_what_to_do(self, way):
         found = plan(way)
         lines = str(found).splitlines()
-        self.assertLen(lines[2:-1], len(found.sizes) + found.best.is_recomputed)
-        self.assertEqual(lines[-1], f"microbatch_size={found.best.rows}")
+        self.assertLen(lines[2:-2], len(found.sizes) + found.best.is_recomputed)
+        self.assertEqual(lines[-2], f"microbatch_size={found.best.rows}")
+
+    @parameterized.parameters(*WAYS)
+    @test_utils.first_command(TRACED)
+    def test_leaves_out_layers_that_cannot_be_recomputed(self, way):
+        found = plan(way)
+        self.assertNotIn("noise", found.layers)
+        self.assertIn("block_0", found.layers)
+        self.assertIn("block_1", found.layers)
+        self.assertRegex(found.note, "^These cannot be recomputed: .*noise")
 
     @pytest.mark.thorough
     def test_layers_are_those_of_rematerialize(self):

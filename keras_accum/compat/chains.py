@@ -40,12 +40,12 @@ class Chain:
         operation_fn: Returns the function to call instead of a layer.
 
     Attributes:
-        name: The names of the layers.
+        names: The names of the layers.
     """
 
     def __init__(self, nodes: Sequence, operation_fn: Callable) -> None:
         self._nodes, self._operation_fn = nodes, operation_fn
-        self.name = ", ".join(node.operation.name for node in nodes)
+        self.names = tuple(node.operation.name for node in nodes)
 
     def __call__(self, *args, **kwargs):
         """Calls the layers, as the graph does."""
