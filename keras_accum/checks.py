@@ -4,6 +4,7 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import get_args
 
+import keras
 import tensorflow as tf
 
 from keras_accum.annotations import WindowMetric
@@ -11,12 +12,20 @@ from keras_accum.annotations import WindowMetric
 NORM, NOISE_SCALE = get_args(WindowMetric)
 
 
-def check_positive_int(value, message: str) -> None:
-    """Raises with `message` unless `value` is an integer of at least 1."""
+def check_model(model) -> None:
+    """Raises a `TypeError` unless `model` is a model of Keras's."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"`model` must be a `keras.Model`. Received: model={model!r}"
+        )
+
+
+def check_positive(value, message: str, kind: type = Integral) -> None:
+    """Raises with `message` unless `value` is a number of at least 1."""
     # A bool is an int to Python, and a mistake here.
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{message} (of type {type(value).__name__})")
-    if value < 1:
+    if not value >= 1:
         raise ValueError(message)
 
 

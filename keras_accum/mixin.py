@@ -34,6 +34,7 @@ from keras_accum.annotations import Arguments
 from keras_accum.attributes import option
 from keras_accum.calls import make_call
 from keras_accum.checkpoint import WindowCheckpoint
+from keras_accum.checks import check_model
 from keras_accum.nonfinite_report import NonfiniteReport
 from keras_accum.options import Options
 from keras_accum.options import check_optimizer
@@ -144,10 +145,7 @@ class GradientAccumulationMixin(
         )
         ```
         """
-        if not isinstance(model, keras.Model):
-            raise TypeError(
-                f"`model` must be a `keras.Model`. Received: model={model!r}"
-            )
+        check_model(model)
         if others:
             raise TypeError(
                 "What comes after the model is given by name, as in "

@@ -12,7 +12,7 @@ from numbers import Real
 
 import keras
 
-from keras_accum.checks import check_positive_int
+from keras_accum.checks import check_positive
 from keras_accum.schedule_table import Configured
 
 # A window of one micro-batch tells nothing; every so often there are two.
@@ -71,12 +71,12 @@ class NoiseScale(Configured):
     """
 
     def __init__(self, minimum: int, maximum: int, ratio: float = 1.0) -> None:
-        check_positive_int(
+        check_positive(
             minimum,
             "`minimum` must be a positive integer. "
             f"Received: minimum={minimum!r}",
         )
-        check_positive_int(
+        check_positive(
             maximum,
             "`maximum` must be a positive integer. "
             f"Received: maximum={maximum!r}",

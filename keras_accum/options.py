@@ -16,7 +16,7 @@ from keras_accum.annotations import PartialWindow
 from keras_accum.annotations import WindowMetrics
 from keras_accum.checks import check_dtype
 from keras_accum.checks import check_policy
-from keras_accum.checks import check_positive_int
+from keras_accum.checks import check_positive
 from keras_accum.checks import check_window_metrics
 from keras_accum.noise_schedule import NoiseScale
 from keras_accum.warned import did_you_mean
@@ -179,7 +179,7 @@ def check_one_way(options: Options) -> None:
 def check_accum_steps(value) -> None:
     """Raises an error unless `value` is a positive int or a function."""
     if not callable(value):
-        check_positive_int(
+        check_positive(
             value,
             "`accum_steps` must be a positive integer, or a function of the "
             "number of updates that returns one. "
@@ -189,7 +189,7 @@ def check_accum_steps(value) -> None:
 
 def check_scheduled(value, updates: int) -> np.int64:
     """Returns a schedule's result as int64; raises unless it is positive."""
-    check_positive_int(
+    check_positive(
         value,
         "A function given as `accum_steps` must return a positive integer. "
         f"Received: accum_steps({updates})={value!r}",
@@ -200,7 +200,7 @@ def check_scheduled(value, updates: int) -> np.int64:
 def check_effective_batch_size(value) -> None:
     """Raises an error unless `value` is None or a positive int."""
     if value is not None and not isinstance(value, NoiseScale):
-        check_positive_int(
+        check_positive(
             value,
             "`effective_batch_size` must be a positive integer, a "
             "`schedules.NoiseScale` or None. "
@@ -212,7 +212,7 @@ def check_microbatch_size(value) -> MicrobatchSize:
     """Returns `value`, or raises unless it may be one."""
     if value is None or (isinstance(value, str) and value in (AUTO, LARGEST)):
         return value
-    check_positive_int(
+    check_positive(
         value,
         "`microbatch_size` must be a positive integer, "
         f'"auto", "largest" or None. Received: microbatch_size={value!r}',

@@ -16,6 +16,7 @@ import functools
 import gc
 import itertools
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import keras
@@ -24,6 +25,7 @@ from keras_accum import compat
 from keras_accum import first_batch
 from keras_accum import rematerialization
 from keras_accum import verifiable
+from keras_accum.checks import check_positive
 from keras_accum.forecast import Line
 from keras_accum.plan_table import Plan
 from keras_accum.plan_table import Size
@@ -76,6 +78,7 @@ def plan(
         A `Plan`. `print` shows it as a table.
 
     Raises:
+        TypeError: If `model` is no `keras.Model`, or `memory_limit` no number.
         ValueError: If the model is not compiled, the data is not one batch,
             `memory_limit` is not positive, or nobody says what a step needs.
             XLA does. Without it TensorFlow does, of GPUs and of some CPUs, and
@@ -93,14 +96,15 @@ def plan(
     )
     ```
     """
-    if memory_limit is not None and not memory_limit > 0:
-        raise ValueError(
+    if memory_limit is not None:
+        check_positive(
+            memory_limit,
             "`memory_limit` must be a positive number of bytes, or None. "
-            f"Received: memory_limit={memory_limit!r}"
+            f"Received: memory_limit={memory_limit!r}",
+            Real,
         )
     data = verifiable.data_of(model, x, y, sample_weight)
-    # None of them cannot be cut either.
-    verifiable.check_rows(model, first_batch.rows_of(data) or None)
+    verifiable.check_rows(model, first_batch.rows_of(data))
     if not model.built:
         with model.distribute_strategy.scope():
             compat.build_by(

@@ -13,6 +13,7 @@ import keras
 from keras_accum import compat
 from keras_accum import recomputing
 from keras_accum import segments
+from keras_accum.checks import check_model
 from keras_accum.warned import did_you_mean
 
 # What says which layers: a name, a class, or the layer.
@@ -43,6 +44,8 @@ def rematerialize(
             and goes with it.
 
     Raises:
+        TypeError: If `model` is no `keras.Model`, or `layers` neither of these
+            nor some of them.
         ValueError: If the model has no such layer.
         ImportError: With Keras before 3.9.
 
@@ -52,8 +55,14 @@ def rematerialize(
     keras_accum.rematerialize(model, [keras.layers.MultiHeadAttention])
     ```
     """
+    check_model(model)
     if isinstance(layers, Choice):
         layers = [layers]
+    if not isinstance(layers, Iterable):
+        raise TypeError(
+            "`layers` must be a name, a class or a layer, or a list of these. "
+            f"Received: layers={layers!r}"
+        )
     all_layers, chosen = compat.all_layers(model), []
     for wanted in layers:
         found = [layer for layer in all_layers if is_meant(layer, wanted)]

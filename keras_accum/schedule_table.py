@@ -10,7 +10,7 @@ from typing import Literal
 from typing import Self
 from typing import get_args
 
-from keras_accum.checks import check_positive_int
+from keras_accum.checks import check_positive
 
 Unit = Literal["updates", "samples", "tokens"]
 UNITS = get_args(Unit)
@@ -128,13 +128,13 @@ def check_ints(name, values):
         raise TypeError(f"{message} (of type {type(values).__name__})")
     values = list(values)
     for value in values:
-        check_positive_int(value, message)
+        check_positive(value, message)
     return [int(value) for value in values]
 
 
 def check_int(name, value):
     """Returns `value` as an int, or raises unless it is a positive integer."""
-    check_positive_int(
+    check_positive(
         value,
         f"`{name}` must be a positive integer. Received: {name}={value!r}",
     )

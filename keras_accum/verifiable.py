@@ -6,6 +6,7 @@ import keras
 
 from keras_accum import compat
 from keras_accum import rows as row_counts
+from keras_accum.checks import check_model
 
 
 def data_of(model, x: Any, y: Any, sample_weight: Any) -> tuple:
@@ -14,8 +15,10 @@ def data_of(model, x: Any, y: Any, sample_weight: Any) -> tuple:
     A task of KerasHub preprocesses in `fit` what `train_step` gets.
 
     Raises:
-        ValueError: If it is none: a dataset, say, has many.
+        TypeError: If the model is none of Keras's.
+        ValueError: If it is no batch: a dataset, say, has many.
     """
+    check_model(model)
     preprocess = getattr(
         model, "preprocess_samples", keras.utils.pack_x_y_sample_weight
     )
@@ -32,7 +35,12 @@ def data_of(model, x: Any, y: Any, sample_weight: Any) -> tuple:
 
 
 def check_rows(model, rows: int | None) -> None:
-    """Raises a `ValueError` unless a compiled model has rows to cut."""
+    """Raises a `ValueError` unless a compiled model has rows to cut.
+
+    Args:
+        model: The model.
+        rows: How many there are; None if `x`, `y` and `sample_weight` differ.
+    """
     if not model.compiled:
         raise ValueError("`model` must be compiled. Call `model.compile`.")
     if rows is None:
@@ -40,6 +48,8 @@ def check_rows(model, rows: int | None) -> None:
             "`x`, `y` and `sample_weight` must have the same number of rows "
             "along the first axis: otherwise nobody knows how to cut them."
         )
+    if not rows:
+        raise ValueError("`x`, `y` and `sample_weight` must have rows.")
 
 
 def check(model, rows: int | None) -> None:

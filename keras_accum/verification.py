@@ -118,6 +118,7 @@ def verify(
         A `Verification`. `print` shows it as a table.
 
     Raises:
+        TypeError: If `model` is no `keras.Model`.
         ValueError: If the model does not accumulate, is not compiled, or the
             data is not one batch of at least 3 rows.
 

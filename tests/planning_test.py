@@ -329,8 +329,17 @@ class ModelsTest(parameterized.TestCase):
             keras_accum.plan(model, np.ones((4, 2)), np.ones(3))
         with self.assertRaisesRegex(ValueError, "must be one batch"):
             keras_accum.plan(model, iter([batch(4)]))
-        with self.assertRaisesRegex(ValueError, "positive number of bytes"):
-            keras_accum.plan(model, *batch(4), memory_limit=0)
+        with self.assertRaisesRegex(ValueError, "must have rows"):
+            keras_accum.plan(model, *batch(0))
+        with self.assertRaisesRegex(TypeError, "must be a `keras.Model`"):
+            keras_accum.plan("model.keras", *batch(4))
+        bytes_expected = "positive number of bytes"
+        for limit in (0, float("nan")):
+            with self.assertRaisesRegex(ValueError, bytes_expected):
+                keras_accum.plan(model, *batch(4), memory_limit=limit)
+        for limit in ("8GB", True):
+            with self.assertRaisesRegex(TypeError, bytes_expected):
+                keras_accum.plan(model, *batch(4), memory_limit=limit)
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
         with self.assertRaisesRegex(ValueError, "must be compiled"):
             keras_accum.plan(model, np.ones((4, 2)), np.ones((4, 3)))

@@ -415,6 +415,14 @@ class RematerializeTest(RematerializationTest):
             with self.assertRaisesRegex(ValueError, "Did you mean `block_0`"):
                 keras_accum.rematerialize(model, wanted)
 
+    def test_wrong_kinds(self):
+        model = functional(WINDOW)
+        for wanted in (None, 3, lambda layer: True):
+            with self.assertRaisesRegex(TypeError, "a name, a class or a lay"):
+                keras_accum.rematerialize(model, wanted)
+        with self.assertRaisesRegex(TypeError, "must be a `keras.Model`"):
+            keras_accum.rematerialize("model.keras", "block_0")
+
     @pytest.mark.thorough
     def test_memory(self):
         def planned(depth_is_kept):
