@@ -137,7 +137,7 @@ class Attempt:
         self._by_size: dict[int, Callable] = {}
         model = accumulation.model
         is_compiled = model.jit_compile and not model.run_eagerly
-        needed = each.planned_bytes if is_compiled else self._count_bytes
+        needed = each.memory_plan if is_compiled else self._count_bytes
         update = functools.cache(
             functools.partial(boundary.planned_bytes, model)
         )

@@ -102,6 +102,10 @@ class EachMicrobatch:
         )
 
     def planned_bytes(self, data, size: int) -> int:
+        """Returns what XLA plans for a step, as `memory_plan`."""
+        return self.memory_plan(data, size).planned
+
+    def memory_plan(self, data, size: int) -> compat.MemoryPlan:
         """Returns what a compiled step takes, on all local replicas.
 
         Args:
@@ -111,9 +115,9 @@ class EachMicrobatch:
         if not self._is_traced:
             self._trace_for_any_rows(data)
             self._is_traced = True
-        planned = self.call_with_step(data, size, compat.planned_bytes)
-        strategy = self._model.distribute_strategy
-        return sum(strategy.experimental_local_results(planned))
+        plan = self.call_with_step(data, size, compat.memory_plan)
+        local = self._model.distribute_strategy.experimental_local_results
+        return compat.MemoryPlan(*(sum(local(each)) for each in plan))
 
     def call_with_step(self, data, size: int, function: Callable):
         """Calls a function with a step and its arguments, on each replica.

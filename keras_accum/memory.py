@@ -5,11 +5,12 @@ allocator says so as well; but then other threads, XLA's compiler and the
 kernels' libraries ask for a little more, get nothing, and end the process. So a
 CPU is not asked for what it is known not to have.
 
-A compiled step says how much it needs: XLA plans that. Of one that is not
-compiled, TensorFlow or Linux counts what it took. So steps on few rows come
-first, and what those on more rows need follows from these: it is a fixed
-amount, and an amount for each row. The first may hide the second, so that no
-size is far from those that were tried.
+A compiled step says how much it needs: XLA plans that, but for addresses that
+convolutions take (see `compat.MemoryPlan`). Of one that is not compiled,
+TensorFlow or Linux counts what it took. So steps on few rows come first, and
+what those on more rows need follows from these: it is a fixed amount, and an
+amount for each row. The first may hide the second, so that no size is far from
+those that were tried.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 from absl import logging
 
+from keras_accum import compat
 from keras_accum import counting
 from keras_accum import forecast
 from keras_accum import heap
@@ -48,8 +50,8 @@ class Room:
     """How many rows of batches there is room for, on a CPU.
 
     Args:
-        needed: The bytes for a step, as for `Planned` if steps are compiled,
-            else as for `Counted`.
+        needed: What a step needs, as for `Planned` if steps are compiled, else
+            as for `Counted`.
         is_compiled: Whether they are.
         update: Function: the bytes for the update, if it is compiled. It is
             called more than once.
@@ -135,9 +137,10 @@ class Forecast:
     """What steps on a number of rows need, for batches of one shape.
 
     Args:
-        needed: Function of a batch and a number of rows: the bytes for a step.
-            For `Counted` it also takes a function that calls another one with
-            arguments, and returns what that took.
+        needed: Function of a batch and a number of rows: what a step needs, as
+            a `MemoryPlan` for `Planned`, and in bytes for `Counted`. For that
+            it also takes a function that calls another one with arguments, and
+            returns what that took.
         reserve: Where TensorFlow's allocator is to get them from.
         saving: Bytes that it takes to save the model.
     """
@@ -167,6 +170,7 @@ class Forecast:
 
     def has_room_to_make(self) -> bool:
         """Returns whether there is room for a step more, that nobody needs."""
+        # Validation is yet to be made as well.
         left = MARGIN + self._making + (self._for_saving or 0)
         return system_memory.free_bytes() >= left
 
@@ -302,14 +306,17 @@ class Planned(Forecast):
     ) -> None:
         super().__init__(needed, reserve, saving)
         self._plan_update, self._for_update = update, 0
+        # What steps take of addresses alone.
+        self._mapped: dict[int, int] = {}
 
     def most_rows(self, data, size: int, count: int) -> int:
         """Compiles steps, on as many rows as may fit, until they do."""
 
         def fits(rows):
-            return self._reserve.taken(self._with_batch(rows, count)) <= (
-                self._free(count)
-            )
+            taken = self._reserve.taken(self._with_batch(rows, count))
+            mapped = bytes_for(self._mapped, rows)
+            # What takes nothing more always has room.
+            return not taken or taken + mapped <= self._free(count)
 
         known = [rows for rows in self._measured if rows <= size and fits(rows)]
         found = max(known, default=0)
@@ -348,23 +355,20 @@ class Planned(Forecast):
 
     def _free(self, count):
         # The steps and the update are compiled when they are run, and so is
-        # validation. Most of what that takes is there, from the compilations
-        # before. A copy of the next batch is made elsewhere.
-        compiling = FIRST_COMPILATION
+        # validation. A copy of the next batch is made elsewhere.
+        left = NOT_COMPILING + FIRST_COMPILATION
         if self._measured:
-            # With half of it, a transformer died in validation.
-            compiling = max(COMPILATION, self._making)
-        left = left_free(compiling)
+            left = left_free(max(COMPILATION, self._making))
         free = system_memory.free_bytes() - count - left
-        # What takes nothing more always has room.
-        return max(0, self._without_saving(free, left))
+        return self._without_saving(free, left)
 
     def _bytes_for(self, data, rows):
-        needed = self._growing(super()._bytes_for, data, rows)
+        plan = self._growing(super()._bytes_for, data, rows)
+        self._mapped[rows] = mapped_bytes(plan)
         # A step that was traced has told what the update is of. What it takes
         # to compile that is then free for when it is run.
         self._for_update = self._growing(self._plan_update)
-        return needed
+        return plan.planned
 
     def _growing(self, function, *args):
         result, took = growing(function, *args)
@@ -372,13 +376,19 @@ class Planned(Forecast):
         return result
 
 
+def mapped_bytes(plan: compat.MemoryPlan) -> int:
+    """Returns what a step takes besides what is planned, if that is limited."""
+    return 0 if system_memory.address_limit() is None else plan.mapped
+
+
 def left_free(compiling: int) -> int:
     """Returns the bytes to leave free where compiling a step took so many.
 
-    After that, steps, the update and validation took 0.7 times as many of small
-    models, 1.0 of a transformer, and 1.5 of one that is fast to compile.
+    After that, steps, the update and validation took 1.0 to 1.5 times as many,
+    and now and then a heap of 64 MiB. A language model that is fast to compile
+    took twice as many.
     """
-    return max(MARGIN, NOT_COMPILING + compiling)
+    return max(MARGIN, NOT_COMPILING + 3 * compiling // 2)
 
 
 def growing(function: Callable, *args) -> tuple[Any, int]:

@@ -74,7 +74,7 @@ class Probe:
             True,
         )
         self._plan_step = functools.cache(
-            functools.partial(self._each.planned_bytes, self._data)
+            functools.partial(self._each.memory_plan, self._data)
         )
         # Makes the buffers, and shows whose update it is.
         if made.run_eagerly:
@@ -100,9 +100,10 @@ class Probe:
     def step_bytes(self, rows: int) -> int:
         """Returns the bytes that come and go in a step on so many rows."""
         if self.is_compiled:
-            planned, took = memory.growing(self._plan_step, rows)
+            plan, took = memory.growing(self._plan_step, rows)
             self._compiling = max(self._compiling, took)
-            return planned // self._num_local
+            needed = plan.planned + memory.mapped_bytes(plan)
+            return needed // self._num_local
         with self._unchanged():
             # What it makes once is no part of it.
             self._step(rows)

@@ -492,6 +492,22 @@ class ExhaustionTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(outcome["updates"], 4)
         self.assertGreater(outcome["size"], 100)
 
+    @parameterized.parameters(
+        # XLA plans nothing of what its convolutions take.
+        (2500, "convolutional"),
+        # To make the steps and validation takes more than to plan them.
+        (2500, "transformer"),
+        (2535, "language"),
+    )
+    @test_utils.at_night
+    def test_never_dies_of_what_xla_does_not_plan(self, limit, model):
+        outcome, died = self.outcome(
+            limit, True, 512, f"--model={model}", size="largest", epochs=2
+        )
+        self.assertIsNone(died)
+        self.assertEqual(outcome["updates"], 4)
+        self.assertBetween(outcome["size"], 100, 400)
+
     @parameterized.parameters("auto", "largest")
     @test_utils.at_night
     def test_computing_twice_finds_three_times_the_rows(self, size):

@@ -105,6 +105,29 @@ class NamesTest(test_utils.TestCase):
         self.assertGreaterEqual(many, 10 * few)
         self.assertLessEqual(many, 10 * 4 * 256**2)
 
+    def test_addresses_for_patches(self):
+        def mapped(function, *shapes):
+            program = tf.function(function, jit_compile=True)
+            return compat.memory_plan(program, *map(tf.zeros, shapes)).mapped
+
+        def conv(x, kernel):
+            return tf.nn.conv2d(x, kernel, 1, "SAME")
+
+        def depthwise(x, kernel):
+            return tf.nn.depthwise_conv2d(x, kernel, (1, 1, 1, 1), "SAME")
+
+        patches, images = 8 * 16 * 16, (8, 16, 16, 4)
+        # 36 numbers of each, in eights; and of many numbers not all.
+        few = mapped(conv, images, (3, 3, 4, 2))
+        self.assertEqual(few, 4 * 40 * (patches + 2))
+        many = mapped(conv, (8, 16, 16, 96), (3, 3, 96, 2))
+        self.assertEqual(many, 4 * 640 * (patches + 2))
+        # Each channel for itself, with 9 numbers.
+        each = mapped(depthwise, images, (3, 3, 4, 1))
+        self.assertEqual(each, 4 * 4 * 16 * (patches + 1))
+        product = mapped(lambda a, b: a @ b, (64, 64), (64, 64))
+        self.assertEqual(product, 0)
+
     def test_replacing_assignments(self):
         variable, own = tf.Variable([1.0]), tf.Variable([1.0])
         seen = []

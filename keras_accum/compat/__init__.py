@@ -21,10 +21,12 @@ from keras_accum.compat.classes import keeps_automatic_config
 from keras_accum.compat.classes import set_untracked
 from keras_accum.compat.classes import takes_inputs_and_outputs
 from keras_accum.compat.draws import drawing_through
+from keras_accum.compat.graphs import MemoryPlan
 from keras_accum.compat.graphs import compute_anyway
 from keras_accum.compat.graphs import current_graph
 from keras_accum.compat.graphs import is_compiled_by_xla
 from keras_accum.compat.graphs import memory_of_device
+from keras_accum.compat.graphs import memory_plan
 from keras_accum.compat.graphs import planned_bytes
 from keras_accum.compat.graphs import stateful_operations
 from keras_accum.compat.graphs import uninitialized

@@ -1,9 +1,15 @@
 """What is being traced, and what XLA compiled of it."""
 
+import math
+from typing import NamedTuple
+
 import tensorflow as tf
 from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.python.client import device_lib
 from tensorflow.python.ops import control_flow_util
+
+# How many numbers of each patch Eigen gets memory for: two slices of 320.
+DEPTH = 640
 
 
 def current_graph() -> tf.Graph | None:
@@ -75,8 +81,21 @@ def compute_anyway(value) -> None:
         tf.raw_ops.Assert(condition=True, data=[0])
 
 
-def planned_bytes(program, *args) -> int:
-    """Returns the most bytes that a call of a compiled `tf.function` allocates.
+class MemoryPlan(NamedTuple):
+    """What a call of a program that XLA compiled takes.
+
+    Attributes:
+        planned: The most bytes that it allocates, as XLA plans.
+        mapped: Addresses that convolutions on a CPU take besides, at most, and
+            hardly write to.
+    """
+
+    planned: int
+    mapped: int
+
+
+def memory_plan(program, *args) -> MemoryPlan:
+    """Returns what a call of a compiled `tf.function` takes.
 
     XLA plans that when it compiles. No public name has it; the format is XLA's
     `HloProto`.
@@ -90,10 +109,54 @@ def planned_bytes(program, *args) -> int:
             stage="optimized_hlo_proto_serialized"
         )
     )
-    return sum(
+    planned = sum(
         allocation.size
         for allocation in hlo.buffer_assignment.buffer_allocations
         if not allocation.is_entry_computation_parameter
         and not allocation.is_constant
         and not allocation.is_thread_local
     )
+    mapped = (
+        bytes_for_patches(
+            each, {i.id: i.shape for i in computation.instructions}
+        )
+        for computation in hlo.hlo_module.computations
+        for each in computation.instructions
+        if each.opcode == "convolution"
+    )
+    return MemoryPlan(planned, max(mapped, default=0))
+
+
+def planned_bytes(program, *args) -> int:
+    """Returns the most bytes that a call of a compiled `tf.function` allocates.
+
+    Args:
+        program: As for `memory_plan`.
+        *args: As for `memory_plan`.
+    """
+    return memory_plan(program, *args).planned
+
+
+def bytes_for_patches(convolution, shapes) -> int:
+    """Returns the most bytes that Eigen allocates for a convolution.
+
+    On a CPU, XLA has Eigen multiply the patches of its input with the kernel.
+    Eigen gets memory for all patches at once, but only for up to `DEPTH` of the
+    numbers of each, in single precision.
+
+    Source: `EvalParallelContext` in Eigen's `TensorContractionThreadPool.h`,
+    and what processes took of addresses.
+
+    Args:
+        convolution: The instruction.
+        shapes: The shapes of its computation's instructions, by their ids.
+    """
+    kernel = shapes[convolution.operand_ids[1]].dimensions
+    numbers = convolution.convolution_dimension_numbers
+    outputs = kernel[numbers.kernel_output_feature_dimension]
+    groups = convolution.feature_group_count
+    depth = math.prod(kernel) // outputs
+    patches = math.prod(convolution.shape.dimensions) // outputs
+    # Eigen takes eight of them at once.
+    packed = min(-(-depth // 8) * 8, DEPTH)
+    return 4 * groups * packed * (patches + outputs // groups)
