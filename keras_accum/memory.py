@@ -153,6 +153,8 @@ class Forecast:
         self._measured: dict[int, int] = {}
         # Bytes that it took to trace or compile a step, at most.
         self._making = 0
+        # What steps of the rows found take of what is free, each time.
+        self._for_steps = 0
 
     def most_rows(self, data, size: int, count: int) -> int:
         """Returns how many rows there is room for, but not more than `size`.
@@ -171,7 +173,7 @@ class Forecast:
     def has_room_to_make(self) -> bool:
         """Returns whether there is room for a step more, that nobody needs."""
         # Validation is yet to be made as well.
-        left = MARGIN + self._making + (self._for_saving or 0)
+        left = MARGIN + self._making + self._for_steps + (self._for_saving or 0)
         return system_memory.free_bytes() >= left
 
     def _without_saving(self, free, left):
@@ -333,6 +335,7 @@ class Planned(Forecast):
         found = largest(found, fits)
         if found:
             self._reserve.grow_by_one(self._with_batch(found, count))
+            self._for_steps = bytes_for(self._mapped, found)
         return found
 
     def _to_try(self, size, fits):
