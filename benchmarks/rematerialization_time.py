@@ -107,7 +107,7 @@ def planned_bytes(model: keras.Model, batch) -> int:
         return train_microbatch(model._accumulation, is_first, data, **known)
 
     each = EachMicrobatch(model._accumulation, step, True)
-    return each.planned_bytes(batch, TEXTS.value)
+    return each.memory_plan(batch, TEXTS.value).planned
 
 
 def main(argv):

@@ -101,10 +101,6 @@ class EachMicrobatch:
             num_microbatches,
         )
 
-    def planned_bytes(self, data, size: int) -> int:
-        """Returns what XLA plans for a step, as `memory_plan`."""
-        return self.memory_plan(data, size).planned
-
     def memory_plan(self, data, size: int) -> compat.MemoryPlan:
         """Returns what a compiled step takes, on all local replicas.
 

@@ -40,7 +40,7 @@ class EachMicrobatchTest(test_utils.TestCase):
             model._accumulation, step, trains=True
         )
         data = (tf.zeros((8, test_utils.FEATURES)), tf.zeros((8, 3)))
-        return [each.planned_bytes(data, size) for size in sizes]
+        return [each.memory_plan(data, size).planned for size in sizes]
 
     def test_plans_all_sizes_by_one_trace(self):
         traced = []

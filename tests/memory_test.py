@@ -133,8 +133,7 @@ def watch():
 
 batch = tf.zeros((64, 32, 32, 32)), tf.zeros((3, 3, 32, 64))
 step(*batch)
-before, is_done = system_memory.address_space(), threading.Event()
-most = [before]
+is_done, most = threading.Event(), [0]
 thread = threading.Thread(target=watch)
 thread.start()
 before = system_memory.address_space()

@@ -445,7 +445,7 @@ def planned_bytes(model):
     x = np.ones((64, 64), "float32")
     model.train_on_batch(x, x)
     each = model.train_function._programs.microbatch.func
-    return each.planned_bytes((tf.constant(x), tf.constant(x)), 64)
+    return each.memory_plan((tf.constant(x), tf.constant(x)), 64).planned
 
 
 def most_of_memory():
